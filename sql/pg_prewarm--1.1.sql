@@ -1,0 +1,13 @@
+-- pg_prewarm 1.1, as contrib's: kept so that CREATE EXTENSION pg_prewarm
+-- VERSION '1.1' or '1.2' gives what it always gave.
+
+\echo Use "CREATE EXTENSION pg_prewarm VERSION '1.1'" to load this file. \quit
+
+CREATE FUNCTION pg_prewarm(regclass,
+                           mode text DEFAULT 'buffer',
+                           fork text DEFAULT 'main',
+                           first_block int8 DEFAULT NULL,
+                           last_block int8 DEFAULT NULL)
+RETURNS int8
+AS 'MODULE_PATHNAME', 'pg_prewarm'
+LANGUAGE C PARALLEL SAFE;

@@ -1,0 +1,60 @@
+//! The C symbols that the catalogs of existing databases point at.
+//!
+//! A database where somebody once said `CREATE EXTENSION pg_prewarm` holds the
+//! names of contrib's C functions, and must go on working when only the library
+//! changes. So the functions, which pgrx exports under names of its own, are
+//! exported here under contrib's; and so are the entry points of the workers,
+//! which the server finds by name as well.
+
+use pgrx::{pg_guard, pg_sys};
+
+/// Exports an SQL function of ours under a C name, with the record by which the
+/// server knows how to call it.
+macro_rules! export {
+    ($name:literal, $finfo:literal, $wrapper:path) => {
+        const _: () = {
+            #[unsafe(export_name = $finfo)]
+            extern "C" fn finfo() -> &'static pg_sys::Pg_finfo_record {
+                const RECORD: pg_sys::Pg_finfo_record = pg_sys::Pg_finfo_record { api_version: 1 };
+                &RECORD
+            }
+
+            #[unsafe(export_name = $name)]
+            unsafe extern "C-unwind" fn call(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
+                // SAFETY: the server calls both with the same promise.
+                unsafe { $wrapper(fcinfo) }
+            }
+        };
+    };
+}
+
+export!(
+    "pg_prewarm",
+    "pg_finfo_pg_prewarm",
+    crate::prewarm::pg_prewarm_wrapper
+);
+export!(
+    "autoprewarm_start_worker",
+    "pg_finfo_autoprewarm_start_worker",
+    crate::autoprewarm::sql::autoprewarm_start_worker_wrapper
+);
+export!(
+    "autoprewarm_dump_now",
+    "pg_finfo_autoprewarm_dump_now",
+    crate::autoprewarm::sql::autoprewarm_dump_now_wrapper
+);
+
+/// Where the leader begins.
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn autoprewarm_main(_argument: pg_sys::Datum) {
+    crate::autoprewarm::leader::main();
+}
+
+/// Where a per-database worker begins. Its argument is the handle of the
+/// segment that holds what it is to load.
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn autoprewarm_database_main(segment: pg_sys::Datum) {
+    crate::autoprewarm::worker::main(segment.value() as u32);
+}

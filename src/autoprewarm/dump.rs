@@ -1,0 +1,86 @@
+//! Writing the list of the blocks that are cached now.
+
+use std::fs;
+use std::io;
+
+use pgrx::debug1;
+
+use super::{DUMP_FILE, DUMP_FILE_BEING_WRITTEN};
+use crate::blocks::Record;
+use crate::blocks::writer::{ListWriter, WriteError};
+use crate::error::Error;
+use crate::pg::{buffer, file};
+
+/// Whether blocks of unlogged relations are listed: a crash empties them, so
+/// that only a list which none can follow should name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unlogged {
+    Included,
+    LeftOut,
+}
+
+/// Writes the list, and returns how many records it has. The former list is
+/// replaced when the new one is complete and flushed, in one step. The caller
+/// has the right to use the file.
+pub fn write(unlogged: Unlogged) -> Result<u64, Error> {
+    let unfinished = RemoveOnDrop(DUMP_FILE_BEING_WRITTEN);
+    let mut expected = records(unlogged).count() as u64;
+    let written = loop {
+        match write_once(unlogged, expected)? {
+            Some(written) => break written,
+            // The cache has grown by a digit since it was counted.
+            None => expected = expected.max(1) * 10,
+        }
+    };
+    file::rename_durably(DUMP_FILE_BEING_WRITTEN, DUMP_FILE);
+    std::mem::forget(unfinished);
+    debug1!("wrote block details for {written} blocks");
+    Ok(written)
+}
+
+/// Writes a list of about `expected` records; nothing where its header has no
+/// room for the number that they turn out to be.
+fn write_once(unlogged: Unlogged, expected: u64) -> Result<Option<u64>, Error> {
+    let file = file::create(DUMP_FILE_BEING_WRITTEN).map_err(|error| failed("open", error))?;
+    let result = ListWriter::begin(file, expected)
+        .map_err(WriteError::Io)
+        .and_then(|mut writer| {
+            for record in records(unlogged) {
+                writer.push(&record)?;
+            }
+            writer.finish()
+        });
+    match result {
+        Ok((written, file)) => {
+            file::close(file).map_err(|error| failed("close", error))?;
+            Ok(Some(written))
+        }
+        Err(WriteError::TooMany) => Ok(None),
+        Err(WriteError::Io(error)) => Err(failed("write to", error)),
+    }
+}
+
+fn records(unlogged: Unlogged) -> impl Iterator<Item = Record> {
+    buffer::cached_blocks()
+        .filter(move |block| block.permanent || unlogged == Unlogged::Included)
+        .map(|block| block.record)
+}
+
+fn failed(action: &'static str, source: io::Error) -> Error {
+    Error::File {
+        action,
+        path: DUMP_FILE_BEING_WRITTEN,
+        source,
+    }
+}
+
+/// Leaves no unfinished file behind, however the dump ends.
+struct RemoveOnDrop(&'static str);
+
+impl Drop for RemoveOnDrop {
+    fn drop(&mut self) {
+        // Where it was never made, or is something that cannot be removed, the
+        // error that ended the dump has said so.
+        let _ = fs::remove_file(self.0);
+    }
+}

@@ -1,0 +1,72 @@
+//! The leader: loads the list once, then dumps it again and again.
+//!
+//! It outlives whatever goes wrong with either: a file that cannot be read or
+//! written is a warning and a later try, never the end of the process. And it
+//! does not dump before the load has ended, since that would replace a good list
+//! by one of what happens to be cached so far.
+
+use std::time::{Duration, Instant};
+
+use pgrx::log;
+
+use super::dump::{self, Unlogged};
+use super::load::{self, Outcome};
+use super::state::State;
+use crate::pg::{process, transaction};
+use crate::settings;
+
+/// The leader's life, from its start by the server to the server's shutdown.
+pub fn main() {
+    process::handle_signals_as_leader();
+    process::connect_to_no_database();
+    let state = State::attach();
+    if let Err(pid) = state.become_leader() {
+        log!("autoprewarm worker is already running under PID {pid}");
+        return;
+    }
+
+    let mut load_is_due = state.begin_load() && load::run(state) == Outcome::StillDue;
+    // There is no point in a dump right after the load, so the interval begins
+    // here. Nor is there after the end of a former leader: its last list may be
+    // better than what is cached.
+    let mut last = Instant::now();
+    while !process::shutdown_requested() {
+        let reloaded = process::reload_configuration_if_due();
+        let wait =
+            settings::autoprewarm_interval().map(|interval| interval.saturating_sub(last.elapsed()));
+        if load_is_due && (reloaded || wait == Some(Duration::ZERO)) {
+            load_is_due = load::run(state) == Outcome::StillDue;
+            last = Instant::now();
+        } else if wait == Some(Duration::ZERO) {
+            last = Instant::now();
+            dump_and_survive(state, Unlogged::LeftOut);
+        } else {
+            process::sleep(wait);
+        }
+    }
+    // Most likely the server shuts down, which unlogged relations survive. A
+    // load that was cut short must not cut the list short.
+    if !load_is_due {
+        dump_and_survive(state, Unlogged::Included);
+    }
+}
+
+/// Dumps, and goes on whatever happens: the list on disk stays until a new one
+/// is complete.
+fn dump_and_survive(state: &State, unlogged: Unlogged) {
+    let _in_use = match state.use_dump_file() {
+        Ok(in_use) => in_use,
+        Err(pid) => {
+            log!("skipping block dump because it is already being performed by PID {pid}");
+            return;
+        }
+    };
+    match transaction::run(|| dump::write(unlogged)) {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => error.warn(
+            "The list of the last block dump stays in place; the next is tried after \
+             \"pg_prewarm.autoprewarm_interval\".",
+        ),
+        Err(caught) => caught.warn(),
+    }
+}

@@ -1,0 +1,42 @@
+//! Autoprewarm: keeps a list of the cached blocks on disk, and loads them again
+//! when the server starts.
+//!
+//! One background worker, the [`leader`], lives as long as the server. It
+//! [`load`]s the list with the help of [`worker`]s, one for each database, since
+//! a process can read relations of one database only; after that it [`dump`]s the
+//! list from time to time, and once more at shutdown. What several processes must
+//! agree on is their shared [`state`].
+
+mod dump;
+pub mod leader;
+mod load;
+pub mod sql;
+mod state;
+pub mod worker;
+
+use crate::pg::worker::Kind;
+use crate::settings;
+
+/// The list, in the data folder; and what it is called while it is written.
+pub const DUMP_FILE: &str = "autoprewarm.blocks";
+const DUMP_FILE_BEING_WRITTEN: &str = "autoprewarm.blocks.tmp";
+
+const LEADER: Kind = Kind {
+    name: c"autoprewarm leader",
+    function: c"autoprewarm_main",
+    restart: true,
+};
+
+const WORKER: Kind = Kind {
+    name: c"autoprewarm worker",
+    function: c"autoprewarm_database_main",
+    restart: false,
+};
+
+/// What is to be done while the server starts, when the library is preloaded.
+pub fn prepare_with_server() {
+    state::reserve();
+    if settings::autoprewarm() {
+        LEADER.start_with_server();
+    }
+}

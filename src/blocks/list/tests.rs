@@ -1,0 +1,242 @@
+use proptest::prelude::*;
+
+use super::super::writer::ListWriter;
+use super::*;
+
+fn read(text: impl AsRef<[u8]>) -> BlockList {
+    let text = text.as_ref();
+    BlockList::read(text, text.len() as u64).unwrap()
+}
+
+/// The records' last fields, which the cases below number them by, and the first bad line.
+fn outcome(text: impl AsRef<[u8]>) -> (Vec<u32>, Option<u64>) {
+    let list = read(text);
+    let blocks = list.records.iter().map(|record| record.block).collect();
+    (blocks, list.first_bad_line)
+}
+
+#[test]
+fn a_list_is_read_as_it_was_written() {
+    let list = read("<<2>>\n5,1663,16384,0,7\n0,1664,1262,2,4294967295\n");
+    assert_eq!(
+        list.records,
+        [
+            Record {
+                database: 5,
+                tablespace: 1663,
+                filenumber: 16384,
+                fork: 0,
+                block: 7
+            },
+            Record {
+                database: 0,
+                tablespace: 1664,
+                filenumber: 1262,
+                fork: 2,
+                block: u32::MAX
+            },
+        ]
+    );
+    assert_eq!(list.first_bad_line, None);
+}
+
+#[test]
+fn good_files_of_many_shapes_are_read_whole() {
+    for (text, blocks) in [
+        ("<<0>>\n", vec![]),
+        ("<<0>>", vec![]),
+        ("<<1>>\n1,2,3,0,4", vec![4]),
+        ("<<1>>\n1,2,3,0,4\n", vec![4]),
+        ("<<1>>\r\n1,2,3,0,4\r\n", vec![4]),
+        ("<<2>>\r\n1,2,3,0,4\r\n1,2,3,0,5\r\n", vec![4, 5]),
+        ("<<2>>\n\n\n1,2,3,0,4\n\n1,2,3,0,5\n\n", vec![4, 5]),
+        ("<<2>> 1,2,3,0,4 1,2,3,0,5", vec![4, 5]),
+        ("<<2>>1,2,3,0,4\t1,2,3,0,5", vec![4, 5]),
+        ("<<2>>\n  1,2,3,0,4  \n\t1,2,3,0,5\n", vec![4, 5]),
+        ("<<1>>\n1, 2, 3, 0, 4\n", vec![4]),
+        ("<<   1>>\n1,2,3,0,4\n", vec![4]),
+        ("<<+1>>\n1,2,3,0,4\n", vec![4]),
+        ("<<0001>>\n1,2,3,0,4\n", vec![4]),
+        ("<<1>>\n0001,2,3,0,0004\n", vec![4]),
+        ("<<1>>    \n1,2,3,0,4\n", vec![4]),
+        ("<<1>>\n1,2,3,99,4\n", vec![4]),
+        // What follows the Nth record is left alone.
+        ("<<1>>\n1,2,3,0,4\n1,2,3,0,5\n", vec![4]),
+        ("<<1>>\n1,2,3,0,4\ngarbage\n", vec![4]),
+        ("<<1>>\n1,2,3,0,4\n# pg_prewarm 2.0\n# heat\n5\n", vec![4]),
+        ("<<0>>\n1,2,3,0,4\n", vec![]),
+        ("<<-0>>\n1,2,3,0,4\n", vec![]),
+    ] {
+        assert_eq!(outcome(text), (blocks, None), "{text:?}");
+    }
+}
+
+#[test]
+fn a_bad_line_costs_that_line_alone() {
+    for (text, blocks, line) in [
+        ("<<3>>\n1,2,3,0,4\nbad\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\nbad\n1,2,3,0,5\n1,2,3,0,6\n", vec![5, 6], 2),
+        ("<<3>>\n1,2,3,0,4\n1,2,3,0,5\nbad\n", vec![4, 5], 4),
+        ("<<3>>\n1,2,3,0,4\n1,2,3,0\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1,2,3,0,\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1,,3,0,5\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n,2,3,0,5\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1,2,3,0,5,\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1,2,3,0,5,9\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1,2,3,0,5x\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1,2,3,0,-5\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n-1,2,3,0,5\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n+1,2,3,0,5\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1,2,3,0x0,5\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1;2;3;0;5\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1 2 3 0 5\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1,2 ,3,0,5\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1.0,2,3,0,5\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1,2,3,0,4294967296\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n99999999999999999999,2,3,0,5\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n<<3>>\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n\0\0\0\0\n1,2,3,0,6\n", vec![4, 6], 3),
+        ("<<3>>\n1,2,3,0,4\n1,2,\n3,0,5\n", vec![4], 3),
+        ("<<4>>\n\n1,2,3,0,4\n\nbad\nworse\n1,2,3,0,6\n", vec![4, 6], 5),
+        // The list ends early: the line that should have been there.
+        ("<<3>>\n1,2,3,0,4\n", vec![4], 3),
+        ("<<3>>\n1,2,3,0,4", vec![4], 2),
+        ("<<3>>\n1,2,3,0,4\n1,2,3", vec![4], 3),
+        ("<<3>>\n1,2,3,0,4\n1,2,3,", vec![4], 3),
+        ("<<3>>\n1,2,3,0,4\n# pg_prewarm 2.0\n", vec![4], 3),
+        ("<<2147483647>>\n1,2,3,0,4\n", vec![4], 3),
+        ("<<99999999999>>\n1,2,3,0,4\n", vec![4], 3),
+        ("<<340282366920938463463374607431768211456>>\n1,2,3,0,4\n", vec![4], 3),
+        ("<<1>>\n", vec![], 2),
+        ("<<1>>", vec![], 1),
+        // No header to believe: everything up to a trailer is read.
+        ("<<-5>>\n1,2,3,0,4\n1,2,3,0,5\n", vec![4, 5], 1),
+        ("<<-5>>\n1,2,3,0,4\n# heat\n1,2,3,0,5\n", vec![4], 1),
+        ("", vec![], 1),
+        ("\n", vec![], 1),
+        ("#\n", vec![], 1),
+        ("<<>>\n1,2,3,0,4\n", vec![4], 1),
+        ("<<x>>\n1,2,3,0,4\n", vec![4], 1),
+        ("<<1>\n1,2,3,0,4\n", vec![4], 1),
+        ("<1>\n1,2,3,0,4\n", vec![4], 1),
+        ("<<1.5>>\n1,2,3,0,4\n", vec![4], 1),
+        ("<<1 >>\n1,2,3,0,4\n", vec![4], 1),
+        (" <<1>>\n1,2,3,0,4\n", vec![4], 1),
+        ("\u{feff}<<1>>\n1,2,3,0,4\n", vec![4], 1),
+        ("1,2,3,0,4\n1,2,3,0,5\n", vec![4, 5], 1),
+        ("hello\nworld\n", vec![], 1),
+    ] {
+        assert_eq!(outcome(text), (blocks, Some(line)), "{text:?}");
+    }
+}
+
+#[test]
+fn a_line_longer_than_a_chunk_is_one_bad_line() {
+    let mut text = b"<<2>>\n".to_vec();
+    text.extend(std::iter::repeat_n(b'x', 3 * CHUNK));
+    text.extend(b"\n1,2,3,0,4\n");
+    assert_eq!(outcome(text), (vec![4], Some(2)));
+}
+
+#[test]
+fn a_claim_asks_for_no_memory() {
+    for claim in ["2147483647", "18446744073709551615", "-5"] {
+        let list = read(format!("<<{claim}>>\n1,2,3,0,4\n"));
+        assert!(list.records.capacity() <= 8, "{claim}");
+    }
+}
+
+#[test]
+fn an_error_of_the_input_is_passed_on() {
+    struct Broken;
+    impl Read for Broken {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Err(io::Error::from_raw_os_error(5))
+        }
+    }
+    let input = b"<<2>>\n1,2,3,0,4\n".chain(Broken);
+    assert!(matches!(BlockList::read(input, 100), Err(ReadError::Io(_))));
+}
+
+/// An input that hands out a few bytes at a time.
+struct Trickle<'a>(&'a [u8], usize);
+
+impl Read for Trickle<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.0.len().min(self.1).min(buffer.len());
+        buffer[..n].copy_from_slice(&self.0[..n]);
+        self.0 = &self.0[n..];
+        Ok(n)
+    }
+}
+
+fn records() -> impl Strategy<Value = Vec<Record>> {
+    let record = any::<[u32; 5]>().prop_map(|fields| Record {
+        database: fields[0],
+        tablespace: fields[1],
+        filenumber: fields[2],
+        fork: fields[3],
+        block: fields[4],
+    });
+    prop::collection::vec(record, 0..200)
+}
+
+fn write(records: &[Record]) -> Vec<u8> {
+    let mut writer =
+        ListWriter::begin(io::Cursor::new(Vec::new()), records.len() as u64).unwrap();
+    for record in records {
+        writer.push(record).unwrap();
+    }
+    writer.finish().unwrap().1.into_inner()
+}
+
+proptest! {
+    #[test]
+    fn what_is_written_is_read(records in records(), step in 1usize..50) {
+        let text = write(&records);
+        let list = BlockList::read(Trickle(&text, step), text.len() as u64).unwrap();
+        prop_assert_eq!(list.records, records);
+        prop_assert_eq!(list.first_bad_line, None);
+    }
+
+    #[test]
+    fn a_list_cut_short_keeps_the_records_before_the_cut(
+        records in records(), cut in any::<prop::sample::Index>()
+    ) {
+        let text = write(&records);
+        let cut = cut.index(text.len());
+        let list = read(&text[..cut]);
+        let whole = text[..cut].iter().filter(|&&byte| byte == b'\n').count().saturating_sub(1);
+        // The record that was cut may still look like one, with fewer digits.
+        prop_assert!(list.records.len() <= whole + 1);
+        prop_assert_eq!(&list.records[..whole], &records[..whole]);
+    }
+
+    #[test]
+    fn one_spoilt_line_costs_one_record(
+        records in records().prop_filter("some", |records| !records.is_empty()),
+        which in any::<prop::sample::Index>(), rubbish in "[a-z<>;.-][ -~]{0,40}"
+    ) {
+        let text = String::from_utf8(write(&records)).unwrap();
+        let mut lines: Vec<&str> = text.lines().collect();
+        let which = which.index(records.len());
+        lines[which + 1] = &rubbish;
+        let list = read(lines.join("\n"));
+        let mut rest = records.clone();
+        rest.remove(which);
+        prop_assert_eq!(list.records, rest);
+        prop_assert_eq!(list.first_bad_line, Some(which as u64 + 2));
+    }
+
+    #[test]
+    fn no_bytes_make_it_panic_or_ask_for_much(bytes in prop::collection::vec(any::<u8>(), 0..4096)) {
+        let list = read(&bytes);
+        prop_assert!(list.records.capacity() <= bytes.len() / SHORTEST_RECORD + 1);
+    }
+
+    #[test]
+    fn no_text_of_the_formats_own_letters_makes_it_panic(text in "[<>0-9,#\n\r -]{0,400}") {
+        let list = read(&text);
+        prop_assert!(list.records.capacity() <= text.len() / SHORTEST_RECORD + 1);
+    }
+}

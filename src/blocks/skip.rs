@@ -1,0 +1,122 @@
+//! Why a block of the list was not loaded, and how often.
+
+use std::fmt;
+use std::ops::Add;
+
+/// Why a record did not become a loaded block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SkipReason {
+    /// No fork has that number, or no block can have that one.
+    Illegal,
+    /// The database is a template: a worker in it would make `CREATE DATABASE` fail.
+    TemplateDatabase,
+    /// The database was dropped, or accepts no connections.
+    NoDatabase,
+    /// No relation has that file in that tablespace (any more).
+    NoRelation,
+    /// The fork does not exist (any more), or is shorter.
+    NoBlock,
+    /// Reading the block raised an error.
+    Unreadable,
+    /// There was no free buffer left.
+    NoFreeBuffer,
+    /// The worker that was to load it ended before.
+    Interrupted,
+}
+
+impl SkipReason {
+    /// Every reason, in the order of their counters.
+    pub const ALL: [Self; 8] = [
+        Self::Illegal,
+        Self::TemplateDatabase,
+        Self::NoDatabase,
+        Self::NoRelation,
+        Self::NoBlock,
+        Self::Unreadable,
+        Self::NoFreeBuffer,
+        Self::Interrupted,
+    ];
+
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Illegal => "with an illegal fork or block number",
+            Self::TemplateDatabase => "in template databases",
+            Self::NoDatabase => "in databases that are gone or accept no connections",
+            Self::NoRelation => "of relations that are gone or were rewritten",
+            Self::NoBlock => "beyond the end of their relation",
+            Self::Unreadable => "that could not be read",
+            Self::NoFreeBuffer => "for want of a free buffer",
+            Self::Interrupted => "because their worker was interrupted",
+        }
+    }
+}
+
+/// Blocks not loaded, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SkipCounts([u64; SkipReason::ALL.len()]);
+
+impl SkipCounts {
+    /// Counts `blocks` more as skipped for `reason`.
+    pub fn count(&mut self, reason: SkipReason, blocks: u64) {
+        self.0[reason as usize] += blocks;
+    }
+
+    /// All blocks skipped, whatever the reason.
+    pub fn total(&self) -> u64 {
+        self.0.iter().sum()
+    }
+}
+
+impl Add for SkipCounts {
+    type Output = Self;
+
+    fn add(mut self, other: Self) -> Self {
+        for (count, more) in self.0.iter_mut().zip(other.0) {
+            *count += more;
+        }
+        self
+    }
+}
+
+/// Says it in one line: `12 blocks: 7 in template databases, 5 that could not be read`.
+impl fmt::Display for SkipCounts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let total = self.total();
+        write!(f, "{total} block{}", if total == 1 { "" } else { "s" })?;
+        let mut separator = ": ";
+        for reason in SkipReason::ALL {
+            let blocks = self.0[reason as usize];
+            if blocks > 0 {
+                write!(f, "{separator}{blocks} {}", reason.describe())?;
+                separator = ", ";
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_named_by_reason() {
+        let mut counts = SkipCounts::default();
+        assert_eq!(counts.to_string(), "0 blocks");
+        counts.count(SkipReason::Unreadable, 1);
+        assert_eq!(counts.to_string(), "1 block: 1 that could not be read");
+        counts.count(SkipReason::TemplateDatabase, 7);
+        counts.count(SkipReason::Unreadable, 4);
+        assert_eq!(
+            counts.to_string(),
+            "12 blocks: 7 in template databases, 5 that could not be read"
+        );
+    }
+
+    #[test]
+    fn every_reason_has_its_own_counter() {
+        for (index, reason) in SkipReason::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, index);
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What can go wrong with a call, as the caller is told.
+
+use std::io;
+
+use pgrx::{PgLogLevel, PgSqlErrorCode};
+use pgrx::pg_sys::panic::ErrorReport;
+
+use crate::autoprewarm::DUMP_FILE;
+use crate::pg;
+use crate::pg::error::new_report;
+
+/// An error that ends a call.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("relation cannot be null")]
+    NullRelation,
+    #[error("prewarm type cannot be null")]
+    NullMode,
+    #[error("invalid prewarm type")]
+    InvalidMode,
+    #[error("relation fork cannot be null")]
+    NullFork,
+    #[error("could not find parent table of index \"{0}\"")]
+    IndexWithoutTable(String),
+    #[error("fork \"{0}\" does not exist for this relation")]
+    MissingFork(String),
+    /// Holds the last block's number, -1 for an empty fork.
+    #[error("starting block number must be between 0 and {0}")]
+    FirstBlockOutOfRange(i64),
+    #[error("ending block number must be between 0 and {0}")]
+    LastBlockOutOfRange(i64),
+    #[error("autoprewarm is disabled")]
+    Disabled,
+    /// Holds the leader's process ID.
+    #[error("autoprewarm worker is already running under PID {0}")]
+    AlreadyRunning(i32),
+    #[error("could not register background process")]
+    NoWorkerSlot,
+    #[error("could not start background process")]
+    WorkerNotStarted,
+    /// Holds the process ID of who uses the file.
+    #[error("could not perform block dump because dump file is being used by PID {0}")]
+    DumpFileInUse(i32),
+    #[error("could not {action} file \"{path}\": {}", pg::file::describe(source))]
+    File {
+        /// As in "could not write to".
+        action: &'static str,
+        path: &'static str,
+        source: io::Error,
+    },
+    #[error("could not read file \"{DUMP_FILE}\": out of memory")]
+    ListTooLarge,
+}
+
+impl Error {
+    fn sqlstate(&self) -> PgSqlErrorCode {
+        use PgSqlErrorCode::*;
+        match self {
+            Self::NullRelation
+            | Self::NullMode
+            | Self::InvalidMode
+            | Self::NullFork
+            | Self::MissingFork(_)
+            | Self::FirstBlockOutOfRange(_)
+            | Self::LastBlockOutOfRange(_) => ERRCODE_INVALID_PARAMETER_VALUE,
+            Self::IndexWithoutTable(_) => ERRCODE_UNDEFINED_TABLE,
+            Self::Disabled | Self::AlreadyRunning(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            Self::NoWorkerSlot | Self::WorkerNotStarted => ERRCODE_INSUFFICIENT_RESOURCES,
+            // What `ereport` gives an error without a code of its own, as
+            // contrib's is.
+            Self::DumpFileInUse(_) => ERRCODE_INTERNAL_ERROR,
+            Self::File { source, .. } => pg::file::sqlstate(source),
+            Self::ListTooLarge => ERRCODE_OUT_OF_MEMORY,
+        }
+    }
+
+    fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::InvalidMode => {
+                Some("Valid prewarm types are \"prefetch\", \"read\", and \"buffer\".")
+            }
+            Self::NoWorkerSlot => Some("You may need to increase \"max_worker_processes\"."),
+            Self::WorkerNotStarted => Some("More details may be available in the server log."),
+            _ => None,
+        }
+    }
+}
+
+impl From<Error> for ErrorReport {
+    fn from(error: Error) -> Self {
+        let hint = error.hint().map(str::to_owned);
+        new_report(error.sqlstate(), error.to_string(), hint)
+    }
+}
+
+impl Error {
+    /// Logs the error of a background worker, which goes on, with what follows
+    /// from it.
+    pub fn warn(self, hint: &str) {
+        new_report(self.sqlstate(), self.to_string(), Some(hint.to_owned()))
+            .report(PgLogLevel::WARNING);
+    }
+}

@@ -1,0 +1,33 @@
+//! Symbols of the server that pgrx does not bind, or binds in a form that does
+//! not fit: behind a guard that a signal handler or the loop over all buffers
+//! cannot have.
+
+use std::ffi::{c_char, c_int};
+
+use pgrx::pg_sys;
+
+unsafe extern "C-unwind" {
+    // PostgreSQL's own signal handlers, to be given to `pqsignal` as they are.
+    pub fn SignalHandlerForShutdownRequest(signal: c_int);
+    pub fn SignalHandlerForConfigReload(signal: c_int);
+    pub fn procsignal_sigusr1_handler(signal: c_int);
+    pub fn die(signal: c_int);
+
+    /// Takes the spinlock of a buffer's header and returns its state. It raises
+    /// no ERROR, so that it needs no guard.
+    pub fn LockBufHdr(header: *mut pg_sys::BufferDesc) -> u32;
+
+    #[cfg(feature = "pg15")]
+    #[link_name = "RelidByRelfilenode"]
+    pub fn RelidByRelfilenumber(tablespace: pg_sys::Oid, filenumber: pg_sys::Oid) -> pg_sys::Oid;
+    #[cfg(not(feature = "pg15"))]
+    pub fn RelidByRelfilenumber(tablespace: pg_sys::Oid, filenumber: pg_sys::Oid) -> pg_sys::Oid;
+
+    // What `ereport` is made of, for the one message whose detail only the
+    // server can word.
+    pub fn errstart(level: c_int, domain: *const c_char) -> bool;
+    pub fn errcode(sqlstate: c_int) -> c_int;
+    pub fn errmsg(format: *const c_char, ...) -> c_int;
+    pub fn errdetail_relkind_not_supported(relkind: c_char) -> c_int;
+    pub fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
+}

@@ -1,0 +1,107 @@
+//! Files in the data folder, which is every server process's working folder.
+
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::IntoRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+
+use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
+
+use super::process::check_for_interrupts;
+
+/// Opens a regular file for reading. A folder or a pipe in its place is an
+/// error, and never waited for.
+pub fn open(path: &str) -> io::Result<(File, u64)> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let metadata = file.metadata()?;
+    if metadata.is_dir() {
+        return Err(io::Error::from_raw_os_error(libc::EISDIR));
+    }
+    if !metadata.is_file() {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    Ok((file, metadata.len()))
+}
+
+/// Makes a new file for writing, in place of one that an earlier try left
+/// behind. A link in its place is removed, not followed. Its rights are those of
+/// the data folder: the server's umask sees to that.
+pub fn create(path: &str) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    OpenOptions::new().write(true).create_new(true).open(path)
+}
+
+/// Closes a file that was written to: the last moment for the system to tell
+/// that what was written is lost.
+pub fn close(file: File) -> io::Result<()> {
+    // SAFETY: the descriptor is the file's own, and given up here.
+    match unsafe { libc::close(file.into_raw_fd()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Gives `from` the name `to`, in one step that survives a crash: both are
+/// flushed (unless `fsync` is off). Raises an ERROR where that fails.
+pub fn rename_durably(from: &str, to: &str) {
+    let [from, to] = [from, to].map(|path| CString::new(path).expect("a path has no NUL"));
+    // SAFETY: two C strings that outlive the call.
+    unsafe { pg_sys::durable_rename(from.as_ptr(), to.as_ptr(), PgLogLevel::ERROR as i32) };
+}
+
+/// A reader that serves interrupts between two pieces.
+pub struct Interruptible<R>(pub R);
+
+impl<R: Read> Read for Interruptible<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        check_for_interrupts();
+        self.0.read(buffer)
+    }
+}
+
+/// The system's text for an error, as `%m` would print it.
+pub fn describe(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.rfind(" (os error ") {
+        Some(at) => text[..at].to_owned(),
+        None => text,
+    }
+}
+
+/// The SQLSTATE of a file's error, as `errcode_for_file_access` gives it.
+pub fn sqlstate(error: &io::Error) -> PgSqlErrorCode {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES | libc::EROFS) => {
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE
+        }
+        Some(libc::ENOENT) => PgSqlErrorCode::ERRCODE_UNDEFINED_FILE,
+        Some(libc::EEXIST) => PgSqlErrorCode::ERRCODE_DUPLICATE_FILE,
+        Some(libc::ENOTDIR | libc::EISDIR | libc::ENOTEMPTY) => {
+            PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE
+        }
+        Some(libc::ENOSPC) => PgSqlErrorCode::ERRCODE_DISK_FULL,
+        Some(libc::ENOMEM) => PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
+        Some(libc::ENFILE | libc::EMFILE) => PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+        Some(libc::EIO) => PgSqlErrorCode::ERRCODE_IO_ERROR,
+        _ => PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_system_error_reads_as_the_server_would_word_it() {
+        let error = io::Error::from_raw_os_error(libc::ENOSPC);
+        assert_eq!(describe(&error), "No space left on device");
+        assert_eq!(describe(&io::Error::other("odd")), "odd");
+    }
+}

@@ -1,0 +1,132 @@
+//! This process: its signals, its interrupts, its sleep and its end.
+
+use std::time::Duration;
+
+use pgrx::{pg_guard, pg_sys};
+
+use super::{compat, ffi};
+
+/// This process's ID, as the log and `pg_stat_activity` show it.
+pub fn my_pid() -> i32 {
+    // SAFETY: set when the process started, and never again.
+    unsafe { pg_sys::MyProcPid }
+}
+
+/// Acts on what other processes asked for: a cancel or a termination, which do
+/// not return, or the release of open files that `DROP DATABASE` waits for.
+pub fn check_for_interrupts() {
+    pgrx::check_for_interrupts!();
+}
+
+/// Takes signals as a worker that decides for itself when it ends:
+/// [`shutdown_requested`] tells.
+pub fn handle_signals_as_leader() {
+    // What a cancel would interrupt is the service of the whole server.
+    unsafe extern "C-unwind" fn ignore(_signal: i32) {}
+    // SAFETY: PostgreSQL's own handlers, made for this.
+    unsafe {
+        compat::signal(libc::SIGINT, ignore);
+        compat::signal(libc::SIGTERM, ffi::SignalHandlerForShutdownRequest);
+        compat::signal(libc::SIGHUP, ffi::SignalHandlerForConfigReload);
+        // Without it no process could tell this one that a worker has ended.
+        compat::signal(libc::SIGUSR1, ffi::procsignal_sigusr1_handler);
+        pg_sys::BackgroundWorkerUnblockSignals();
+    }
+}
+
+/// Takes signals as a worker that ends at the next [`check_for_interrupts`].
+pub fn handle_signals_as_worker() {
+    // SAFETY: as above.
+    unsafe {
+        compat::signal(libc::SIGTERM, ffi::die);
+        compat::signal(libc::SIGHUP, ffi::SignalHandlerForConfigReload);
+        pg_sys::BackgroundWorkerUnblockSignals();
+    }
+}
+
+/// Whether this worker was told to end: the server shuts down, or somebody
+/// called `pg_terminate_backend`.
+pub fn shutdown_requested() -> bool {
+    // SAFETY: a flag that only this process's signal handler sets.
+    unsafe { (&raw const pg_sys::ShutdownRequestPending).read_volatile() != 0 }
+}
+
+/// Reads the configuration again where a reload is due, and tells whether one was.
+pub fn reload_configuration_if_due() -> bool {
+    // SAFETY: as the server's own main loops do it, between two pieces of work.
+    unsafe {
+        let pending = &raw mut pg_sys::ConfigReloadPending;
+        let due = pending.read_volatile() != 0;
+        if due {
+            pending.write_volatile(0);
+            pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
+        }
+        due
+    }
+}
+
+/// Sleeps until somebody sets this process's latch, or `timeout` is over
+/// (without one: for as long as it takes), then serves interrupts. Ends the
+/// process when the postmaster is gone.
+pub fn sleep(timeout: Option<Duration>) {
+    let (events, milliseconds) = match timeout {
+        Some(timeout) => (
+            pg_sys::WL_TIMEOUT,
+            i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX).into(),
+        ),
+        None => (0, -1),
+    };
+    // SAFETY: MyLatch is this process's own.
+    unsafe {
+        pg_sys::WaitLatch(
+            pg_sys::MyLatch,
+            (pg_sys::WL_LATCH_SET | pg_sys::WL_EXIT_ON_PM_DEATH | events) as i32,
+            milliseconds,
+            pg_sys::PG_WAIT_EXTENSION,
+        );
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+    check_for_interrupts();
+}
+
+/// Calls `callback` when this process ends, however it ends short of a crash.
+pub fn at_exit(callback: fn()) {
+    #[pg_guard]
+    unsafe extern "C-unwind" fn call(_code: i32, callback: pg_sys::Datum) {
+        // SAFETY: the argument is the function pointer registered below.
+        let callback: fn() = unsafe { std::mem::transmute(callback.value()) };
+        callback();
+    }
+    // Before, not on: dynamic shared memory is gone when the latter are called.
+    // SAFETY: the callback takes the argument that it is registered with.
+    unsafe { pg_sys::before_shmem_exit(Some(call), pg_sys::Datum::from(callback as usize)) };
+}
+
+/// Connects this worker to no database: it can read the shared catalogs, is
+/// shown in `pg_stat_activity`, and takes part in the server's barriers.
+pub fn connect_to_no_database() {
+    // SAFETY: once, by a background worker registered for a connection.
+    unsafe {
+        pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
+    }
+}
+
+/// Connects this worker to that database. Where it cannot be connected to, the
+/// worker ends.
+pub fn connect_to_database(database: u32) {
+    // SAFETY: as above.
+    unsafe {
+        pg_sys::BackgroundWorkerInitializeConnectionByOid(
+            pg_sys::Oid::from(database),
+            pg_sys::InvalidOid,
+            0,
+        );
+    }
+}
+
+/// Whether the postmaster is loading `shared_preload_libraries`.
+pub fn is_preloading() -> bool {
+    // SAFETY: a flag that the postmaster sets around the loading.
+    unsafe { pg_sys::process_shared_preload_libraries_in_progress }
+}
+

@@ -1,0 +1,245 @@
+//! Relations: opened, locked, read.
+
+use std::ffi::CStr;
+
+use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
+
+use super::compat::{self, READ_BLOCKS_MAX};
+use super::{ffi, process};
+use crate::blocks::{BlockNumber, Fork, Oid};
+
+const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+
+/// An open relation, with an AccessShareLock on it; and on its table, where it
+/// is an index. Dropping it closes it and gives the locks back.
+pub struct Relation {
+    relation: pg_sys::Relation,
+    /// The index's table.
+    table: Option<pg_sys::Oid>,
+}
+
+impl Relation {
+    /// Opens the relation of that OID for a caller who wants to read it. Where
+    /// it is an index, its table is locked first, as everybody does it. Raises
+    /// the server's ERROR where there is no such relation.
+    ///
+    /// `Err` tells that an index has no table (any more), with the index's name.
+    pub fn open_with_table(oid: pg_sys::Oid) -> Result<Self, String> {
+        // SAFETY: catalog look-ups and locks, in a transaction.
+        unsafe {
+            let kind = pg_sys::get_rel_relkind(oid) as u8;
+            let is_index =
+                kind == pg_sys::RELKIND_INDEX || kind == pg_sys::RELKIND_PARTITIONED_INDEX;
+            let table = is_index.then(|| pg_sys::IndexGetRelation(oid, true));
+            if let Some(table) = table
+                && table != pg_sys::InvalidOid
+            {
+                pg_sys::LockRelationOid(table, LOCK);
+            }
+            let relation = Self {
+                relation: pg_sys::relation_open(oid, LOCK),
+                table,
+            };
+            // The OID may have become another index's before the locks were
+            // held: only now the pair is certain.
+            if let Some(table) = table
+                && (table == pg_sys::InvalidOid || table != pg_sys::IndexGetRelation(oid, true))
+            {
+                let name = relation.name();
+                // An ERROR follows, and lets go of the locks.
+                std::mem::forget(relation);
+                return Err(name);
+            }
+            Ok(relation)
+        }
+    }
+
+    /// Opens the relation that has this file now; nothing where none has.
+    pub fn open_by_file(database: Oid, tablespace: Oid, filenumber: Oid) -> Option<Self> {
+        let tablespace_oid = pg_sys::Oid::from(tablespace);
+        let filenumber_oid = pg_sys::Oid::from(filenumber);
+        // SAFETY: a catalog look-up, in a transaction, behind the guard that
+        // pgrx puts around what it binds itself.
+        let relation = unsafe {
+            let oid = pg_sys::ffi::pg_guard_ffi_boundary(|| {
+                ffi::RelidByRelfilenumber(tablespace_oid, filenumber_oid)
+            });
+            if oid == pg_sys::InvalidOid {
+                return None;
+            }
+            pg_sys::try_relation_open(oid, LOCK)
+        };
+        if relation.is_null() {
+            return None;
+        }
+        let relation = Self {
+            relation,
+            table: None,
+        };
+        // Which relation has the file was looked up without a lock, and a
+        // shared catalog's file lies in no database.
+        // SAFETY: just opened.
+        let locator = unsafe { compat::locator(relation.relation) };
+        (locator == (database, tablespace, filenumber)).then_some(relation)
+    }
+
+    pub fn name(&self) -> String {
+        // SAFETY: open, so that its pg_class row is there.
+        unsafe {
+            let name = &(*(*self.relation).rd_rel).relname;
+            CStr::from_ptr(name.data.as_ptr())
+                .to_string_lossy()
+                .into_owned()
+        }
+    }
+
+    /// Raises the server's ERROR unless the current user may SELECT from it, or
+    /// from its table, where it is an index.
+    pub fn check_select_right(&self) {
+        // SAFETY: open; the name is the server's own, in its own encoding.
+        unsafe {
+            let oid = (*self.relation).rd_id;
+            let result = pg_sys::pg_class_aclcheck(
+                self.table.unwrap_or(oid),
+                pg_sys::GetUserId(),
+                pg_sys::ACL_SELECT as pg_sys::AclMode,
+            );
+            if result != pg_sys::AclResult::ACLCHECK_OK {
+                let kind = (*(*self.relation).rd_rel).relkind;
+                pg_sys::aclcheck_error(
+                    result,
+                    pg_sys::get_relkind_objtype(kind),
+                    (*(*self.relation).rd_rel).relname.data.as_ptr(),
+                );
+            }
+        }
+    }
+
+    /// Raises an ERROR, with the server's own detail, where relations of this
+    /// kind have no files.
+    pub fn check_storage(&self) {
+        // SAFETY: open.
+        let kind = unsafe { (*(*self.relation).rd_rel).relkind };
+        let has_storage = [
+            pg_sys::RELKIND_RELATION,
+            pg_sys::RELKIND_INDEX,
+            pg_sys::RELKIND_SEQUENCE,
+            pg_sys::RELKIND_TOASTVALUE,
+            pg_sys::RELKIND_MATVIEW,
+        ]
+        .contains(&(kind as u8));
+        if has_storage {
+            return;
+        }
+        let sqlstate = PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE as i32;
+        // SAFETY: what `ereport` expands to. Nothing in the closure is dropped,
+        // and the message's argument is the server's own string.
+        unsafe {
+            let name = (*(*self.relation).rd_rel).relname.data.as_ptr();
+            pg_sys::ffi::pg_guard_ffi_boundary(|| {
+                if ffi::errstart(PgLogLevel::ERROR as i32, std::ptr::null()) {
+                    ffi::errcode(sqlstate);
+                    ffi::errmsg(c"relation \"%s\" does not have storage".as_ptr(), name);
+                    ffi::errdetail_relkind_not_supported(kind);
+                    ffi::errfinish(
+                        c"relation.rs".as_ptr(),
+                        line!() as i32,
+                        c"check_storage".as_ptr(),
+                    );
+                }
+            });
+        }
+    }
+
+    pub fn has_fork(&self, fork: Fork) -> bool {
+        // SAFETY: open, and the fork's number is legal.
+        unsafe { pg_sys::smgrexists(self.storage(), fork as i32) }
+    }
+
+    /// How many blocks the fork has, which must exist.
+    pub fn blocks(&self, fork: Fork) -> BlockNumber {
+        // SAFETY: as above.
+        unsafe { pg_sys::RelationGetNumberOfBlocksInFork(self.relation, fork as i32) }
+    }
+
+    /// Reads a block into shared buffers (a temporary relation's: into local
+    /// ones). Raises the server's ERROR where it cannot be read.
+    pub fn read_into_buffer(&self, fork: Fork, block: BlockNumber) {
+        // SAFETY: open; the pin that reading takes is given back at once.
+        unsafe {
+            let buffer = pg_sys::ReadBufferExtended(
+                self.relation,
+                fork as i32,
+                block,
+                pg_sys::ReadBufferMode::RBM_NORMAL,
+                std::ptr::null_mut(),
+            );
+            pg_sys::ReleaseBuffer(buffer);
+        }
+    }
+
+    /// Asks the operating system to read a block, unless it is in shared
+    /// buffers, and does not wait.
+    pub fn prefetch(&self, fork: Fork, block: BlockNumber) {
+        // SAFETY: open.
+        unsafe { pg_sys::PrefetchBuffer(self.relation, fork as i32, block) };
+    }
+
+    /// Reads the blocks from `first` to before `end`, not into shared buffers.
+    /// Serves interrupts.
+    pub fn read(&self, fork: Fork, first: BlockNumber, end: BlockNumber) {
+        let mut memory = Box::new(IoAligned([0; READ_BYTES]));
+        let mut block = first;
+        while block < end {
+            process::check_for_interrupts();
+            // A vectored read stays within one segment file.
+            let segment_end = (block / pg_sys::RELSEG_SIZE + 1).saturating_mul(pg_sys::RELSEG_SIZE);
+            let count = (end.min(segment_end) - block).min(READ_BLOCKS_MAX);
+            // SAFETY: open, and the memory is aligned and large enough. Its
+            // storage is asked for each time: an interrupt may have closed it.
+            unsafe {
+                compat::read_blocks(
+                    self.storage(),
+                    fork as i32,
+                    block,
+                    count,
+                    memory.0.as_mut_ptr(),
+                );
+            }
+            block += count;
+        }
+    }
+
+    fn storage(&self) -> pg_sys::SMgrRelation {
+        // SAFETY: open.
+        unsafe { pg_sys::RelationGetSmgr(self.relation) }
+    }
+}
+
+impl Drop for Relation {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        // SAFETY: open and locked, each once.
+        unsafe {
+            pg_sys::relation_close(self.relation, LOCK);
+            if let Some(table) = self.table {
+                pg_sys::UnlockRelationOid(table, LOCK);
+            }
+        }
+    }
+}
+
+const READ_BYTES: usize = READ_BLOCKS_MAX as usize * pg_sys::BLCKSZ as usize;
+
+/// Memory that the server may read into with direct I/O.
+#[repr(C, align(4096))]
+struct IoAligned([u8; READ_BYTES]);
+
+/// The fork of that name. Raises the server's ERROR for a name that no fork has.
+pub fn fork_by_name(name: &CStr) -> Fork {
+    // SAFETY: a C string.
+    let number = unsafe { pg_sys::forkname_to_number(name.as_ptr()) };
+    Fork::from_number(number as u32).expect("the server knows no other forks")
+}

@@ -1,0 +1,122 @@
+//! Background workers of this library.
+
+use std::ffi::{CStr, c_char};
+
+use pgrx::pg_sys;
+
+use super::process;
+
+/// A kind of background worker.
+pub struct Kind {
+    /// What the process list and `pg_stat_activity` call it.
+    pub name: &'static CStr,
+    /// The C function that it runs.
+    pub function: &'static CStr,
+    /// Whether the server starts it again, at once, after it failed.
+    pub restart: bool,
+}
+
+/// The library that the server loads the function from.
+const LIBRARY: &CStr = c"pg_prewarm";
+
+/// `BGW_NEVER_RESTART`
+const NEVER_RESTART: i32 = -1;
+
+impl Kind {
+    fn registration(&self, argument: u32, notify: i32) -> pg_sys::BackgroundWorker {
+        // SAFETY: a C structure of numbers and character arrays: zeros are valid.
+        let mut worker: pg_sys::BackgroundWorker = unsafe { std::mem::zeroed() };
+        copy_name(&mut worker.bgw_name, self.name);
+        copy_name(&mut worker.bgw_type, self.name);
+        copy_name(&mut worker.bgw_library_name, LIBRARY);
+        copy_name(&mut worker.bgw_function_name, self.function);
+        worker.bgw_flags = (pg_sys::BGWORKER_SHMEM_ACCESS
+            | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION) as i32;
+        worker.bgw_start_time = pg_sys::BgWorkerStartTime::BgWorkerStart_ConsistentState;
+        worker.bgw_restart_time = if self.restart { 0 } else { NEVER_RESTART };
+        worker.bgw_main_arg = pg_sys::Datum::from(argument);
+        worker.bgw_notify_pid = notify;
+        worker
+    }
+
+    /// Has the postmaster start it with the server. While preloading only.
+    pub fn start_with_server(&self) {
+        let mut worker = self.registration(0, 0);
+        // SAFETY: a filled registration, which the postmaster copies.
+        unsafe { pg_sys::RegisterBackgroundWorker(&mut worker) };
+    }
+
+    /// Asks for one to be started with that argument; nothing where no slot of
+    /// `max_worker_processes` is free. This process's latch is set when it starts
+    /// and when it ends.
+    pub fn start(&self, argument: u32) -> Option<Handle> {
+        let mut worker = self.registration(argument, process::my_pid());
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: as above; the handle is allocated in the current context,
+        // which is made to be one that lives as long as the process.
+        let registered = unsafe {
+            let previous = pg_sys::MemoryContextSwitchTo(pg_sys::TopMemoryContext);
+            let registered = pg_sys::RegisterDynamicBackgroundWorker(&mut worker, &mut handle);
+            pg_sys::MemoryContextSwitchTo(previous);
+            registered
+        };
+        registered.then_some(Handle(handle))
+    }
+}
+
+fn copy_name<const N: usize>(to: &mut [c_char; N], name: &CStr) {
+    let bytes = name.to_bytes();
+    assert!(bytes.len() < N, "{name:?} is too long");
+    for (to, from) in to.iter_mut().zip(bytes) {
+        *to = *from as c_char;
+    }
+}
+
+/// How far a worker is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// The postmaster has not started it yet.
+    NotYetStarted,
+    /// It runs.
+    Started,
+    /// It ended, or could not be started.
+    Stopped,
+}
+
+/// A worker that was asked for.
+pub struct Handle(*mut pg_sys::BackgroundWorkerHandle);
+
+impl Handle {
+    pub fn status(&self) -> Status {
+        let mut pid = 0;
+        // SAFETY: the handle that registering gave.
+        match unsafe { pg_sys::GetBackgroundWorkerPid(self.0, &mut pid) } {
+            pg_sys::BgwHandleStatus::BGWH_NOT_YET_STARTED => Status::NotYetStarted,
+            pg_sys::BgwHandleStatus::BGWH_STARTED => Status::Started,
+            _ => Status::Stopped,
+        }
+    }
+
+    /// Waits until it runs; false where it could not be started.
+    pub fn wait_until_started(&self) -> bool {
+        let mut pid = 0;
+        // SAFETY: as above.
+        let status = unsafe { pg_sys::WaitForBackgroundWorkerStartup(self.0, &mut pid) };
+        status == pg_sys::BgwHandleStatus::BGWH_STARTED
+    }
+
+    /// Asks the postmaster to end it, or not to start it.
+    pub fn terminate(&self) {
+        // SAFETY: as above.
+        unsafe { pg_sys::TerminateBackgroundWorker(self.0) };
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: allocated by PostgreSQL, and not used any more.
+            unsafe { pg_sys::pfree(self.0.cast()) };
+        }
+    }
+}

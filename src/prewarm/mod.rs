@@ -1,0 +1,123 @@
+//! `pg_prewarm()`: reads one relation's blocks into one of three caches.
+
+use std::ffi::CString;
+
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+
+use crate::blocks::{BlockNumber, Fork};
+use crate::error::Error;
+use crate::pg::process::check_for_interrupts;
+use crate::pg::relation::{self, Relation};
+
+/// How far blocks are brought.
+#[derive(Clone, Copy, Debug)]
+enum Mode {
+    /// The operating system is asked to read them, and not waited for.
+    Prefetch,
+    /// They are read, which leaves them in the operating system's cache.
+    Read,
+    /// They are read into shared buffers.
+    Buffer,
+}
+
+impl Mode {
+    fn from_name(name: &[u8]) -> Result<Self, Error> {
+        match name {
+            b"prefetch" => Ok(Self::Prefetch),
+            b"read" => Ok(Self::Read),
+            b"buffer" => Ok(Self::Buffer),
+            _ => Err(Error::InvalidMode),
+        }
+    }
+}
+
+/// Prewarms the blocks `first_block` to `last_block` of one fork of a relation,
+/// and returns how many that were. A null bound is that end of the fork.
+///
+/// Needs SELECT on the relation (on its table, for an index). Text comes as
+/// bytes, since not every database's encoding is UTF-8.
+#[pg_extern(sql = r#"
+CREATE FUNCTION pg_prewarm(regclass,
+                           mode text DEFAULT 'buffer',
+                           fork text DEFAULT 'main',
+                           first_block int8 DEFAULT NULL,
+                           last_block int8 DEFAULT NULL)
+RETURNS int8
+AS 'MODULE_PATHNAME', 'pg_prewarm'
+LANGUAGE C PARALLEL SAFE;
+"#)]
+fn pg_prewarm(
+    relation: Option<pg_sys::Oid>,
+    mode: Option<&[u8]>,
+    fork: Option<&[u8]>,
+    first_block: Option<i64>,
+    last_block: Option<i64>,
+) -> Result<i64, ErrorReport> {
+    Ok(prewarm(relation, mode, fork, first_block, last_block)?)
+}
+
+fn prewarm(
+    relation: Option<pg_sys::Oid>,
+    mode: Option<&[u8]>,
+    fork: Option<&[u8]>,
+    first_block: Option<i64>,
+    last_block: Option<i64>,
+) -> Result<i64, Error> {
+    let oid = relation.ok_or(Error::NullRelation)?;
+    let mode = Mode::from_name(mode.ok_or(Error::NullMode)?)?;
+    let fork_name = CString::new(fork.ok_or(Error::NullFork)?).expect("text holds no NUL");
+    let fork = relation::fork_by_name(&fork_name);
+
+    let relation = Relation::open_with_table(oid).map_err(Error::IndexWithoutTable)?;
+    relation.check_select_right();
+    relation.check_storage();
+    if !relation.has_fork(fork) {
+        let name = fork_name.to_string_lossy().into_owned();
+        return Err(Error::MissingFork(name));
+    }
+    let blocks = i64::from(relation.blocks(fork));
+    let first = within(first_block, 0, blocks, Error::FirstBlockOutOfRange)?;
+    let last = within(last_block, blocks - 1, blocks, Error::LastBlockOutOfRange)?;
+    if first > last {
+        return Ok(0);
+    }
+
+    // Both lie within the fork, whose blocks are counted in 32 bits.
+    let (first, end) = (first as BlockNumber, last as BlockNumber + 1);
+    run(&relation, mode, fork, first, end);
+    Ok(i64::from(end - first))
+}
+
+/// The bound that the caller set, if it lies within the fork; else the default.
+fn within(
+    bound: Option<i64>,
+    default: i64,
+    blocks: i64,
+    out_of_range: fn(i64) -> Error,
+) -> Result<i64, Error> {
+    match bound {
+        None => Ok(default),
+        Some(block) if (0..blocks).contains(&block) => Ok(block),
+        Some(_) => Err(out_of_range(blocks - 1)),
+    }
+}
+
+/// Brings the blocks from `first` to before `end` where `mode` says.
+fn run(relation: &Relation, mode: Mode, fork: Fork, first: BlockNumber, end: BlockNumber) {
+    match mode {
+        Mode::Read => relation.read(fork, first, end),
+        Mode::Prefetch => {
+            for block in first..end {
+                check_for_interrupts();
+                relation.prefetch(fork, block);
+            }
+        }
+        Mode::Buffer => {
+            for block in first..end {
+                check_for_interrupts();
+                relation.read_into_buffer(fork, block);
+            }
+        }
+    }
+}

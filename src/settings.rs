@@ -1,0 +1,53 @@
+//! The settings, as `postgresql.conf` names them.
+
+use std::time::Duration;
+
+use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
+use pgrx::pg_sys;
+
+use crate::pg::process;
+
+static AUTOPREWARM: GucSetting<bool> = GucSetting::<bool>::new(true);
+static AUTOPREWARM_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(300);
+
+/// Defines the settings. One that is fixed when the server starts can be defined
+/// while it starts only, so `pg_prewarm.autoprewarm` exists when preloaded.
+pub fn define() {
+    GucRegistry::define_int_guc(
+        c"pg_prewarm.autoprewarm_interval",
+        c"Sets the interval between dumps of shared buffers.",
+        c"If set to zero, time-based dumping is disabled.",
+        &AUTOPREWARM_INTERVAL,
+        0,
+        i32::MAX / 1000,
+        GucContext::Sighup,
+        GucFlags::UNIT_S,
+    );
+    if !process::is_preloading() {
+        return;
+    }
+    GucRegistry::define_bool_guc(
+        c"pg_prewarm.autoprewarm",
+        c"Starts the autoprewarm worker.",
+        c"",
+        &AUTOPREWARM,
+        GucContext::Postmaster,
+        GucFlags::default(),
+    );
+    // SAFETY: a C string; the server then warns of every other pg_prewarm.x.
+    unsafe { pg_sys::MarkGUCPrefixReserved(c"pg_prewarm".as_ptr()) };
+}
+
+/// `pg_prewarm.autoprewarm`: whether there is to be a leader.
+pub fn autoprewarm() -> bool {
+    AUTOPREWARM.get()
+}
+
+/// `pg_prewarm.autoprewarm_interval`: how long the leader waits between two
+/// dumps; nothing where it dumps at shutdown only.
+pub fn autoprewarm_interval() -> Option<Duration> {
+    match u64::try_from(AUTOPREWARM_INTERVAL.get()) {
+        Ok(0) | Err(_) => None,
+        Ok(seconds) => Some(Duration::from_secs(seconds)),
+    }
+}

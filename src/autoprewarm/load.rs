@@ -130,7 +130,8 @@ impl Load {
                 return Err(ShuttingDown);
             }
             if !buffer::have_free_buffer() {
-                self.skipped.count(SkipReason::NoFreeBuffer, database.blocks);
+                self.skipped
+                    .count(SkipReason::NoFreeBuffer, database.blocks);
             } else if let Some(reason) = reason_to_skip(&database) {
                 self.skipped.count(reason, database.blocks);
             } else if self.load_database(&database, shared.as_ref())? {

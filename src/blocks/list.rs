@@ -150,7 +150,7 @@ impl Parser {
                         self.state = State::InField;
                     }
                     // A trailer: nothing that a record could begin with.
-                    b'#' => self.ended = true,
+                    b'#' => self.list_ends(),
                     _ if is_space(byte) => {}
                     _ => self.bad_line(byte),
                 },
@@ -206,10 +206,17 @@ impl Parser {
             State::InField | State::BeforeField => self.bad_line(0),
             State::Between | State::BadLine => {}
         }
+        self.list_ends();
+        Ok(())
+    }
+
+    /// Nothing that follows belongs to the list, which may be shorter than it
+    /// claims to be.
+    fn list_ends(&mut self) {
         if self.claimed.is_some_and(|claimed| self.seen < claimed) {
             self.first_bad_line.get_or_insert(self.breaks + 1);
         }
-        Ok(())
+        self.ended = true;
     }
 
     fn record(&mut self, most: usize) -> Result<(), TryReserveError> {

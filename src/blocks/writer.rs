@@ -82,12 +82,7 @@ impl<W: Write + Seek> ListWriter<W> {
     }
 
     fn header(&mut self) -> io::Result<()> {
-        writeln!(
-            self.out,
-            "<<{:>width$}>>",
-            self.written,
-            width = self.width
-        )
+        writeln!(self.out, "<<{:>width$}>>", self.written, width = self.width)
     }
 }
 

@@ -41,7 +41,8 @@ pub unsafe fn locator(relation: pg_sys::Relation) -> Locator {
 /// The block that a buffer's tag names.
 pub fn record(tag: &pg_sys::BufferTag) -> Record {
     #[cfg(feature = "pg15")]
-    let (database, tablespace, filenumber) = (tag.rnode.dbNode, tag.rnode.spcNode, tag.rnode.relNode);
+    let (database, tablespace, filenumber) =
+        (tag.rnode.dbNode, tag.rnode.spcNode, tag.rnode.relNode);
     #[cfg(not(feature = "pg15"))]
     let (database, tablespace, filenumber) = (tag.dbOid, tag.spcOid, tag.relNumber);
     Record {

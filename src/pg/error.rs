@@ -40,11 +40,7 @@ pub fn catch<T>(body: impl FnOnce() -> T) -> Result<T, Caught> {
 
 /// A message with its SQLSTATE and hint, to be reported at some level, or
 /// returned as an error to the caller of an SQL function.
-pub fn new_report(
-    sqlstate: PgSqlErrorCode,
-    message: String,
-    hint: Option<String>,
-) -> ErrorReport {
+pub fn new_report(sqlstate: PgSqlErrorCode, message: String, hint: Option<String>) -> ErrorReport {
     let report = ErrorReport::new(sqlstate, message, "pg_prewarm");
     match hint {
         Some(hint) => report.set_hint(hint),

@@ -72,7 +72,9 @@ pub fn sleep(timeout: Option<Duration>) {
     let (events, milliseconds) = match timeout {
         Some(timeout) => (
             pg_sys::WL_TIMEOUT,
-            i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX).into(),
+            i32::try_from(timeout.as_millis())
+                .unwrap_or(i32::MAX)
+                .into(),
         ),
         None => (0, -1),
     };
@@ -129,4 +131,3 @@ pub fn is_preloading() -> bool {
     // SAFETY: a flag that the postmaster sets around the loading.
     unsafe { pg_sys::process_shared_preload_libraries_in_progress }
 }
-

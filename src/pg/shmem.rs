@@ -49,12 +49,15 @@ impl<T: Shared> SharedStruct<T> {
     pub fn get(&self) -> &'static T {
         unsafe extern "C-unwind" fn init<T: Shared>(address: *mut c_void) {
             // SAFETY: memory of T's size, aligned for any type, not yet used.
-            unsafe { address.cast::<MaybeUninit<T>>().write(MaybeUninit::new(T::INITIAL)) };
+            unsafe {
+                address
+                    .cast::<MaybeUninit<T>>()
+                    .write(MaybeUninit::new(T::INITIAL))
+            };
         }
         if self.address.load(Relaxed).is_null() {
             // SAFETY: the name is ours, and `init` makes a T and calls nothing.
-            let address =
-                unsafe { compat::shared_struct(self.name, size_of::<T>(), init::<T>) };
+            let address = unsafe { compat::shared_struct(self.name, size_of::<T>(), init::<T>) };
             self.address.store(address.cast(), Relaxed);
         }
         // SAFETY: mapped until the process ends, made by `init`, and T is made

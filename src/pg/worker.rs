@@ -30,8 +30,8 @@ impl Kind {
         copy_name(&mut worker.bgw_type, self.name);
         copy_name(&mut worker.bgw_library_name, LIBRARY);
         copy_name(&mut worker.bgw_function_name, self.function);
-        worker.bgw_flags = (pg_sys::BGWORKER_SHMEM_ACCESS
-            | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION) as i32;
+        worker.bgw_flags =
+            (pg_sys::BGWORKER_SHMEM_ACCESS | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION) as i32;
         worker.bgw_start_time = pg_sys::BgWorkerStartTime::BgWorkerStart_ConsistentState;
         worker.bgw_restart_time = if self.restart { 0 } else { NEVER_RESTART };
         worker.bgw_main_arg = pg_sys::Datum::from(argument);

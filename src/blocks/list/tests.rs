@@ -92,12 +92,24 @@ fn a_bad_line_costs_that_line_alone() {
         ("<<3>>\n1,2,3,0,4\n1 2 3 0 5\n1,2,3,0,6\n", vec![4, 6], 3),
         ("<<3>>\n1,2,3,0,4\n1,2 ,3,0,5\n1,2,3,0,6\n", vec![4, 6], 3),
         ("<<3>>\n1,2,3,0,4\n1.0,2,3,0,5\n1,2,3,0,6\n", vec![4, 6], 3),
-        ("<<3>>\n1,2,3,0,4\n1,2,3,0,4294967296\n1,2,3,0,6\n", vec![4, 6], 3),
-        ("<<3>>\n1,2,3,0,4\n99999999999999999999,2,3,0,5\n1,2,3,0,6\n", vec![4, 6], 3),
+        (
+            "<<3>>\n1,2,3,0,4\n1,2,3,0,4294967296\n1,2,3,0,6\n",
+            vec![4, 6],
+            3,
+        ),
+        (
+            "<<3>>\n1,2,3,0,4\n99999999999999999999,2,3,0,5\n1,2,3,0,6\n",
+            vec![4, 6],
+            3,
+        ),
         ("<<3>>\n1,2,3,0,4\n<<3>>\n1,2,3,0,6\n", vec![4, 6], 3),
         ("<<3>>\n1,2,3,0,4\n\0\0\0\0\n1,2,3,0,6\n", vec![4, 6], 3),
         ("<<3>>\n1,2,3,0,4\n1,2,\n3,0,5\n", vec![4], 3),
-        ("<<4>>\n\n1,2,3,0,4\n\nbad\nworse\n1,2,3,0,6\n", vec![4, 6], 5),
+        (
+            "<<4>>\n\n1,2,3,0,4\n\nbad\nworse\n1,2,3,0,6\n",
+            vec![4, 6],
+            5,
+        ),
         // The list ends early: the line that should have been there.
         ("<<3>>\n1,2,3,0,4\n", vec![4], 3),
         ("<<3>>\n1,2,3,0,4", vec![4], 2),
@@ -106,7 +118,11 @@ fn a_bad_line_costs_that_line_alone() {
         ("<<3>>\n1,2,3,0,4\n# pg_prewarm 2.0\n", vec![4], 3),
         ("<<2147483647>>\n1,2,3,0,4\n", vec![4], 3),
         ("<<99999999999>>\n1,2,3,0,4\n", vec![4], 3),
-        ("<<340282366920938463463374607431768211456>>\n1,2,3,0,4\n", vec![4], 3),
+        (
+            "<<340282366920938463463374607431768211456>>\n1,2,3,0,4\n",
+            vec![4],
+            3,
+        ),
         ("<<1>>\n", vec![], 2),
         ("<<1>>", vec![], 1),
         // No header to believe: everything up to a trailer is read.
@@ -182,8 +198,7 @@ fn records() -> impl Strategy<Value = Vec<Record>> {
 }
 
 fn write(records: &[Record]) -> Vec<u8> {
-    let mut writer =
-        ListWriter::begin(io::Cursor::new(Vec::new()), records.len() as u64).unwrap();
+    let mut writer = ListWriter::begin(io::Cursor::new(Vec::new()), records.len() as u64).unwrap();
     for record in records {
         writer.push(record).unwrap();
     }

@@ -1,0 +1,35 @@
+# What there is to do here; each goal says what it needs by calling
+# scripts/prepare, so that every one works on a fresh machine.
+#
+#   make demo              watch a server come back warm
+#   make test [PG=16]      all tests, on one major version (default 15)
+#   make test-all          all tests, on every supported version
+#   make check             formatting, lints, documentation
+#   make install PG_CONFIG=/path/to/pg_config
+#                          install into a PostgreSQL of yours
+#   make clean             remove what was built here
+#
+# TESTS=name runs the tests with that in their name only.
+
+PG ?= 15
+PG_CONFIG ?= pg_config
+
+.PHONY: demo test test-all check install clean
+
+demo:
+	@scripts/demo
+
+test:
+	@scripts/test $(PG)
+
+test-all:
+	@scripts/test 15 16 17 18
+
+check:
+	@scripts/check
+
+install:
+	@scripts/install $(PG_CONFIG)
+
+clean:
+	cargo clean

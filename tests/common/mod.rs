@@ -1,0 +1,695 @@
+//! A throw-away PostgreSQL cluster.
+//!
+//! [`Cluster::build`] makes one from a copy of a freshly initialised data folder;
+//! dropping it stops the server, removes the folder, and fails the test if a
+//! server process died of a signal that the test did not send. As root, servers
+//! run as user `postgres`, since PostgreSQL refuses to run as root.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use postgres::types::FromSqlOwned;
+use postgres::{Client, Config, NoTls};
+
+/// How long anything may take that a test waits for: far more than it should,
+/// so that a busy machine fails no test.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The list, in the data folder.
+pub const LIST: &str = "autoprewarm.blocks";
+
+/// A PostgreSQL installation.
+#[derive(Clone, Debug)]
+pub struct Installation {
+    bin: PathBuf,
+    name: &'static str,
+}
+
+impl Installation {
+    /// The one with this extension in it.
+    pub fn ours() -> Self {
+        Self::from_env("PG_CONFIG", "ours")
+            .expect("PG_CONFIG must name an installation with this extension: run `make test`")
+    }
+
+    /// One of the same major version with contrib's own module; nothing where
+    /// there is none (for 16).
+    pub fn contrib() -> Option<Self> {
+        Self::from_env("CONTRIB_PG_CONFIG", "contrib")
+    }
+
+    fn from_env(variable: &str, name: &'static str) -> Option<Self> {
+        let pg_config = std::env::var_os(variable).filter(|value| !value.is_empty())?;
+        let bin = run(Command::new(pg_config).arg("--bindir"));
+        Some(Self {
+            bin: PathBuf::from(bin.trim()),
+            name,
+        })
+    }
+
+    /// A program of this installation, to be run as the server's user.
+    pub fn program(&self, name: &str) -> Command {
+        as_server_user(self.bin.join(name))
+    }
+
+    pub fn major(&self) -> u32 {
+        let version = run(Command::new(self.bin.join("postgres")).arg("--version"));
+        let number = version.split_whitespace().nth(2).unwrap();
+        number.split('.').next().unwrap().parse().unwrap()
+    }
+
+    /// A freshly initialised data folder, made once and copied for each cluster.
+    fn template(&self, checksums: bool) -> &'static Path {
+        static TEMPLATES: [OnceLock<PathBuf>; 4] = [const { OnceLock::new() }; 4];
+        let index = usize::from(self.name == "contrib") * 2 + usize::from(checksums);
+        TEMPLATES[index].get_or_init(|| {
+            let folder = new_folder("template");
+            let mut initdb = self.program("initdb");
+            initdb.args([
+                "-A",
+                "trust",
+                "-N",
+                "-U",
+                "postgres",
+                "--locale=C",
+                "-E",
+                "UTF8",
+            ]);
+            if checksums {
+                initdb.arg("-k");
+            } else if self.major() >= 18 {
+                initdb.arg("--no-data-checksums");
+            }
+            run(initdb.arg("-D").arg(folder.join("data")));
+            folder.join("data")
+        })
+    }
+}
+
+/// A command that runs as the server's user.
+fn as_server_user(program: impl AsRef<OsStr>) -> Command {
+    let mut command = if is_root() {
+        let mut command = Command::new("setpriv");
+        command.args([
+            "--reuid=postgres",
+            "--regid=postgres",
+            "--init-groups",
+            "--",
+        ]);
+        command.arg(program);
+        command
+    } else {
+        Command::new(program)
+    };
+    // A backtrace in every error's DETAIL is not what users see.
+    command.env_remove("RUST_BACKTRACE").current_dir("/");
+    command
+}
+
+fn is_root() -> bool {
+    // SAFETY: asks, and cannot fail.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// Makes the server's user the owner of a file that this process made.
+pub fn give_to_server(path: &Path) {
+    if is_root() {
+        static OWNER: OnceLock<(u32, u32)> = OnceLock::new();
+        let (user, group) = *OWNER.get_or_init(|| {
+            let id = |flag| run(Command::new("id").args([flag, "postgres"]));
+            (
+                id("-u").trim().parse().unwrap(),
+                id("-g").trim().parse().unwrap(),
+            )
+        });
+        chown(path, Some(user), Some(group)).unwrap();
+    }
+}
+
+/// A new folder of the server's user, below the cache. Its path is short: a
+/// socket's may not be long.
+fn new_folder(kind: &str) -> PathBuf {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let cache = std::env::var_os("PG_PREWARM_CACHE").expect(
+        "PG_PREWARM_CACHE must name a folder that the server's user can enter: run `make test`",
+    );
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let folder = Path::new(&cache)
+        .join("clusters")
+        .join(format!("{}-{kind}-{number}", std::process::id()));
+    fs::create_dir_all(&folder).unwrap();
+    give_to_server(&folder);
+    folder
+}
+
+/// Runs a command that must succeed, and returns what it printed.
+pub fn run(command: &mut Command) -> String {
+    let output = output(command);
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn output(command: &mut Command) -> Output {
+    command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"))
+}
+
+/// Waits until `condition` holds.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain for: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// How a server is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shutdown {
+    Smart,
+    Fast,
+    Immediate,
+}
+
+/// What a cluster is to be like.
+pub struct Builder {
+    installation: Installation,
+    checksums: bool,
+    preload: bool,
+    settings: Vec<String>,
+}
+
+impl Builder {
+    /// With contrib's module instead of ours.
+    pub fn installation(mut self, installation: Installation) -> Self {
+        self.installation = installation;
+        self
+    }
+
+    /// With data checksums.
+    pub fn checksums(mut self) -> Self {
+        self.checksums = true;
+        self
+    }
+
+    /// Without the library in `shared_preload_libraries`.
+    pub fn not_preloaded(mut self) -> Self {
+        self.preload = false;
+        self
+    }
+
+    /// With a line in `postgresql.conf`.
+    pub fn setting(mut self, line: &str) -> Self {
+        self.settings.push(line.to_owned());
+        self
+    }
+
+    /// Makes the cluster, not started.
+    pub fn create(self) -> Cluster {
+        let folder = new_folder("cluster");
+        let template = self.installation.template(self.checksums);
+        let data = folder.join("data");
+        run(as_server_user("cp").arg("-a").arg(template).arg(&data));
+        let cluster = Cluster {
+            installation: self.installation,
+            folder,
+            crash_expected: false,
+        };
+        // Autovacuum would fill the cache while a test looks at it.
+        cluster.configure(&format!(
+            "listen_addresses = ''\n\
+             unix_socket_directories = '{}'\n\
+             fsync = off\n\
+             shared_buffers = 32MB\n\
+             autovacuum = off\n\
+             log_min_messages = debug1\n\
+             log_line_prefix = '%b[%p] '\n\
+             max_wal_senders = 4\n\
+             wal_level = replica\n\
+             hot_standby = on\n\
+             restart_after_crash = on",
+            cluster.folder.display()
+        ));
+        if self.preload {
+            cluster.configure("shared_preload_libraries = 'pg_prewarm'");
+        }
+        for line in &self.settings {
+            cluster.configure(line);
+        }
+        cluster
+    }
+
+    /// Makes the cluster and starts it.
+    pub fn start(self) -> Cluster {
+        let cluster = self.create();
+        cluster.start();
+        cluster
+    }
+}
+
+/// A cluster of one test.
+pub struct Cluster {
+    installation: Installation,
+    folder: PathBuf,
+    crash_expected: bool,
+}
+
+impl Cluster {
+    /// Begins with our module preloaded, and PostgreSQL's defaults otherwise.
+    pub fn build() -> Builder {
+        Builder {
+            installation: Installation::ours(),
+            checksums: false,
+            preload: true,
+            settings: Vec::new(),
+        }
+    }
+
+    /// The same data with another installation's programs and libraries.
+    pub fn switch_to(&mut self, installation: Installation) {
+        self.installation = installation;
+    }
+
+    /// A process is going to die, or be killed, in this test.
+    pub fn expect_crash(&mut self) {
+        self.crash_expected = true;
+    }
+
+    pub fn major(&self) -> u32 {
+        self.installation.major()
+    }
+
+    /// A file below the cluster's own folder, beside its data.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// A file in the data folder.
+    pub fn data(&self, name: &str) -> PathBuf {
+        self.folder.join("data").join(name)
+    }
+
+    /// Appends to `postgresql.conf`.
+    pub fn configure(&self, lines: &str) {
+        let path = self.data("postgresql.conf");
+        let mut text = fs::read_to_string(&path).unwrap();
+        text.push_str(lines);
+        text.push('\n');
+        fs::write(&path, text).unwrap();
+    }
+
+    fn pg_ctl(&self) -> Command {
+        let mut command = self.installation.program("pg_ctl");
+        command
+            .arg("-D")
+            .arg(self.data(""))
+            .args(["-s", "-w", "-t", "60"]);
+        command.arg("-l").arg(self.path("log"));
+        command
+    }
+
+    pub fn start(&self) {
+        assert!(
+            self.try_start(),
+            "the server does not start:\n{}",
+            self.log()
+        );
+    }
+
+    /// False where the server does not start.
+    pub fn try_start(&self) -> bool {
+        // The server inherits what pg_ctl's output goes to.
+        let mut command = self.pg_ctl();
+        command
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null());
+        command.arg("start").status().unwrap().success()
+    }
+
+    pub fn stop(&self, how: Shutdown) {
+        let mode = match how {
+            Shutdown::Smart => "smart",
+            Shutdown::Fast => "fast",
+            Shutdown::Immediate => "immediate",
+        };
+        run(self.pg_ctl().args(["-m", mode, "stop"]));
+    }
+
+    /// Stops fast, as most do, and starts again.
+    pub fn restart(&self) {
+        self.stop(Shutdown::Fast);
+        self.start();
+    }
+
+    /// Has the server read its configuration again.
+    pub fn reload(&self) {
+        run(self.pg_ctl().arg("reload"));
+    }
+
+    pub fn promote(&self) {
+        run(self.pg_ctl().arg("promote"));
+    }
+
+    pub fn is_running(&self) -> bool {
+        output(self.pg_ctl().arg("status")).status.success()
+    }
+
+    /// The postmaster's process ID.
+    pub fn postmaster(&self) -> i32 {
+        let text = fs::read_to_string(self.data("postmaster.pid")).unwrap();
+        text.lines().next().unwrap().parse().unwrap()
+    }
+
+    pub fn config(&self) -> Config {
+        let mut config = Config::new();
+        config
+            .host_path(&self.folder)
+            .user("postgres")
+            .dbname("postgres");
+        config
+    }
+
+    /// A connection as superuser.
+    pub fn connect(&self, database: &str) -> Client {
+        self.connect_as("postgres", database)
+    }
+
+    pub fn connect_as(&self, user: &str, database: &str) -> Client {
+        let mut config = self.config();
+        config.user(user).dbname(database);
+        let start = Instant::now();
+        loop {
+            match config.connect(NoTls) {
+                Ok(client) => return client,
+                // The server may be restarting after a crash.
+                Err(error) if start.elapsed() > PATIENCE => panic!("{error}\n{}", self.log()),
+                Err(error)
+                    if error
+                        .as_db_error()
+                        .is_none_or(|error| error.code().code() == "57P03") =>
+                {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    /// Runs SQL in database `postgres`.
+    pub fn sql(&self, sql: &str) {
+        self.sql_in("postgres", sql);
+    }
+
+    pub fn sql_in(&self, database: &str, sql: &str) {
+        if let Err(error) = self.connect(database).batch_execute(sql) {
+            panic!("{sql}: {error:?}");
+        }
+    }
+
+    /// The only value of a query's only row.
+    pub fn value<T: FromSqlOwned>(&self, sql: &str) -> T {
+        value(&mut self.connect("postgres"), sql)
+    }
+
+    pub fn value_in<T: FromSqlOwned>(&self, database: &str, sql: &str) -> T {
+        value(&mut self.connect(database), sql)
+    }
+
+    /// Everything that the server has logged.
+    pub fn log(&self) -> String {
+        let bytes = fs::read(self.path("log")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Where the log ends now; see [`Cluster::log_since`].
+    pub fn log_end(&self) -> usize {
+        self.log().len()
+    }
+
+    pub fn log_since(&self, mark: usize) -> String {
+        self.log()[mark..].to_owned()
+    }
+
+    /// Waits until a line with that text has been logged after `mark`, and
+    /// returns the line.
+    pub fn wait_for_log(&self, mark: usize, text: &str) -> String {
+        let mut found = None;
+        let start = Instant::now();
+        while found.is_none() {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "waited in vain for \"{text}\" in the log:\n{}",
+                self.log_since(mark)
+            );
+            std::thread::sleep(Duration::from_millis(10));
+            found = self
+                .log_since(mark)
+                .lines()
+                .find(|line| line.contains(text))
+                .map(str::to_owned);
+        }
+        found.unwrap()
+    }
+
+    /// Waits until a load has ended after `mark`, and returns how many blocks
+    /// were loaded, of how many.
+    pub fn wait_for_load(&self, mark: usize) -> (u64, u64) {
+        let line = self.wait_for_log(mark, "autoprewarm successfully prewarmed");
+        let numbers: Vec<u64> = line
+            .rsplit_once("prewarmed")
+            .unwrap()
+            .1
+            .split_whitespace()
+            .filter_map(|word| word.parse().ok())
+            .collect();
+        (numbers[0], numbers[1])
+    }
+
+    /// The leader's process ID, where there is one.
+    pub fn leader(&self) -> Option<i32> {
+        let rows = self
+            .connect("postgres")
+            .query(
+                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'autoprewarm leader'",
+                &[],
+            )
+            .unwrap();
+        rows.first().map(|row| row.get(0))
+    }
+
+    /// Writes a list for the next start to load.
+    pub fn write_list(&self, text: impl AsRef<[u8]>) {
+        let path = self.data(LIST);
+        let _ = fs::remove_file(&path);
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        give_to_server(&path);
+    }
+
+    /// The list's text.
+    pub fn list(&self) -> String {
+        fs::read_to_string(self.data(LIST)).unwrap()
+    }
+
+    /// The list's records.
+    pub fn listed(&self) -> BTreeSet<Block> {
+        let list = self.list();
+        let blocks: BTreeSet<Block> = list.lines().skip(1).map(Block::parse).collect();
+        let header = list.lines().next().unwrap();
+        let claimed = header
+            .trim_start_matches("<<")
+            .trim_end_matches(">>")
+            .trim();
+        assert_eq!(claimed.parse::<usize>().unwrap(), blocks.len(), "{header}");
+        blocks
+    }
+
+    /// The blocks in shared buffers, as `pg_buffercache` has them.
+    pub fn cached(&self) -> BTreeSet<Block> {
+        self.sql("CREATE EXTENSION IF NOT EXISTS pg_buffercache");
+        self.connect("postgres")
+            .query(
+                "SELECT reldatabase, reltablespace, relfilenode, relforknumber::int8, relblocknumber \
+                 FROM pg_buffercache WHERE relfilenode IS NOT NULL",
+                &[],
+            )
+            .unwrap()
+            .iter()
+            .map(|row| Block {
+                database: row.get(0),
+                tablespace: row.get(1),
+                filenumber: row.get(2),
+                fork: row.get::<_, i64>(3) as u32,
+                block: row.get::<_, i64>(4) as u32,
+            })
+            .collect()
+    }
+
+    /// The file that a relation of a database has now, as the first four fields
+    /// of its records.
+    pub fn file_of(&self, database: &str, relation: &str) -> Block {
+        let row = self
+            .connect(database)
+            .query_one(
+                "SELECT d.oid, COALESCE(NULLIF(c.reltablespace, 0), d.dattablespace), \
+                        pg_relation_filenode(c.oid) \
+                 FROM pg_class c, pg_database d \
+                 WHERE c.oid = $1::text::regclass AND d.datname = current_database()",
+                &[&relation],
+            )
+            .unwrap();
+        Block {
+            database: row.get(0),
+            tablespace: row.get(1),
+            filenumber: row.get(2),
+            fork: 0,
+            block: 0,
+        }
+    }
+
+    /// A standby that follows this cluster, not started.
+    pub fn standby(&self) -> Cluster {
+        let folder = new_folder("standby");
+        let mut backup = self.installation.program("pg_basebackup");
+        backup.arg("-h").arg(&self.folder);
+        backup.args([
+            "-U", "postgres", "-R", "-N", "-c", "fast", "-X", "stream", "-D",
+        ]);
+        run(backup.arg(folder.join("data")));
+        let standby = Cluster {
+            installation: self.installation.clone(),
+            folder,
+            crash_expected: false,
+        };
+        standby.configure(&format!(
+            "unix_socket_directories = '{}'",
+            standby.folder.display()
+        ));
+        standby
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let _ = output(self.pg_ctl().args(["-m", "immediate", "stop"]));
+        if std::thread::panicking() {
+            eprintln!("the server's log:\n{}", self.log());
+        } else if !self.crash_expected {
+            let log = self.log();
+            for sign in ["terminated by signal", "PANIC:", "TRAP:"] {
+                assert!(!log.contains(sign), "a server process died:\n{log}");
+            }
+        }
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// The only value of a query's only row.
+pub fn value<T: FromSqlOwned>(client: &mut Client, sql: &str) -> T {
+    match client.query_one(sql, &[]) {
+        Ok(row) => row.get(0),
+        Err(error) => panic!("{sql}: {error:?}"),
+    }
+}
+
+/// The error that a query must raise: SQLSTATE, message, detail, hint.
+pub fn error(client: &mut Client, sql: &str) -> SqlError {
+    let error = match client.simple_query(sql) {
+        Ok(_) => panic!("{sql}: succeeded"),
+        Err(error) => error,
+    };
+    let error = error
+        .as_db_error()
+        .unwrap_or_else(|| panic!("{sql}: {error:?}"));
+    SqlError {
+        sqlstate: error.code().code().to_owned(),
+        message: error.message().to_owned(),
+        detail: error.detail().map(str::to_owned),
+        hint: error.hint().map(str::to_owned),
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SqlError {
+    pub sqlstate: String,
+    pub message: String,
+    pub detail: Option<String>,
+    pub hint: Option<String>,
+}
+
+/// Kills a process, or asks it for something.
+pub fn signal(pid: i32, signal: i32) {
+    // SAFETY: a process of this test's own cluster.
+    assert_eq!(
+        unsafe { libc::kill(pid, signal) },
+        0,
+        "process {pid} is gone"
+    );
+}
+
+/// A block, as a record of the list names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Block {
+    pub database: u32,
+    pub tablespace: u32,
+    pub filenumber: u32,
+    pub fork: u32,
+    pub block: u32,
+}
+
+impl Block {
+    fn parse(line: &str) -> Self {
+        let mut fields = line.split(',').map(|field| field.parse().unwrap());
+        let mut field = || fields.next().unwrap();
+        Self {
+            database: field(),
+            tablespace: field(),
+            filenumber: field(),
+            fork: field(),
+            block: field(),
+        }
+    }
+
+    /// Whether both are of the same relation.
+    pub fn same_relation(&self, other: &Self) -> bool {
+        (self.database, self.tablespace, self.filenumber)
+            == (other.database, other.tablespace, other.filenumber)
+    }
+
+    /// Another block of the same fork.
+    pub fn at(self, block: u32) -> Self {
+        Self { block, ..self }
+    }
+
+    pub fn record(&self) -> String {
+        format!(
+            "{},{},{},{},{}",
+            self.database, self.tablespace, self.filenumber, self.fork, self.block
+        )
+    }
+}
+
+/// A list of these blocks.
+pub fn list_of(blocks: impl IntoIterator<Item = Block>) -> String {
+    let records: Vec<_> = blocks.into_iter().map(|block| block.record()).collect();
+    let mut text = format!("<<{}>>\n", records.len());
+    for record in records {
+        text.push_str(&record);
+        text.push('\n');
+    }
+    text
+}

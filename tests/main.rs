@@ -5,4 +5,6 @@
 
 mod common;
 
+mod load;
 mod restart;
+mod standby;

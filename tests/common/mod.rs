@@ -521,6 +521,11 @@ impl Cluster {
     /// The blocks in shared buffers, as `pg_buffercache` has them.
     pub fn cached(&self) -> BTreeSet<Block> {
         self.sql("CREATE EXTENSION IF NOT EXISTS pg_buffercache");
+        self.cached_without_extension()
+    }
+
+    /// The same where the extension is there already, as on a standby.
+    pub fn cached_without_extension(&self) -> BTreeSet<Block> {
         self.connect("postgres")
             .query(
                 "SELECT reldatabase, reltablespace, relfilenode, relforknumber::int8, relblocknumber \

@@ -1,0 +1,386 @@
+//! What a load does with relations that changed since they were listed, and what
+//! becomes of the list when the load does not come to its end.
+
+use std::collections::BTreeSet;
+
+use crate::common::{Block, Cluster, Shutdown, list_of, signal, value, wait_until};
+
+/// A table of that many full blocks, one row in each.
+fn table(cluster: &Cluster, name: &str, blocks: u32) -> Block {
+    cluster.sql(&format!(
+        "CREATE TABLE {name} (id int, filler text); \
+         ALTER TABLE {name} ALTER filler SET STORAGE PLAIN; \
+         INSERT INTO {name} SELECT g, repeat('x', 7000) FROM generate_series(1, {blocks}) g"
+    ));
+    cluster.file_of("postgres", name)
+}
+
+fn blocks(file: Block, count: u32) -> impl Iterator<Item = Block> {
+    (0..count).map(move |block| file.at(block))
+}
+
+/// Starts the stopped cluster with that list, and waits for the load to end.
+/// Returns what was loaded, of how many, and the line about what was not.
+fn load(cluster: &Cluster, list: &str) -> (u64, u64, String) {
+    cluster.write_list(list);
+    let mark = cluster.log_end();
+    cluster.start();
+    let (loaded, total) = cluster.wait_for_load(mark);
+    let skipped = if loaded < total {
+        let line = cluster.wait_for_log(mark, "autoprewarm skipped ");
+        line.split_once("skipped ").unwrap().1.to_owned()
+    } else {
+        String::new()
+    };
+    (loaded, total, skipped)
+}
+
+#[test]
+fn relations_that_changed_since_are_skipped_and_counted() {
+    let cluster = Cluster::build().start();
+    let space = cluster.path("space");
+    std::fs::create_dir(&space).unwrap();
+    crate::common::give_to_server(&space);
+    cluster.sql(&format!(
+        "CREATE TABLESPACE space LOCATION '{}'",
+        space.display()
+    ));
+    let kept = table(&cluster, "kept", 5);
+    let dropped = table(&cluster, "dropped", 10);
+    let truncated = table(&cluster, "truncated", 20);
+    let rewritten = table(&cluster, "rewritten", 30);
+    let moved = table(&cluster, "moved", 40);
+    let shortened = table(&cluster, "shortened", 50);
+    cluster.sql(
+        "DROP TABLE dropped; TRUNCATE truncated; ALTER TABLE moved SET TABLESPACE space; \
+         DELETE FROM shortened WHERE id > 20",
+    );
+    cluster.sql("VACUUM FULL rewritten");
+    cluster.sql("VACUUM shortened");
+    assert_eq!(
+        cluster.value::<i64>("SELECT pg_relation_size('shortened') / 8192"),
+        20
+    );
+    cluster.stop(Shutdown::Fast);
+
+    let list = list_of(
+        blocks(kept, 5)
+            .chain(blocks(dropped, 10))
+            .chain(blocks(truncated, 20))
+            .chain(blocks(rewritten, 30))
+            .chain(blocks(moved, 40))
+            .chain(blocks(shortened, 50))
+            .chain(blocks(Block { fork: 2, ..kept }, 1)),
+    );
+    let (loaded, total, skipped) = load(&cluster, &list);
+    assert_eq!((loaded, total), (25, 156));
+    assert_eq!(
+        skipped,
+        "131 blocks: 100 of relations that are gone or were rewritten, \
+         31 beyond the end of their relation"
+    );
+    let cached = cluster.cached();
+    for block in blocks(kept, 5).chain(blocks(shortened, 20)) {
+        assert!(cached.contains(&block), "{block:?}");
+    }
+}
+
+#[test]
+fn a_record_loads_only_the_relation_of_its_own_database_and_tablespace() {
+    let cluster = Cluster::build().start();
+    let space = cluster.path("space");
+    std::fs::create_dir(&space).unwrap();
+    crate::common::give_to_server(&space);
+    cluster.sql(&format!(
+        "CREATE TABLESPACE space LOCATION '{}'",
+        space.display()
+    ));
+    cluster.sql("CREATE DATABASE other");
+    let here = table(&cluster, "here", 10);
+    let there = cluster.value("SELECT oid FROM pg_tablespace WHERE spcname = 'space'");
+    let other = cluster.value("SELECT oid FROM pg_database WHERE datname = 'other'");
+    cluster.stop(Shutdown::Fast);
+
+    let list = list_of(
+        blocks(
+            Block {
+                tablespace: there,
+                ..here
+            },
+            3,
+        )
+        .chain(blocks(
+            Block {
+                database: other,
+                ..here
+            },
+            4,
+        ))
+        .chain(blocks(
+            Block {
+                database: 0,
+                ..here
+            },
+            5,
+        ))
+        .chain(blocks(here, 10).skip(9)),
+    );
+    let (loaded, total, skipped) = load(&cluster, &list);
+    assert_eq!((loaded, total), (1, 13));
+    assert_eq!(
+        skipped,
+        "12 blocks: 12 of relations that are gone or were rewritten"
+    );
+    let cached: BTreeSet<_> = cluster
+        .cached()
+        .into_iter()
+        .filter(|block| block.filenumber == here.filenumber)
+        .collect();
+    assert_eq!(cached, BTreeSet::from([here.at(9)]));
+}
+
+#[test]
+fn a_load_evicts_nothing_and_stops_when_the_cache_is_full() {
+    let cluster = Cluster::build().setting("shared_buffers = 8MB").start();
+    cluster.sql("CREATE EXTENSION pg_buffercache");
+    let big = table(&cluster, "big", 2000);
+    cluster.stop(Shutdown::Fast);
+    let (loaded, total, skipped) = load(&cluster, &list_of(blocks(big, 2000)));
+    assert_eq!(total, 2000);
+    assert!((700..=1024).contains(&loaded), "{loaded}");
+    assert_eq!(
+        skipped,
+        format!("{0} blocks: {0} for want of a free buffer", total - loaded)
+    );
+    // What is not there any more made room for the session that asks, not for
+    // blocks further on in the list.
+    let cached: Vec<_> = cluster
+        .cached_without_extension()
+        .into_iter()
+        .filter(|block| block.same_relation(&big) && block.fork == 0)
+        .collect();
+    assert!(cached.len() as u64 + 300 > loaded, "{}", cached.len());
+    assert!(cached.iter().all(|block| u64::from(block.block) < loaded));
+}
+
+#[test]
+fn unlogged_relations_are_listed_unless_a_crash_could_follow() {
+    let cluster = Cluster::build()
+        .setting("pg_prewarm.autoprewarm_interval = 1")
+        .start();
+    cluster.sql("CREATE EXTENSION pg_prewarm; CREATE UNLOGGED TABLE fleeting AS SELECT 1 AS id");
+    let fleeting = cluster.file_of("postgres", "fleeting");
+    let is_listed = || {
+        cluster
+            .listed()
+            .iter()
+            .any(|block| block.same_relation(&fleeting))
+    };
+
+    let logged = table(&cluster, "logged", 1);
+    wait_until("a periodic dump", || {
+        cluster.data(crate::common::LIST).exists()
+            && cluster
+                .listed()
+                .iter()
+                .any(|block| block.same_relation(&logged))
+    });
+    assert!(!is_listed());
+
+    cluster.configure("pg_prewarm.autoprewarm_interval = 0");
+    cluster.reload();
+    wait_until("the reload", || {
+        cluster.value::<String>("SHOW pg_prewarm.autoprewarm_interval") == "0"
+    });
+    // A periodic dump under way may still come after the first of these.
+    wait_until("a dump on demand", || {
+        cluster.sql("SELECT autoprewarm_dump_now()");
+        is_listed()
+    });
+
+    cluster.sql("DROP EXTENSION pg_prewarm");
+    std::fs::remove_file(cluster.data(crate::common::LIST)).unwrap();
+    cluster.stop(Shutdown::Fast);
+    assert!(is_listed());
+    let mark = cluster.log_end();
+    cluster.start();
+    cluster.wait_for_load(mark);
+    assert!(
+        cluster
+            .cached()
+            .iter()
+            .any(|block| block.same_relation(&fleeting))
+    );
+}
+
+#[test]
+fn a_crash_restart_loads_again() {
+    let mut cluster = Cluster::build().start();
+    cluster.expect_crash();
+    let kept = table(&cluster, "kept", 10);
+    let mark = cluster.log_end();
+    cluster.restart();
+    cluster.wait_for_load(mark);
+
+    let postmaster = cluster.postmaster();
+    for kill_leader in [false, true] {
+        let mut client = cluster.connect("postgres");
+        let victim = if kill_leader {
+            cluster.leader().unwrap()
+        } else {
+            value(&mut client, "SELECT pg_backend_pid()")
+        };
+        let mark = cluster.log_end();
+        signal(victim, libc::SIGKILL);
+        cluster.wait_for_log(mark, "all server processes terminated; reinitializing");
+        cluster.wait_for_load(mark);
+        assert_eq!(cluster.postmaster(), postmaster);
+        let cached = cluster.cached();
+        assert!(blocks(kept, 10).all(|block| cached.contains(&block)));
+        wait_until("a new leader", || cluster.leader().is_some());
+    }
+}
+
+#[test]
+fn a_leader_that_was_ended_can_be_started_again_and_loads_nothing() {
+    let cluster = Cluster::build().start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    wait_until("the leader", || cluster.leader().is_some());
+    let first = cluster.leader().unwrap();
+    let mark = cluster.log_end();
+    cluster.sql(&format!("SELECT pg_terminate_backend({first})"));
+    wait_until("the leader's end", || cluster.leader().is_none());
+    let list = cluster.list();
+    cluster.sql("SELECT autoprewarm_start_worker()");
+    wait_until("the second leader", || cluster.leader().is_some());
+    assert_ne!(cluster.leader(), Some(first));
+    cluster.stop(Shutdown::Fast);
+    assert!(!cluster.log_since(mark).contains("successfully prewarmed"));
+    assert_ne!(cluster.list(), "<<0>>\n");
+    assert!(!list.is_empty());
+}
+
+/// A cluster whose load cannot come to its end: a prepared transaction has a
+/// lock on a table that is listed. Returns the list as well.
+fn cluster_in_mid_load() -> (Cluster, String) {
+    let cluster = Cluster::build()
+        .setting("max_prepared_transactions = 2")
+        .setting("pg_prewarm.autoprewarm_interval = 1")
+        .start();
+    let loaded = table(&cluster, "loaded", 100);
+    let locked = table(&cluster, "locked", 100);
+    cluster.sql("BEGIN; LOCK TABLE locked; PREPARE TRANSACTION 'holder'");
+    cluster.stop(Shutdown::Fast);
+    let list = list_of(blocks(loaded, 100).chain(blocks(locked, 100)));
+    cluster.write_list(&list);
+    cluster.start();
+    wait_until("the worker to wait for the lock", || {
+        cluster.value(
+            "SELECT EXISTS (SELECT FROM pg_locks l JOIN pg_stat_activity a USING (pid) \
+             WHERE NOT l.granted AND a.backend_type = 'autoprewarm worker')",
+        )
+    });
+    (cluster, list)
+}
+
+#[test]
+fn a_shutdown_in_mid_load_keeps_the_list() {
+    for how in [Shutdown::Smart, Shutdown::Fast, Shutdown::Immediate] {
+        let (cluster, list) = cluster_in_mid_load();
+        cluster.stop(how);
+        assert_eq!(cluster.list(), list, "{how:?}");
+        // And the list is as good as before.
+        let mark = cluster.log_end();
+        cluster.start();
+        cluster.sql("ROLLBACK PREPARED 'holder'");
+        assert_eq!(cluster.wait_for_load(mark), (200, 200));
+    }
+}
+
+#[test]
+fn nothing_is_dumped_before_the_load_has_ended() {
+    let (cluster, list) = cluster_in_mid_load();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let refused = crate::common::error(
+        &mut cluster.connect("postgres"),
+        "SELECT autoprewarm_dump_now()",
+    );
+    assert_eq!(
+        refused.message,
+        format!(
+            "could not perform block dump because dump file is being used by PID {}",
+            cluster.leader().unwrap()
+        )
+    );
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    assert_eq!(cluster.list(), list);
+    cluster.sql("ROLLBACK PREPARED 'holder'");
+    wait_until("a dump after the load", || cluster.list() != list);
+}
+
+#[test]
+fn a_worker_that_is_ended_costs_what_it_had_left_and_nothing_else() {
+    let (cluster, _) = cluster_in_mid_load();
+    let mark = cluster.log_end();
+    let leader = cluster.leader();
+    cluster.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+         WHERE backend_type = 'autoprewarm worker'",
+    );
+    assert_eq!(cluster.wait_for_load(mark), (100, 200));
+    let line = cluster.wait_for_log(mark, "autoprewarm skipped ");
+    assert!(
+        line.ends_with("skipped 100 blocks: 100 because their worker was interrupted"),
+        "{line}"
+    );
+    assert_eq!(cluster.leader(), leader);
+}
+
+#[test]
+fn ending_the_leader_in_mid_load_ends_its_worker_and_keeps_the_list() {
+    let (cluster, list) = cluster_in_mid_load();
+    cluster.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+         WHERE backend_type = 'autoprewarm leader'",
+    );
+    wait_until("both to end", || {
+        cluster.value(
+            "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type LIKE 'autoprewarm%')",
+        )
+    });
+    assert_eq!(cluster.list(), list);
+    cluster.stop(Shutdown::Fast);
+    assert_eq!(cluster.list(), list);
+}
+
+#[test]
+fn a_missing_list_is_loaded_silently() {
+    let cluster = Cluster::build().start();
+    wait_until("the leader", || cluster.leader().is_some());
+    cluster.stop(Shutdown::Fast);
+    std::fs::remove_file(cluster.data(crate::common::LIST)).unwrap();
+    let mark = cluster.log_end();
+    cluster.start();
+    wait_until("the leader", || cluster.leader().is_some());
+    cluster.stop(Shutdown::Fast);
+    let log = cluster.log_since(mark);
+    let said: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains("autoprewarm") && !line.contains("DEBUG:"))
+        .collect();
+    assert!(said.is_empty(), "{said:?}");
+}
+
+#[test]
+fn an_idle_server_writes_an_empty_list_and_starts_well_with_it() {
+    let cluster = Cluster::build().create();
+    cluster.write_list("<<0>>\n");
+    for _ in 0..2 {
+        let mark = cluster.log_end();
+        cluster.start();
+        assert_eq!(cluster.wait_for_load(mark), (0, 0));
+        cluster.stop(Shutdown::Fast);
+        assert_eq!(cluster.list(), "<<0>>\n");
+        assert!(!cluster.log_since(mark).contains("WARNING"));
+    }
+}

@@ -1,0 +1,49 @@
+//! A standby is loaded and dumped like any other server.
+
+use crate::common::{Cluster, Shutdown, wait_until};
+
+#[test]
+fn a_standby_comes_back_warm_and_stays_so_when_promoted() {
+    let primary = Cluster::build().start();
+    primary.sql(
+        "CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache; \
+         CREATE TABLE t AS SELECT g AS id, repeat('x', 500) AS filler FROM generate_series(1, 5000) g",
+    );
+    let table = primary.file_of("postgres", "t");
+    let standby = primary.standby();
+    standby.start();
+    assert!(standby.value::<bool>("SELECT pg_is_in_recovery()"));
+    let blocks: i64 = standby.value("SELECT pg_prewarm('t')");
+    assert!(blocks > 100);
+
+    // The dump at shutdown, and one on demand, work in recovery.
+    assert!(standby.value::<i64>("SELECT autoprewarm_dump_now()") > blocks);
+    let mark = standby.log_end();
+    standby.restart();
+    standby.wait_for_load(mark);
+    assert!(standby.value::<bool>("SELECT pg_is_in_recovery()"));
+    let cached_blocks = || {
+        let cached = standby.cached_without_extension();
+        cached
+            .iter()
+            .filter(|block| block.same_relation(&table) && block.fork == 0)
+            .count() as i64
+    };
+    assert_eq!(cached_blocks(), blocks);
+
+    let leader = standby.leader();
+    assert!(leader.is_some());
+    standby.promote();
+    wait_until("the promotion", || {
+        !standby.value::<bool>("SELECT pg_is_in_recovery()")
+    });
+    assert_eq!(standby.leader(), leader);
+    assert_eq!(cached_blocks(), blocks);
+    standby.stop(Shutdown::Fast);
+    assert!(
+        standby
+            .listed()
+            .iter()
+            .any(|block| block.same_relation(&table))
+    );
+}

@@ -97,3 +97,24 @@ install_extension() {
     rm -f "$log"
     cp "$project"/sql/pg_prewarm--1.1.sql "$("$PG_CONFIG" --sharedir)/extension/"
 }
+
+# Runs contrib's own regression and TAP tests, of the version that is installed
+# in the folder $1, against the module that is installed there.
+run_contrib_tests() {
+    local root=$1 work=$cache/contrib-tests pgxs
+    rm -rf "$work"
+    mkdir -p "$work"
+    cp -r "$root"/contrib/{t,sql,expected} "$work/"
+    pgxs=$("$PG_CONFIG" --pkglibdir)/pgxs
+    [ "$(id -u)" != 0 ] || chown -R postgres: "$work"
+    (
+        cd "$work"
+        as_server_user env PATH="$("$PG_CONFIG" --bindir):$PATH" \
+            "$pgxs/src/test/regress/pg_regress" --bindir="$("$PG_CONFIG" --bindir)" \
+            --inputdir=. --outputdir=. --temp-instance=./instance --no-locale pg_prewarm
+        as_server_user env PATH="$("$PG_CONFIG" --bindir):$PATH" TESTDATADIR="$work/tmp_check" \
+            TESTLOGDIR="$work/log" PG_REGRESS="$pgxs/src/test/regress/pg_regress" PGPORT=65432 \
+            prove -I "$root/contrib/perl" t/*.pl
+    ) || die "contrib's own tests fail; see $work"
+    rm -rf "$work"
+}

@@ -20,5 +20,7 @@ pub mod file;
 pub mod process;
 pub mod relation;
 pub mod shmem;
+#[cfg(any(test, feature = "pg_test"))]
+mod tests;
 pub mod transaction;
 pub mod worker;

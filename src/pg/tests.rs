@@ -1,0 +1,120 @@
+//! The safe types, tried within a server.
+
+#[pgrx::pg_schema]
+mod tests {
+    use pgrx::prelude::*;
+
+    use crate::blocks::{Fork, Record};
+    use crate::pg::buffer::cached_blocks;
+    use crate::pg::database::Database;
+    use crate::pg::error::catch;
+    use crate::pg::relation::{Relation, fork_by_name};
+
+    /// Makes a table of a few blocks, and returns its OID and its first block.
+    fn table() -> (pg_sys::Oid, Record) {
+        Spi::run("CREATE TABLE t AS SELECT g FROM generate_series(1, 1000) g").unwrap();
+        let (oid, filenumber) = Spi::get_two::<pg_sys::Oid, pg_sys::Oid>(
+            "SELECT 't'::regclass::oid, pg_relation_filenode('t')",
+        )
+        .unwrap();
+        let (database, tablespace) = Spi::get_two::<pg_sys::Oid, pg_sys::Oid>(
+            "SELECT oid, dattablespace FROM pg_database WHERE datname = current_database()",
+        )
+        .unwrap();
+        let [database, tablespace, filenumber] =
+            [database, tablespace, filenumber].map(|oid| oid.unwrap().to_u32());
+        let record = Record {
+            database,
+            tablespace,
+            filenumber,
+            fork: Fork::Main as u32,
+            block: 0,
+        };
+        (oid.unwrap(), record)
+    }
+
+    fn open(record: Record) -> Option<Relation> {
+        Relation::open_by_file(record.database, record.tablespace, record.filenumber)
+    }
+
+    #[pg_test]
+    fn a_block_that_was_read_is_among_the_cached_blocks() {
+        let (_, record) = table();
+        open(record).unwrap().read_into_buffer(Fork::Main, 0);
+        let cached: Vec<_> = cached_blocks()
+            .filter(|block| block.record == record)
+            .collect();
+        assert_eq!(cached.len(), 1);
+        assert!(cached[0].permanent);
+    }
+
+    #[pg_test]
+    fn a_relation_is_opened_by_its_own_file_only() {
+        let (oid, record) = table();
+        let relation = open(record).unwrap();
+        assert_eq!(relation.name(), "t");
+        assert!(relation.blocks(Fork::Main) > 1);
+        assert!(!relation.has_fork(Fork::Init));
+        assert_eq!(Relation::open_with_table(oid).unwrap().name(), "t");
+        for other in [
+            Record {
+                database: 0,
+                ..record
+            },
+            Record {
+                tablespace: 1664,
+                ..record
+            },
+            Record {
+                filenumber: 1,
+                ..record
+            },
+        ] {
+            assert!(open(other).is_none(), "{other:?}");
+        }
+    }
+
+    #[pg_test]
+    fn a_shared_catalog_is_opened_as_one_of_database_0() {
+        let filenumber = Spi::get_one::<pg_sys::Oid>("SELECT pg_relation_filenode('pg_database')")
+            .unwrap()
+            .unwrap()
+            .to_u32();
+        const GLOBAL_TABLESPACE: u32 = 1664;
+        let relation = Relation::open_by_file(0, GLOBAL_TABLESPACE, filenumber).unwrap();
+        assert_eq!(relation.name(), "pg_database");
+    }
+
+    #[pg_test]
+    fn databases_are_known_as_they_are() {
+        let oid_of = |name: &str| {
+            Spi::get_one_with_args::<pg_sys::Oid>(
+                "SELECT oid FROM pg_database WHERE datname = $1",
+                &[name.into()],
+            )
+            .unwrap()
+            .unwrap()
+            .to_u32()
+        };
+        let postgres = Database::look_up(oid_of("postgres")).unwrap();
+        assert!(!postgres.is_template && postgres.accepts_connections);
+        assert!(Database::look_up(oid_of("template1")).unwrap().is_template);
+        assert!(
+            !Database::look_up(oid_of("template0"))
+                .unwrap()
+                .accepts_connections
+        );
+        assert!(Database::look_up(4_000_000_000).is_none());
+    }
+
+    #[pg_test]
+    fn an_error_that_is_caught_is_told_with_its_code() {
+        let caught = catch(|| fork_by_name(c"bogus")).unwrap_err();
+        assert_eq!(
+            caught.sqlstate,
+            PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE
+        );
+        assert_eq!(caught.message, "invalid fork name");
+        assert!(caught.hint.is_some());
+    }
+}

@@ -51,10 +51,9 @@ pub extern "C-unwind" fn autoprewarm_main(_argument: pg_sys::Datum) {
     crate::autoprewarm::leader::main();
 }
 
-/// Where a per-database worker begins. Its argument is the handle of the
-/// segment that holds what it is to load.
+/// Where a per-database worker begins.
 #[pg_guard]
 #[unsafe(no_mangle)]
-pub extern "C-unwind" fn autoprewarm_database_main(segment: pg_sys::Datum) {
-    crate::autoprewarm::worker::main(segment.value() as u32);
+pub extern "C-unwind" fn autoprewarm_database_main(argument: pg_sys::Datum) {
+    crate::autoprewarm::worker::main((argument.value() as u64).into());
 }

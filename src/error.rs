@@ -48,8 +48,8 @@ pub enum Error {
         path: &'static str,
         source: io::Error,
     },
-    #[error("could not read file \"{DUMP_FILE}\": out of memory")]
-    ListTooLarge,
+    #[error("could not read file \"{DUMP_FILE}\": {0}")]
+    ListTooLarge(&'static str),
 }
 
 impl Error {
@@ -70,7 +70,7 @@ impl Error {
             // contrib's is.
             Self::DumpFileInUse(_) => ERRCODE_INTERNAL_ERROR,
             Self::File { source, .. } => pg::file::sqlstate(source),
-            Self::ListTooLarge => ERRCODE_OUT_OF_MEMORY,
+            Self::ListTooLarge(_) => ERRCODE_OUT_OF_MEMORY,
         }
     }
 

@@ -8,6 +8,7 @@ use pgrx::pg_sys;
 use crate::pg::process;
 
 static AUTOPREWARM: GucSetting<bool> = GucSetting::<bool>::new(true);
+static AUTOPREWARM_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(2);
 static AUTOPREWARM_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(300);
 
 /// Defines the settings. One that is fixed when the server starts can be defined
@@ -22,6 +23,16 @@ pub fn define() {
         i32::MAX / 1000,
         GucContext::Sighup,
         GucFlags::UNIT_S,
+    );
+    GucRegistry::define_int_guc(
+        c"pg_prewarm.autoprewarm_workers",
+        c"Sets the maximum number of workers that load blocks at the same time.",
+        c"Each takes a slot of max_worker_processes while it runs.",
+        &AUTOPREWARM_WORKERS,
+        1,
+        64,
+        GucContext::Sighup,
+        GucFlags::default(),
     );
     if !process::is_preloading() {
         return;
@@ -41,6 +52,11 @@ pub fn define() {
 /// `pg_prewarm.autoprewarm`: whether there is to be a leader.
 pub fn autoprewarm() -> bool {
     AUTOPREWARM.get()
+}
+
+/// `pg_prewarm.autoprewarm_workers`: the most workers of a load at once.
+pub fn autoprewarm_workers() -> usize {
+    usize::try_from(AUTOPREWARM_WORKERS.get()).unwrap_or(1)
 }
 
 /// `pg_prewarm.autoprewarm_interval`: how long the leader waits between two

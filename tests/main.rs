@@ -5,6 +5,8 @@
 
 mod common;
 
+mod heat;
 mod load;
+mod neighbour;
 mod restart;
 mod standby;

@@ -6,10 +6,10 @@ use std::io;
 use pgrx::debug1;
 
 use super::{DUMP_FILE, DUMP_FILE_BEING_WRITTEN};
-use crate::blocks::Record;
 use crate::blocks::writer::{ListWriter, WriteError};
 use crate::error::Error;
-use crate::pg::{buffer, file};
+use crate::pg::buffer::{self, CachedBlock};
+use crate::pg::file;
 
 /// Whether blocks of unlogged relations are listed: a crash empties them, so
 /// that only a list which none can follow should name them.
@@ -24,7 +24,7 @@ pub enum Unlogged {
 /// has the right to use the file.
 pub fn write(unlogged: Unlogged) -> Result<u64, Error> {
     let unfinished = RemoveOnDrop(DUMP_FILE_BEING_WRITTEN);
-    let mut expected = records(unlogged).count() as u64;
+    let mut expected = blocks(unlogged).count();
     let written = loop {
         match write_once(unlogged, expected)? {
             Some(written) => break written,
@@ -40,16 +40,14 @@ pub fn write(unlogged: Unlogged) -> Result<u64, Error> {
 
 /// Writes a list of about `expected` records; nothing where its header has no
 /// room for the number that they turn out to be.
-fn write_once(unlogged: Unlogged, expected: u64) -> Result<Option<u64>, Error> {
+fn write_once(unlogged: Unlogged, expected: usize) -> Result<Option<u64>, Error> {
     let file = file::create(DUMP_FILE_BEING_WRITTEN).map_err(|error| failed("open", error))?;
-    let result = ListWriter::begin(file, expected)
-        .map_err(WriteError::Io)
-        .and_then(|mut writer| {
-            for record in records(unlogged) {
-                writer.push(&record)?;
-            }
-            writer.finish()
-        });
+    let result = ListWriter::begin(file, expected).and_then(|mut writer| {
+        for block in blocks(unlogged) {
+            writer.push(&block.record, block.heat)?;
+        }
+        writer.finish()
+    });
     match result {
         Ok((written, file)) => {
             file::close(file).map_err(|error| failed("close", error))?;
@@ -57,13 +55,14 @@ fn write_once(unlogged: Unlogged, expected: u64) -> Result<Option<u64>, Error> {
         }
         Err(WriteError::TooMany) => Ok(None),
         Err(WriteError::Io(error)) => Err(failed("write to", error)),
+        Err(WriteError::OutOfMemory(_)) => {
+            Err(failed("write to", io::ErrorKind::OutOfMemory.into()))
+        }
     }
 }
 
-fn records(unlogged: Unlogged) -> impl Iterator<Item = Record> {
-    buffer::cached_blocks()
-        .filter(move |block| block.permanent || unlogged == Unlogged::Included)
-        .map(|block| block.record)
+fn blocks(unlogged: Unlogged) -> impl Iterator<Item = CachedBlock> {
+    buffer::cached_blocks().filter(move |block| block.permanent || unlogged == Unlogged::Included)
 }
 
 fn failed(action: &'static str, source: io::Error) -> Error {

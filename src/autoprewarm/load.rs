@@ -1,29 +1,35 @@
 //! Loading the list: the leader's side.
+//!
+//! The leader reads the list, makes the plan, puts it into shared memory, and
+//! starts workers until all of it is claimed: as many at once as the settings and
+//! the free slots allow, each in the database that has most left for it to do.
 
 use std::io;
+use std::ops::Range;
 use std::time::Duration;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, log};
 
+use super::shared::{Claim, Cursor, Load as SharedLoad, MAX_WORKERS, Stage, WorkerArgument};
 use super::state::State;
-use super::worker::{Assignment, Stage};
 use super::{DUMP_FILE, WORKER};
 use crate::blocks::list::{BlockList, ReadError};
-use crate::blocks::plan::{DatabasePlan, Plan};
+use crate::blocks::plan::{DatabasePlan, Plan, PlanError, PlanView};
+use crate::blocks::trailer::Heats;
 use crate::blocks::{SkipCounts, SkipReason};
 use crate::error::Error;
 use crate::pg::database::Database;
 use crate::pg::dsm::Segment;
 use crate::pg::error::new_report;
-use crate::pg::shmem::Shared;
 use crate::pg::worker::{Handle, Status};
 use crate::pg::{buffer, file, process, transaction};
+use crate::settings;
 
 /// How long to wait before a worker that could not be started is tried again,
 /// unless something happens before.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// How often a worker may fail to connect to its database.
+/// How often workers may fail to connect to a database.
 const CONNECT_TRIES: u32 = 3;
 
 /// Whether the list may be replaced by a new one.
@@ -46,7 +52,7 @@ pub fn run(state: &State) -> Outcome {
         }
     };
     match transaction::run(Load::prepare) {
-        Ok(Ok(Some(load))) => load.run(),
+        Ok(Ok(Some(mut load))) => load.run(),
         Ok(Ok(None)) => Outcome::Ended,
         Ok(Err(error)) => {
             error.warn(
@@ -65,13 +71,32 @@ pub fn run(state: &State) -> Outcome {
 
 /// A load under way.
 struct Load {
-    /// The plan, and the assignment of the worker that is at it.
-    segment: Segment<Assignment>,
-    databases: Vec<DatabasePlan>,
+    segment: Segment<SharedLoad, Cursor>,
+    databases: Vec<LoadedDatabase>,
+    /// Chunks that a dead worker has left, each with the index of its database.
+    left_behind: Vec<(usize, Claim)>,
+    /// Chunks that were handed out a second time.
+    second_tries: Vec<u32>,
+    workers: Vec<Worker>,
     /// What the leader itself had to skip.
     skipped: SkipCounts,
     /// Records in the list.
     total: usize,
+}
+
+/// A database of the plan.
+struct LoadedDatabase {
+    plan: DatabasePlan,
+    /// Whether a worker may be started in it, once that was looked up.
+    usable: Option<bool>,
+    failed_connects: u32,
+}
+
+/// A worker that was started.
+struct Worker {
+    handle: Handle,
+    slot: usize,
+    database: usize,
 }
 
 /// The server shuts down.
@@ -84,124 +109,291 @@ impl Load {
         let Some(list) = read_list()? else {
             return Ok(None);
         };
-        if let Some(line) = list.first_bad_line {
-            new_report(
-                PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-                format!("autoprewarm block dump file is corrupted at line {line}"),
-                Some(format!(
-                    "Whatever else \"{DUMP_FILE}\" lists is loaded, and the next block dump \
-                     replaces it."
-                )),
-            )
-            .report(PgLogLevel::WARNING);
-        }
-        let total = list.records.len();
-        let plan = Plan::new(list.records).map_err(|_| Error::ListTooLarge)?;
+        report_oddities(&list);
+        let total = list.entries.len();
+        let plan = Plan::new(list, buffer::count_free() as u64).map_err(|error| match error {
+            PlanError::OutOfMemory(_) => Error::ListTooLarge("out of memory"),
+            PlanError::TooManyFiles => Error::ListTooLarge("too many relations"),
+        })?;
         let mut skipped = SkipCounts::default();
         skipped.count(SkipReason::Illegal, plan.illegal());
-        Ok(Some(Self {
-            segment: Segment::create(Assignment::INITIAL, plan.words(), |words| {
+        skipped.count(SkipReason::NoFreeBuffer, plan.over_budget());
+
+        let mut databases = plan.databases();
+        // Shared catalogs can be read from any database.
+        let shared = match databases.first() {
+            Some(first) if first.database == 0 => Some(databases.remove(0)),
+            _ => None,
+        };
+        let segment =
+            Segment::<SharedLoad, Cursor>::create(databases.len(), plan.words(), |words| {
                 plan.encode(words);
-            }),
-            databases: plan.databases(),
+            });
+        segment
+            .header()
+            .set_work(shared.as_ref(), segment.cells(), &databases);
+        Ok(Some(Self {
+            segment,
+            databases: databases
+                .into_iter()
+                .map(|plan| LoadedDatabase {
+                    plan,
+                    usable: None,
+                    failed_connects: 0,
+                })
+                .collect(),
+            left_behind: Vec::new(),
+            second_tries: Vec::new(),
+            workers: Vec::new(),
             skipped,
             total,
         }))
     }
 
-    fn run(mut self) -> Outcome {
-        match self.load_databases() {
+    fn run(&mut self) -> Outcome {
+        match self.keep_workers_running() {
             Ok(()) => {
                 self.report();
                 Outcome::Ended
             }
-            Err(ShuttingDown) => Outcome::StillDue,
+            Err(ShuttingDown) => {
+                for worker in &self.workers {
+                    worker.handle.terminate();
+                }
+                Outcome::StillDue
+            }
         }
     }
 
-    /// Loads one database after another.
-    fn load_databases(&mut self) -> Result<(), ShuttingDown> {
-        let mut databases = std::mem::take(&mut self.databases).into_iter().peekable();
-        // Shared catalogs can be read from any database, so they ride with the
-        // first that a worker connects to.
-        let mut shared = databases.next_if(|database| database.database == 0);
-        for database in databases {
+    /// Starts workers, and looks after them, until nothing is left to do.
+    fn keep_workers_running(&mut self) -> Result<(), ShuttingDown> {
+        let mut waiting_was_logged = false;
+        loop {
+            let failed = self.reap();
+            let slots_are_short = !failed && self.start_workers();
+            if self.workers.is_empty() {
+                if !failed && !slots_are_short {
+                    return Ok(());
+                }
+                if slots_are_short && !std::mem::replace(&mut waiting_was_logged, true) {
+                    new_report(
+                        PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+                        "autoprewarm is waiting for a background worker slot".to_owned(),
+                        Some("You may need to increase \"max_worker_processes\".".to_owned()),
+                    )
+                    .report(PgLogLevel::LOG);
+                }
+            }
+            // A worker's end sets the latch.
+            process::reload_configuration_if_due();
+            process::sleep(Some(RETRY));
             if process::shutdown_requested() {
                 return Err(ShuttingDown);
             }
-            if !buffer::have_free_buffer() {
-                self.skipped
-                    .count(SkipReason::NoFreeBuffer, database.blocks);
-            } else if let Some(reason) = reason_to_skip(&database) {
-                self.skipped.count(reason, database.blocks);
-            } else if self.load_database(&database, shared.as_ref())? {
-                shared = None;
-            }
         }
-        if let Some(shared) = shared {
-            self.skipped.count(SkipReason::NoDatabase, shared.blocks);
-        }
-        Ok(())
     }
 
-    /// Has a worker load a database, and the shared catalogs with it. False where
-    /// no worker could connect to the database.
-    fn load_database(
-        &mut self,
-        database: &DatabasePlan,
-        shared: Option<&DatabasePlan>,
-    ) -> Result<bool, ShuttingDown> {
-        let assignment = self.segment.header();
-        let blocks = database.blocks + shared.map_or(0, |shared| shared.blocks);
-        let done_before = assignment.done();
-        let mut failures = 0;
-        loop {
-            assignment.assign(
-                database.database,
-                shared.map_or(0..0, |shared| shared.segments.clone()),
-                database.segments.clone(),
-            );
-            let worker = start_worker(self.segment.handle())?;
-            wait_until_stopped(&worker)?;
-            match assignment.stage() {
-                Stage::Finished => return Ok(true),
-                Stage::Connected => {
-                    let rest = blocks.saturating_sub(assignment.done() - done_before);
-                    self.skipped.count(SkipReason::Interrupted, rest);
-                    return Ok(true);
-                }
+    /// Lets go of the workers that have ended. True where one could not do its
+    /// work, and another should not be started at once.
+    fn reap(&mut self) -> bool {
+        let mut failed = false;
+        let mut index = 0;
+        while index < self.workers.len() {
+            if self.workers[index].handle.status() != Status::Stopped {
+                index += 1;
+                continue;
+            }
+            let worker = self.workers.swap_remove(index);
+            let slot = &self.segment.header().workers[worker.slot];
+            let claim = slot.claim();
+            match slot.stage() {
+                Stage::Finished => {}
+                Stage::Connected => self.leave_behind(worker.database, claim),
                 // The postmaster could not start it: that passes.
-                Stage::NotStarted => pause()?,
+                Stage::NotStarted => {
+                    self.left_behind
+                        .extend(claim.map(|claim| (worker.database, claim)));
+                    failed = true;
+                }
                 Stage::Attached => {
-                    failures += 1;
-                    if let Some(reason) = reason_to_skip(database)
-                        .or((failures == CONNECT_TRIES).then_some(SkipReason::NoDatabase))
-                    {
-                        log!(
-                            "autoprewarm could not connect to the database with OID {}",
-                            database.database
-                        );
-                        self.skipped.count(reason, database.blocks);
-                        return Ok(false);
-                    }
-                    pause()?;
+                    self.left_behind
+                        .extend(claim.map(|claim| (worker.database, claim)));
+                    self.could_not_connect(worker.database);
+                    failed = true;
                 }
             }
         }
+        failed
+    }
+
+    /// A worker died at that chunk, which another may try once more.
+    fn leave_behind(&mut self, database: usize, claim: Option<Claim>) {
+        if let Some(claim) = claim
+            && !self.second_tries.contains(&claim.chunk)
+        {
+            self.second_tries.push(claim.chunk);
+            self.left_behind.push((database, claim));
+        }
+    }
+
+    fn could_not_connect(&mut self, index: usize) {
+        let database = &mut self.databases[index];
+        database.failed_connects += 1;
+        // It may have been dropped meanwhile.
+        database.usable = None;
+        if database.failed_connects == CONNECT_TRIES || !self.is_usable(index) {
+            log!(
+                "autoprewarm could not connect to the database with OID {}",
+                self.databases[index].plan.database
+            );
+            self.skip_database(index, SkipReason::NoDatabase);
+        }
+    }
+
+    /// Starts as many workers as there may be. True where there are too few
+    /// slots for that.
+    fn start_workers(&mut self) -> bool {
+        while self.workers.len() < settings::autoprewarm_workers().min(MAX_WORKERS) {
+            if !buffer::have_free_buffer() {
+                self.segment.header().set_full();
+            }
+            let Some((database, first)) = self.next_database() else {
+                return false;
+            };
+            let taken: Vec<_> = self.workers.iter().map(|worker| worker.slot).collect();
+            let slot = (0..MAX_WORKERS)
+                .find(|slot| !taken.contains(slot))
+                .expect("there are as many slots as workers");
+            self.segment.header().workers[slot].assign(
+                self.databases[database].plan.database,
+                database,
+                first,
+            );
+            let argument = WorkerArgument {
+                segment: self.segment.handle(),
+                slot,
+            };
+            let Some(handle) = WORKER.start(argument.into()) else {
+                return true;
+            };
+            self.left_behind.retain(|(_, claim)| Some(*claim) != first);
+            self.workers.push(Worker {
+                handle,
+                slot,
+                database,
+            });
+        }
+        false
+    }
+
+    /// The database that the next worker is to be started in, and the chunk it is
+    /// to begin with, if one was left behind; nothing where no further worker
+    /// would have anything to do.
+    fn next_database(&mut self) -> Option<(usize, Option<Claim>)> {
+        if self.segment.header().is_full() {
+            return None;
+        }
+        while let Some(&(database, claim)) = self.left_behind.last() {
+            if self.is_usable(database) {
+                return Some((database, Some(claim)));
+            }
+            self.left_behind.pop();
+        }
+        loop {
+            let share_of = |index: usize| {
+                let here = self
+                    .workers
+                    .iter()
+                    .filter(|worker| worker.database == index);
+                self.segment.cells()[index].unclaimed().len() / (here.count() + 1)
+            };
+            let (index, share) = (0..self.databases.len())
+                .map(|index| (index, share_of(index)))
+                .max_by_key(|(index, share)| (*share, std::cmp::Reverse(*index)))?;
+            if share == 0 {
+                return None;
+            }
+            if self.is_usable(index) {
+                return Some((index, None));
+            }
+        }
+    }
+
+    /// Whether workers can be started in a database. One where they cannot is
+    /// skipped.
+    fn is_usable(&mut self, index: usize) -> bool {
+        if let Some(usable) = self.databases[index].usable {
+            return usable;
+        }
+        let reason = reason_to_skip(&self.databases[index].plan);
+        self.databases[index].usable = Some(reason.is_none());
+        if let Some(reason) = reason {
+            self.skip_database(index, reason);
+        }
+        reason.is_none()
+    }
+
+    /// Gives up what nobody has claimed of a database.
+    fn skip_database(&mut self, index: usize, reason: SkipReason) {
+        self.databases[index].usable = Some(false);
+        let blocks = self.blocks_of(self.segment.cells()[index].unclaimed());
+        self.segment.cells()[index].close();
+        self.skipped.count(reason, blocks);
+    }
+
+    fn blocks_of(&self, chunks: Range<u32>) -> u64 {
+        let plan = PlanView::new(self.segment.words());
+        chunks
+            .map(|index| plan.chunk(index).1.numbers().len() as u64)
+            .sum()
     }
 
     /// The lines that end a load in the server's log.
     fn report(&self) {
-        let assignment = self.segment.header();
+        let load = self.segment.header();
+        let counts = load.counts();
+        let mut skipped = self.skipped + counts.skipped;
+        let loaded = counts.loaded + counts.cached;
+        let mut rest = self.total as u64 - (loaded + skipped.total()).min(self.total as u64);
+        if load.is_full() {
+            skipped.count(SkipReason::NoFreeBuffer, rest);
+        } else {
+            let shared = self.blocks_of(load.shared_unclaimed()).min(rest);
+            skipped.count(SkipReason::NoDatabase, shared);
+            rest -= shared;
+            skipped.count(SkipReason::Interrupted, rest);
+        }
         log!(
-            "autoprewarm successfully prewarmed {} of {} previously-loaded blocks",
-            assignment.loaded(),
+            "autoprewarm successfully prewarmed {loaded} of {} previously-loaded blocks",
             self.total
         );
-        let skipped = self.skipped + assignment.skipped();
         if skipped.total() > 0 {
             log!("autoprewarm skipped {skipped}");
         }
+    }
+}
+
+/// Logs what is odd about a list, of which the rest is loaded.
+fn report_oddities(list: &BlockList) {
+    if let Some(line) = list.first_bad_line {
+        new_report(
+            PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+            format!("autoprewarm block dump file is corrupted at line {line}"),
+            Some(format!(
+                "Whatever else \"{DUMP_FILE}\" lists is loaded, and the next block dump replaces \
+                 it."
+            )),
+        )
+        .report(PgLogLevel::WARNING);
+    }
+    match list.heats {
+        Heats::LeftAside(reason) => {
+            log!("the heat of blocks in \"{DUMP_FILE}\" is left aside: {reason}");
+        }
+        Heats::Missing if !list.entries.is_empty() => {
+            log!("\"{DUMP_FILE}\" does not tell the heat of blocks: all count as equally hot");
+        }
+        Heats::Missing | Heats::Saved => {}
     }
 }
 
@@ -220,7 +412,8 @@ fn read_list() -> Result<Option<BlockList>, Error> {
     match BlockList::read(file::Interruptible(file), size) {
         Ok(list) => Ok(Some(list)),
         Err(ReadError::Io(error)) => Err(failed(error)),
-        Err(ReadError::OutOfMemory(_)) => Err(Error::ListTooLarge),
+        Err(ReadError::OutOfMemory(_)) => Err(Error::ListTooLarge("out of memory")),
+        Err(ReadError::TooManyFiles) => Err(Error::ListTooLarge("too many relations")),
     }
 }
 
@@ -236,46 +429,4 @@ fn reason_to_skip(database: &DatabasePlan) -> Option<SkipReason> {
             None
         }
     }
-}
-
-/// Starts a worker, waiting for a free slot for as long as it takes.
-fn start_worker(segment: u32) -> Result<Handle, ShuttingDown> {
-    let mut first_try = true;
-    loop {
-        if let Some(worker) = WORKER.start(segment) {
-            return Ok(worker);
-        }
-        if first_try {
-            new_report(
-                PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
-                "autoprewarm is waiting for a background worker slot".to_owned(),
-                Some("You may need to increase \"max_worker_processes\".".to_owned()),
-            )
-            .report(PgLogLevel::LOG);
-            first_try = false;
-        }
-        pause()?;
-    }
-}
-
-fn wait_until_stopped(worker: &Handle) -> Result<(), ShuttingDown> {
-    while worker.status() != Status::Stopped {
-        if process::shutdown_requested() {
-            worker.terminate();
-            return Err(ShuttingDown);
-        }
-        // The worker's end sets the latch.
-        process::reload_configuration_if_due();
-        process::sleep(Some(RETRY));
-    }
-    Ok(())
-}
-
-fn pause() -> Result<(), ShuttingDown> {
-    process::reload_configuration_if_due();
-    process::sleep(Some(RETRY));
-    if process::shutdown_requested() {
-        return Err(ShuttingDown);
-    }
-    Ok(())
 }

@@ -2,14 +2,15 @@
 //! when the server starts.
 //!
 //! One background worker, the [`leader`], lives as long as the server. It
-//! [`load`]s the list with the help of [`worker`]s, one for each database, since
-//! a process can read relations of one database only; after that it [`dump`]s the
+//! [`load`]s the list with the help of [`worker`]s, each in one database, since a
+//! process can read relations of one database only; after that it [`dump`]s the
 //! list from time to time, and once more at shutdown. What several processes must
-//! agree on is their shared [`state`].
+//! agree on is their shared [`state`], and during a load, what is [`shared`].
 
 mod dump;
 pub mod leader;
 mod load;
+mod shared;
 pub mod sql;
 mod state;
 pub mod worker;

@@ -1,203 +1,250 @@
-//! A per-database worker: reads the blocks of one database into shared buffers.
+//! A per-database worker: reads blocks of one database into shared buffers.
+//!
+//! Workers are not told what to load: each claims one chunk after another from
+//! the [`Load`] that the leader has put into shared memory, until there is none
+//! left for its database. So several of them share a large database, and one that
+//! dies leaves no more undone than the chunk that it was at.
+//!
+//! A worker is a good neighbour: it never waits for a lock, gives its own back
+//! every few milliseconds, holds no snapshot while it reads, and reads only into
+//! free buffers.
 
 use std::cell::Cell;
-use std::ops::Range;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::ops::ControlFlow::{Break, Continue};
+use std::time::{Duration, Instant};
 
-use crate::blocks::plan::{PlanView, Segment};
-use crate::blocks::{BlockNumber, Oid, SkipCounts, SkipReason};
-use crate::pg::relation::Relation;
-use crate::pg::shmem::Shared;
+use super::shared::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
+use crate::blocks::SkipReason;
+use crate::blocks::plan::PlanView;
+use crate::pg::relation::{Opened, Relation};
 use crate::pg::{buffer, dsm, process, transaction};
 
-/// How many blocks are read before the relation's lock is given back and taken
-/// again, so that whoever waits for it has a turn.
-const BLOCKS_PER_LOCK: usize = 1024;
+/// How long a relation's lock is held before whoever waits for it has a turn.
+const TURN: Duration = Duration::from_millis(20);
 
-/// What stands before the plan in the shared segment: what the leader wants of
-/// the worker, and how far the worker is. There is one worker at a time, and the
-/// leader writes only while there is none.
-pub struct Assignment {
-    database: AtomicU32,
-    /// The plan's segments to load: those of shared catalogs, where this worker
-    /// is to load them too, and those of the database.
-    shared: [AtomicU32; 2],
-    own: [AtomicU32; 2],
-    /// A [`Stage`].
-    stage: AtomicU32,
-    loaded: AtomicU64,
-    skipped: [AtomicU64; SkipReason::ALL.len()],
-}
+/// How long chunks of locked relations are tried again, once all others are
+/// done, before they are skipped; and how long to wait between two tries.
+const LOCKED_PATIENCE: Duration = Duration::from_secs(3);
+const LOCKED_RETRY: Duration = Duration::from_millis(50);
 
-// SAFETY: atomics only, each valid whatever its bits are.
-unsafe impl Shared for Assignment {
-    const INITIAL: Self = Self {
-        database: AtomicU32::new(0),
-        shared: [const { AtomicU32::new(0) }; 2],
-        own: [const { AtomicU32::new(0) }; 2],
-        stage: AtomicU32::new(Stage::NotStarted as u32),
-        loaded: AtomicU64::new(0),
-        skipped: [const { AtomicU64::new(0) }; SkipReason::ALL.len()],
-    };
-}
+/// After a read has failed, so many blocks are read one by one: the server reads
+/// several at once, and says of all of them that they could not be read. No
+/// version combines more.
+const ONE_BY_ONE: usize = 128;
 
-/// How far a worker came.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stage {
-    /// It never ran.
-    NotStarted,
-    /// It ran, but is not connected to its database.
-    Attached,
-    /// It is at work.
-    Connected,
-    /// It has done what could be done.
-    Finished,
-}
-
-impl Assignment {
-    /// Asks for the blocks of `own`, and of `shared` before.
-    pub fn assign(&self, database: Oid, shared: Range<usize>, own: Range<usize>) {
-        self.database.store(database, SeqCst);
-        for (to, from) in [(&self.shared, shared), (&self.own, own)] {
-            to[0].store(from.start as u32, SeqCst);
-            to[1].store(from.end as u32, SeqCst);
-        }
-        self.stage.store(Stage::NotStarted as u32, SeqCst);
-    }
-
-    pub fn stage(&self) -> Stage {
-        match self.stage.load(SeqCst) {
-            0 => Stage::NotStarted,
-            1 => Stage::Attached,
-            2 => Stage::Connected,
-            _ => Stage::Finished,
-        }
-    }
-
-    fn reach(&self, stage: Stage) {
-        self.stage.store(stage as u32, SeqCst);
-    }
-
-    /// Blocks that all workers of this load have loaded so far.
-    pub fn loaded(&self) -> u64 {
-        self.loaded.load(Relaxed)
-    }
-
-    /// Blocks that they have skipped so far.
-    pub fn skipped(&self) -> SkipCounts {
-        let mut counts = SkipCounts::default();
-        for reason in SkipReason::ALL {
-            counts.count(reason, self.skipped[reason as usize].load(Relaxed));
-        }
-        counts
-    }
-
-    /// Blocks that they have dealt with so far, one way or the other.
-    pub fn done(&self) -> u64 {
-        self.loaded() + self.skipped().total()
-    }
-
-    fn skip(&self, reason: SkipReason, blocks: usize) {
-        self.skipped[reason as usize].fetch_add(blocks as u64, Relaxed);
-    }
-}
-
-/// A worker's life. `segment` is the handle of the shared segment.
-pub fn main(segment: u32) {
+/// A worker's life.
+pub fn main(argument: WorkerArgument) {
     process::handle_signals_as_worker();
-    let Some(shared) = dsm::Segment::<Assignment>::attach(segment) else {
+    let Some(segment) = dsm::Segment::<Load, Cursor>::attach(argument.segment) else {
         // The leader has let go of it: there is nothing to do any more.
         return;
     };
-    let assignment = shared.header();
-    assignment.reach(Stage::Attached);
-    process::connect_to_database(assignment.database.load(SeqCst));
-    assignment.reach(Stage::Connected);
+    let load = segment.header();
+    let slot = &load.workers[argument.slot];
+    slot.reach(Stage::Attached);
+    process::connect_to_database(slot.database());
+    slot.reach(Stage::Connected);
 
-    let plan = PlanView::new(shared.words());
-    for range in [&assignment.shared, &assignment.own] {
-        let [start, end] = range.each_ref().map(|word| word.load(SeqCst) as usize);
-        for (segment, blocks) in plan.segments(start..end) {
-            load_segment(assignment, &segment, blocks);
+    let worker = Worker {
+        load,
+        slot,
+        plan: PlanView::new(segment.words()),
+    };
+    let mut locked = Vec::new();
+    while let Some(claim) = load.next_claim(slot, segment.cells()) {
+        if let ChunkEnd::Locked(rest) = worker.load_chunk(claim) {
+            locked.push(rest);
         }
+        slot.give_up_claim();
     }
-    assignment.reach(Stage::Finished);
+    worker.retry(locked);
+    slot.reach(Stage::Finished);
 }
 
-/// Loads what can be loaded of a segment, and counts the rest as skipped.
-fn load_segment(assignment: &Assignment, segment: &Segment, mut blocks: &[BlockNumber]) {
-    let mut first_error = true;
-    while !blocks.is_empty() {
-        let turn = &blocks[..blocks.len().min(BLOCKS_PER_LOCK)];
-        let at = Cell::new(None);
-        match transaction::run(|| load_turn(assignment, segment, turn, &at)) {
-            Ok(Turn::Done) => blocks = &blocks[turn.len()..],
-            Ok(Turn::SkipRest(reason, done)) => {
-                assignment.skip(reason, blocks.len() - done);
+struct Worker<'a> {
+    load: &'a Load,
+    slot: &'a Slot,
+    plan: PlanView<'a>,
+}
+
+/// How the work on a chunk ended.
+enum ChunkEnd {
+    Done,
+    /// Somebody has the relation locked: what is left is to be tried again.
+    Locked(Claim),
+}
+
+/// How a turn at a chunk ended, short of an error.
+enum TurnEnd {
+    /// The blocks, or the time, are used up.
+    Over,
+    Locked,
+    /// There is no free buffer.
+    Full,
+    /// Neither the next block nor those after it can be loaded.
+    Skip(SkipReason),
+}
+
+impl Worker<'_> {
+    /// Tries the chunks of locked relations again, for a while.
+    fn retry(&self, mut locked: Vec<Claim>) {
+        let start = Instant::now();
+        while !locked.is_empty() && !self.load.is_full() {
+            let last_try = start.elapsed() >= LOCKED_PATIENCE;
+            let mut still_locked = Vec::new();
+            for claim in locked {
+                if let ChunkEnd::Locked(rest) = self.load_chunk(claim) {
+                    still_locked.push(rest);
+                }
+            }
+            if last_try {
+                for claim in &still_locked {
+                    let (_, blocks) = self.plan.chunk(claim.chunk);
+                    let left = blocks.numbers().len() - claim.done as usize;
+                    self.load.skip(SkipReason::Locked, left);
+                }
                 return;
             }
-            Err(caught) => {
-                // One line for a relation is enough: the counts tell the rest.
-                if first_error {
-                    caught.warn();
-                    first_error = false;
-                }
-                match at.get() {
-                    Some(index) => {
-                        assignment.skip(SkipReason::Unreadable, 1);
-                        blocks = &blocks[index + 1..];
-                    }
-                    None => {
-                        assignment.skip(SkipReason::Unreadable, blocks.len());
-                        return;
-                    }
-                }
+            locked = still_locked;
+            if !locked.is_empty() {
+                process::sleep(Some(LOCKED_RETRY));
             }
         }
     }
+
+    /// Loads what can be loaded of a chunk, turn by turn.
+    fn load_chunk(&self, claim: Claim) -> ChunkEnd {
+        let (_, blocks) = self.plan.chunk(claim.chunk);
+        let total = blocks.numbers().len();
+        let done = Cell::new(claim.done as usize);
+        // Blocks before this one are read one by one.
+        let mut one_by_one = 0;
+        let mut warned = false;
+        while done.get() < total {
+            let opened = Cell::new(false);
+            let end = transaction::run(|| self.load_turn(claim.chunk, &done, one_by_one, &opened));
+            match end {
+                Ok(TurnEnd::Over) => {}
+                Ok(TurnEnd::Locked) => {
+                    return ChunkEnd::Locked(Claim {
+                        done: done.get() as u32,
+                        ..claim
+                    });
+                }
+                Ok(TurnEnd::Full) => {
+                    self.load.set_full();
+                    return ChunkEnd::Done;
+                }
+                Ok(TurnEnd::Skip(reason)) => {
+                    self.load.skip(reason, total - done.get());
+                    return ChunkEnd::Done;
+                }
+                Err(caught) => {
+                    // One line is enough: the counts tell the rest.
+                    if !std::mem::replace(&mut warned, true) {
+                        caught.warn();
+                    }
+                    if !opened.get() {
+                        self.load.skip(SkipReason::Unreadable, total - done.get());
+                        return ChunkEnd::Done;
+                    } else if done.get() < one_by_one {
+                        self.load.skip(SkipReason::Unreadable, 1);
+                        done.set(done.get() + 1);
+                    } else {
+                        one_by_one = done.get() + ONE_BY_ONE;
+                    }
+                }
+            }
+            self.slot.set_done(done.get());
+        }
+        ChunkEnd::Done
+    }
+
+    /// Loads blocks from `done` on, under one lock on their relation, until the
+    /// turn is over. `opened` tells whether it came to reading.
+    fn load_turn(
+        &self,
+        chunk: u32,
+        done: &Cell<usize>,
+        one_by_one: usize,
+        opened: &Cell<bool>,
+    ) -> TurnEnd {
+        let start = Instant::now();
+        let (chunk, blocks) = self.plan.chunk(chunk);
+        let relation = match Relation::open_by_file_if_free(
+            chunk.database,
+            chunk.tablespace,
+            chunk.filenumber,
+        ) {
+            Opened::Open(relation) => relation,
+            Opened::Locked => return TurnEnd::Locked,
+            Opened::Gone => return TurnEnd::Skip(SkipReason::NoRelation),
+        };
+        transaction::release_catalog_snapshot();
+        if !relation.has_fork(chunk.fork) {
+            return TurnEnd::Skip(SkipReason::NoBlock);
+        }
+        let relation_end = relation.blocks(chunk.fork);
+        opened.set(true);
+
+        let first = done.get();
+        let numbers = &blocks.numbers()[first..];
+        let numbers = if first < one_by_one {
+            &numbers[..1]
+        } else {
+            numbers
+        };
+        // Numbers are in ascending order.
+        let existing = numbers.partition_point(|&block| block < relation_end);
+        if existing == 0 {
+            return TurnEnd::Skip(SkipReason::NoBlock);
+        }
+        let tally = Tally::begin(self.load, done);
+        let end =
+            relation.read_into_free_buffers(chunk.fork, &numbers[..existing], |index, buffer| {
+                buffer.restore_heat(blocks.heat(first + index));
+                tally.one_more();
+                if start.elapsed() < TURN {
+                    Continue(())
+                } else {
+                    Break(())
+                }
+            });
+        match end {
+            buffer::ReadEnd::Over => TurnEnd::Over,
+            buffer::ReadEnd::Full => TurnEnd::Full,
+        }
+    }
 }
 
-/// How a turn ended, short of an error.
-enum Turn {
-    Done,
-    /// Neither the rest of this turn nor the blocks after it can be loaded;
-    /// so many of this turn were.
-    SkipRest(SkipReason, usize),
+/// Counts the blocks of a turn, and adds them to the load's when the turn ends,
+/// however it ends: so the counters that all workers share are seldom touched.
+struct Tally<'a> {
+    load: &'a Load,
+    done: &'a Cell<usize>,
+    first: usize,
+    hits: u64,
 }
 
-/// Loads blocks under one lock on their relation. `at` is the block being read.
-fn load_turn(
-    assignment: &Assignment,
-    segment: &Segment,
-    blocks: &[BlockNumber],
-    at: &Cell<Option<usize>>,
-) -> Turn {
-    if !buffer::have_free_buffer() {
-        return Turn::SkipRest(SkipReason::NoFreeBuffer, 0);
-    }
-    let Some(relation) =
-        Relation::open_by_file(segment.database, segment.tablespace, segment.filenumber)
-    else {
-        return Turn::SkipRest(SkipReason::NoRelation, 0);
-    };
-    transaction::release_catalog_snapshot();
-    if !relation.has_fork(segment.fork) {
-        return Turn::SkipRest(SkipReason::NoBlock, 0);
-    }
-    let end = relation.blocks(segment.fork);
-    for (index, &block) in blocks.iter().enumerate() {
-        at.set(Some(index));
-        process::check_for_interrupts();
-        if block >= end {
-            // Blocks are in ascending order.
-            return Turn::SkipRest(SkipReason::NoBlock, index);
+impl<'a> Tally<'a> {
+    fn begin(load: &'a Load, done: &'a Cell<usize>) -> Self {
+        Self {
+            load,
+            done,
+            first: done.get(),
+            hits: buffer::hits(),
         }
-        if !buffer::have_free_buffer() {
-            return Turn::SkipRest(SkipReason::NoFreeBuffer, index);
-        }
-        relation.read_into_buffer(segment.fork, block);
-        assignment.loaded.fetch_add(1, Relaxed);
     }
-    Turn::Done
+
+    fn one_more(&self) {
+        self.done.set(self.done.get() + 1);
+    }
+}
+
+impl Drop for Tally<'_> {
+    fn drop(&mut self) {
+        let blocks = (self.done.get() - self.first) as u64;
+        let cached = (buffer::hits() - self.hits).min(blocks);
+        self.load.count(blocks - cached, cached);
+    }
 }

@@ -1,95 +1,163 @@
-//! What will be loaded, in which order.
+//! What will be loaded, in which order, and how the work is cut.
 //!
-//! A plan is a list of [`Segment`]s, each a run of blocks of one fork, over one
-//! array of block numbers: about four bytes a block, where a record takes twenty.
-//! It is laid out as 32-bit words, so that the leader can put it into shared
-//! memory and a worker can read it there without any pointer in it:
+//! The plan of a list holds its blocks in the order in which they are loaded, as
+//! [`Chunk`]s: at most [`CHUNK_BLOCKS`] blocks of one fork, in ascending order,
+//! which one worker loads in one go. A database's chunks stand together; so a
+//! worker, which is tied to one database, takes the next chunk of its database.
+//!
+//! Within a database the blocks stand in physical order. Where the list is larger
+//! than the budget, the hottest blocks are in the plan and the others are not.
+//!
+//! The plan is laid out as 32-bit words, so that the leader can put it into shared
+//! memory and the workers can read it there without any pointer in it, about five
+//! bytes a block:
 //!
 //! ```text
-//! number of segments │ segments, 6 words each │ block numbers, 1 word each
+//! chunks, blocks │ chunks: 6 words each │ block numbers: a word each │ heats: a byte each
 //! ```
 
 use std::collections::TryReserveError;
 use std::ops::Range;
 
-use super::{BlockNumber, Fork, Oid, Record};
+use super::list::{BlockList, Entry, FileFork};
+use super::{BlockNumber, Fork, Heat, Oid};
+
+/// The most blocks of a chunk. What a worker that dies was at is lost, and must
+/// be little; what a worker claims should keep it busy for a while.
+pub const CHUNK_BLOCKS: u32 = 512;
 
 /// The number that PostgreSQL reserves for "no block".
 const INVALID_BLOCK: BlockNumber = BlockNumber::MAX;
 
-/// Words of a segment, and of what stands before the first.
-const SEGMENT_WORDS: usize = 6;
-const HEADER_WORDS: usize = 1;
+/// Words of a chunk, and of what stands before the first.
+const CHUNK_WORDS: usize = 6;
+const HEADER_WORDS: usize = 2;
 
-/// Blocks of one fork, to be loaded together.
+/// Blocks of one fork, to be loaded in one go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
+pub struct Chunk {
     /// 0 for a shared catalog.
     pub database: Oid,
     pub tablespace: Oid,
     pub filenumber: Oid,
     pub fork: Fork,
-    /// Where its blocks begin in the plan's block numbers, and how many they are.
+    /// Where its blocks begin in the plan, and how many they are.
     first: u32,
     count: u32,
 }
 
-/// The blocks to load, by database, tablespace, relation and fork.
+/// The blocks to load.
 #[derive(Debug, Default)]
 pub struct Plan {
-    segments: Vec<Segment>,
-    blocks: Vec<BlockNumber>,
+    chunks: Vec<Chunk>,
+    keys: Vec<Key>,
     illegal: u64,
+    over_budget: u64,
 }
 
-/// The blocks of one database.
+/// The chunks of one database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DatabasePlan {
     pub database: Oid,
-    /// Which of the plan's segments they are.
-    pub segments: Range<usize>,
+    /// Which of the plan's chunks they are.
+    pub chunks: Range<u32>,
     pub blocks: u64,
 }
 
+/// Why a list has no plan.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    #[error("out of memory")]
+    OutOfMemory(#[from] TryReserveError),
+    #[error("too many relations")]
+    TooManyFiles,
+}
+
+/// A block by which it is sorted: its file's place among the sorted files, its
+/// number, and (so that it is not lost) its heat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key(u64);
+
+impl Key {
+    const HEAT_BITS: u32 = 3;
+    const FILE_SHIFT: u32 = 32 + Self::HEAT_BITS;
+    const MAX_FILES: usize = 1 << (64 - Self::FILE_SHIFT);
+
+    fn new(file: u32, block: BlockNumber, heat: Heat) -> Self {
+        Self(
+            u64::from(file) << Self::FILE_SHIFT
+                | u64::from(block) << Self::HEAT_BITS
+                | u64::from(heat.usage_count()),
+        )
+    }
+
+    fn file(self) -> usize {
+        (self.0 >> Self::FILE_SHIFT) as usize
+    }
+
+    fn block(self) -> BlockNumber {
+        (self.0 >> Self::HEAT_BITS) as BlockNumber
+    }
+
+    fn heat(self) -> Heat {
+        Heat::from_usage_count(self.0 as u32 & ((1 << Self::HEAT_BITS) - 1))
+    }
+}
+
 impl Plan {
-    /// Sorts the records into physical order. Those that no relation can have
-    /// are left out and counted as [`Plan::illegal`].
-    pub fn new(mut records: Vec<Record>) -> Result<Self, TryReserveError> {
-        records.sort_unstable();
+    /// Plans to load the hottest `budget` blocks of the list, in physical order.
+    pub fn new(list: BlockList, budget: u64) -> Result<Self, PlanError> {
+        let BlockList {
+            mut files, entries, ..
+        } = list;
+        let ranks = rank(&files)?;
         let mut plan = Self::default();
-        plan.blocks.try_reserve_exact(records.len())?;
-        for record in &records {
-            match Fork::from_number(record.fork) {
-                Some(fork) if record.block != INVALID_BLOCK => plan.push(record, fork)?,
-                _ => plan.illegal += 1,
-            }
-        }
+        let mut keys = plan.keys_of(entries, &files, &ranks);
+        keys.sort_unstable();
+        plan.over_budget = keep_hottest(&mut keys, budget);
+        plan.keys = keys;
+        files.sort_unstable();
+        plan.cut_into_chunks(&files)?;
         Ok(plan)
     }
 
-    fn push(&mut self, record: &Record, fork: Fork) -> Result<(), TryReserveError> {
-        match self.segments.last_mut() {
-            Some(last)
-                if last.database == record.database
-                    && last.tablespace == record.tablespace
-                    && last.filenumber == record.filenumber
-                    && last.fork == fork =>
+    /// The legal entries as keys, in the same memory.
+    fn keys_of(&mut self, entries: Vec<Entry>, files: &[FileFork], ranks: &[u32]) -> Vec<Key> {
+        let total = entries.len();
+        let keys: Vec<Key> = entries
+            .into_iter()
+            .filter(|entry| {
+                entry.block() != INVALID_BLOCK
+                    && Fork::from_number(files[entry.file()].fork).is_some()
+            })
+            .map(|entry| Key::new(ranks[entry.file()], entry.block(), entry.heat()))
+            .collect();
+        self.illegal = (total - keys.len()) as u64;
+        keys
+    }
+
+    fn cut_into_chunks(&mut self, files: &[FileFork]) -> Result<(), TryReserveError> {
+        let mut last_file = usize::MAX;
+        for (index, key) in self.keys.iter().enumerate() {
+            if let Some(last) = self.chunks.last_mut()
+                && last_file == key.file()
+                && last.count < CHUNK_BLOCKS
             {
                 last.count += 1;
+                continue;
             }
-            _ => {
-                self.segments.try_reserve(1)?;
-                self.segments.push(Segment {
-                    database: record.database,
-                    tablespace: record.tablespace,
-                    filenumber: record.filenumber,
-                    fork,
-                    first: self.blocks.len() as u32,
-                    count: 1,
-                });
-            }
+            last_file = key.file();
+            let file = files[last_file];
+            self.chunks.try_reserve(1)?;
+            self.chunks.push(Chunk {
+                database: file.database,
+                tablespace: file.tablespace,
+                filenumber: file.filenumber,
+                fork: Fork::from_number(file.fork).expect("illegal forks were left out"),
+                first: index as u32,
+                count: 1,
+            });
         }
-        self.blocks.push(record.block);
         Ok(())
     }
 
@@ -98,19 +166,24 @@ impl Plan {
         self.illegal
     }
 
+    /// Blocks left out because the budget does not suffice.
+    pub fn over_budget(&self) -> u64 {
+        self.over_budget
+    }
+
     /// The databases, in order. That of OID 0 comes first where there is one.
     pub fn databases(&self) -> Vec<DatabasePlan> {
         let mut databases: Vec<DatabasePlan> = Vec::new();
-        for (index, segment) in self.segments.iter().enumerate() {
+        for (index, chunk) in (0..).zip(&self.chunks) {
             match databases.last_mut() {
-                Some(last) if last.database == segment.database => {
-                    last.segments.end = index + 1;
-                    last.blocks += u64::from(segment.count);
+                Some(last) if last.database == chunk.database => {
+                    last.chunks.end = index + 1;
+                    last.blocks += u64::from(chunk.count);
                 }
                 _ => databases.push(DatabasePlan {
-                    database: segment.database,
-                    segments: index..index + 1,
-                    blocks: u64::from(segment.count),
+                    database: chunk.database,
+                    chunks: index..index + 1,
+                    blocks: u64::from(chunk.count),
                 }),
             }
         }
@@ -119,36 +192,100 @@ impl Plan {
 
     /// How many words [`Plan::encode`] fills.
     pub fn words(&self) -> usize {
-        HEADER_WORDS + self.segments.len() * SEGMENT_WORDS + self.blocks.len()
+        HEADER_WORDS
+            + self.chunks.len() * CHUNK_WORDS
+            + self.keys.len()
+            + self.keys.len().div_ceil(size_of::<u32>())
     }
 
     /// Lays the plan out in `words`, which are as many as [`Plan::words`] says.
     pub fn encode(&self, words: &mut [u32]) {
         let (header, rest) = words.split_at_mut(HEADER_WORDS);
-        let (segments, blocks) = rest.split_at_mut(self.segments.len() * SEGMENT_WORDS);
-        header[0] = self.segments.len() as u32;
-        for (segment, words) in self
-            .segments
-            .iter()
-            .zip(segments.chunks_exact_mut(SEGMENT_WORDS))
-        {
+        let (chunks, rest) = rest.split_at_mut(self.chunks.len() * CHUNK_WORDS);
+        let (blocks, heats) = rest.split_at_mut(self.keys.len());
+        header.copy_from_slice(&[self.chunks.len() as u32, self.keys.len() as u32]);
+        for (chunk, words) in self.chunks.iter().zip(chunks.chunks_exact_mut(CHUNK_WORDS)) {
             words.copy_from_slice(&[
-                segment.database,
-                segment.tablespace,
-                segment.filenumber,
-                segment.fork as u32,
-                segment.first,
-                segment.count,
+                chunk.database,
+                chunk.tablespace,
+                chunk.filenumber,
+                chunk.fork as u32,
+                chunk.first,
+                chunk.count,
             ]);
         }
-        blocks.copy_from_slice(&self.blocks);
+        for (key, block) in self.keys.iter().zip(blocks) {
+            *block = key.block();
+        }
+        for (keys, heats) in self.keys.chunks(size_of::<u32>()).zip(heats) {
+            let mut bytes = [0; size_of::<u32>()];
+            for (key, byte) in keys.iter().zip(&mut bytes) {
+                *byte = key.heat().digit();
+            }
+            *heats = u32::from_le_bytes(bytes);
+        }
     }
+}
+
+/// Each file's place in the order of the files.
+fn rank(files: &[FileFork]) -> Result<Vec<u32>, PlanError> {
+    if files.len() > Key::MAX_FILES {
+        return Err(PlanError::TooManyFiles);
+    }
+    let mut order: Vec<u32> = Vec::new();
+    order.try_reserve_exact(files.len())?;
+    order.extend(0..files.len() as u32);
+    order.sort_unstable_by_key(|&index| files[index as usize]);
+    let mut ranks = Vec::new();
+    ranks.try_reserve_exact(files.len())?;
+    ranks.resize(files.len(), 0);
+    for (rank, &index) in (0..).zip(&order) {
+        ranks[index as usize] = rank;
+    }
+    Ok(ranks)
+}
+
+/// Keeps the hottest `budget` keys, without changing their order, and returns how
+/// many were left out. Of those that are as hot as the coldest kept, the first
+/// are kept.
+fn keep_hottest(keys: &mut Vec<Key>, budget: u64) -> u64 {
+    let total = keys.len() as u64;
+    if total <= budget {
+        return 0;
+    }
+    let mut by_heat = [0u64; Heat::COUNT];
+    for key in keys.iter() {
+        by_heat[key.heat().usage_count() as usize] += 1;
+    }
+    // Each heat has what the hotter ones leave.
+    let mut left = budget;
+    let mut quota = [0; Heat::COUNT];
+    for heat in (0..Heat::COUNT).rev() {
+        quota[heat] = by_heat[heat].min(left);
+        left -= quota[heat];
+    }
+    keys.retain(|key| {
+        let quota = &mut quota[key.heat().usage_count() as usize];
+        let keep = *quota > 0;
+        *quota -= u64::from(keep);
+        keep
+    });
+    total - keys.len() as u64
 }
 
 /// A plan as a worker sees it in shared memory.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanView<'a> {
-    segments: &'a [u32],
+    chunks: &'a [u32],
+    blocks: &'a [BlockNumber],
+    heats: &'a [u32],
+}
+
+/// The blocks of a chunk.
+#[derive(Clone, Copy, Debug)]
+pub struct ChunkBlocks<'a> {
+    plan: PlanView<'a>,
+    first: usize,
     blocks: &'a [BlockNumber],
 }
 
@@ -156,32 +293,49 @@ impl<'a> PlanView<'a> {
     /// The plan that [`Plan::encode`] laid out.
     pub fn new(words: &'a [u32]) -> Self {
         let (header, rest) = words.split_at(HEADER_WORDS);
-        let (segments, blocks) = rest.split_at(header[0] as usize * SEGMENT_WORDS);
-        Self { segments, blocks }
+        let (chunks, rest) = rest.split_at(header[0] as usize * CHUNK_WORDS);
+        let (blocks, heats) = rest.split_at(header[1] as usize);
+        Self {
+            chunks,
+            blocks,
+            heats,
+        }
     }
 
-    /// The segments of that range, each with its blocks in ascending order.
-    pub fn segments(
-        self,
-        range: Range<usize>,
-    ) -> impl Iterator<Item = (Segment, &'a [BlockNumber])> {
-        self.segments[range.start * SEGMENT_WORDS..range.end * SEGMENT_WORDS]
-            .chunks_exact(SEGMENT_WORDS)
-            .map(move |words| {
-                let [database, tablespace, filenumber, fork, first, count] = *words else {
-                    unreachable!("chunks are exact");
-                };
-                let segment = Segment {
-                    database,
-                    tablespace,
-                    filenumber,
-                    fork: Fork::from_number(fork).expect("a plan has legal forks only"),
-                    first,
-                    count,
-                };
-                let blocks = &self.blocks[first as usize..][..count as usize];
-                (segment, blocks)
-            })
+    /// The chunk of that index, and its blocks.
+    pub fn chunk(self, index: u32) -> (Chunk, ChunkBlocks<'a>) {
+        let words = &self.chunks[index as usize * CHUNK_WORDS..][..CHUNK_WORDS];
+        let [database, tablespace, filenumber, fork, first, count] = *words else {
+            unreachable!("a chunk has as many words");
+        };
+        let chunk = Chunk {
+            database,
+            tablespace,
+            filenumber,
+            fork: Fork::from_number(fork).expect("a plan has legal forks only"),
+            first,
+            count,
+        };
+        let blocks = ChunkBlocks {
+            plan: self,
+            first: first as usize,
+            blocks: &self.blocks[first as usize..][..count as usize],
+        };
+        (chunk, blocks)
+    }
+}
+
+impl<'a> ChunkBlocks<'a> {
+    /// Their numbers, in ascending order.
+    pub fn numbers(self) -> &'a [BlockNumber] {
+        self.blocks
+    }
+
+    /// How hot the block at that place is.
+    pub fn heat(self, index: usize) -> Heat {
+        let at = self.first + index;
+        let bytes = self.plan.heats[at / size_of::<u32>()].to_le_bytes();
+        Heat::from_digit(bytes[at % size_of::<u32>()]).expect("a plan has legal heats only")
     }
 }
 

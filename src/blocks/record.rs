@@ -44,3 +44,43 @@ impl Fork {
         }
     }
 }
+
+/// How hot a block is: its buffer's usage count when it was dumped, 0 to 5. The
+/// server counts a buffer's uses up to 5, and takes one away each time it passes
+/// by in search of a buffer to evict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Heat(u8);
+
+impl Heat {
+    /// The hottest.
+    pub const MAX: Self = Self(5);
+
+    /// How many heats there are.
+    pub const COUNT: usize = Self::MAX.0 as usize + 1;
+
+    /// That of a block that was read once, which is taken where none is known.
+    pub const ONCE: Self = Self(1);
+
+    /// The heat of that usage count; the hottest, for a higher one.
+    pub fn from_usage_count(count: u32) -> Self {
+        Self(count.min(u32::from(Self::MAX.0)) as u8)
+    }
+
+    /// The heat that a decimal digit stands for in the file.
+    pub fn from_digit(digit: u8) -> Option<Self> {
+        match digit {
+            b'0'..=b'5' => Some(Self(digit - b'0')),
+            _ => None,
+        }
+    }
+
+    /// The digit that stands for it.
+    pub fn digit(self) -> u8 {
+        b'0' + self.0
+    }
+
+    /// The usage count that it stands for.
+    pub fn usage_count(self) -> u32 {
+        self.0.into()
+    }
+}

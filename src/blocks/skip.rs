@@ -18,6 +18,8 @@ pub enum SkipReason {
     NoBlock,
     /// Reading the block raised an error.
     Unreadable,
+    /// Somebody had the relation locked for as long as was waited.
+    Locked,
     /// There was no free buffer left.
     NoFreeBuffer,
     /// The worker that was to load it ended before.
@@ -26,13 +28,14 @@ pub enum SkipReason {
 
 impl SkipReason {
     /// Every reason, in the order of their counters.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Illegal,
         Self::TemplateDatabase,
         Self::NoDatabase,
         Self::NoRelation,
         Self::NoBlock,
         Self::Unreadable,
+        Self::Locked,
         Self::NoFreeBuffer,
         Self::Interrupted,
     ];
@@ -45,6 +48,7 @@ impl SkipReason {
             Self::NoRelation => "of relations that are gone or were rewritten",
             Self::NoBlock => "beyond the end of their relation",
             Self::Unreadable => "that could not be read",
+            Self::Locked => "of locked relations",
             Self::NoFreeBuffer => "for want of a free buffer",
             Self::Interrupted => "because their worker was interrupted",
         }

@@ -3,18 +3,22 @@
 //! How many records there will be is known only at the end, and the header that
 //! says so comes first. Room for it is left, wide enough for the number that is
 //! expected; should there be fewer digits, blanks before the number fill it,
-//! which every reader skips.
+//! which every reader skips. What is held is one byte for each record, its heat,
+//! until the trailer is written.
 
-use std::io::{self, Seek, SeekFrom, Write};
+use std::collections::TryReserveError;
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 
-use super::Record;
+use super::trailer::{CHECKSUM, DIGITS_PER_LINE, FIRST_LINES};
+use super::{Heat, Record};
 
 /// A list that is being written.
 pub struct ListWriter<W: Write + Seek> {
-    out: io::BufWriter<W>,
+    out: BufWriter<Summing<W>>,
     /// Digits that the header has room for.
     width: usize,
-    written: u64,
+    /// The heat of each record so far, as a digit.
+    heats: Vec<u8>,
 }
 
 /// Why a list was not written.
@@ -22,6 +26,8 @@ pub struct ListWriter<W: Write + Seek> {
 pub enum WriteError {
     #[error(transparent)]
     Io(#[from] io::Error),
+    #[error("out of memory")]
+    OutOfMemory(#[from] TryReserveError),
     /// There are more records than the header has room for: begin again,
     /// expecting more.
     #[error("more blocks than expected")]
@@ -30,19 +36,24 @@ pub enum WriteError {
 
 impl<W: Write + Seek> ListWriter<W> {
     /// Begins a list of about `expected` records at the start of `out`.
-    pub fn begin(out: W, expected: u64) -> io::Result<Self> {
-        let width = expected.max(1).ilog10() as usize + 1;
+    pub fn begin(out: W, expected: usize) -> Result<Self, WriteError> {
+        let mut heats = Vec::new();
+        heats.try_reserve_exact(expected)?;
         let mut writer = Self {
-            out: io::BufWriter::with_capacity(256 * 1024, out),
-            width,
-            written: 0,
+            out: BufWriter::with_capacity(256 * 1024, Summing::new(out)),
+            width: expected.max(1).ilog10() as usize + 1,
+            heats,
         };
-        writer.header()?;
+        let header = writer.header();
+        writer.out.write_all(header.as_bytes())?;
+        // The header will change: the sum begins behind it.
+        writer.out.flush()?;
+        writer.out.get_mut().begin();
         Ok(writer)
     }
 
     /// Appends a record.
-    pub fn push(&mut self, record: &Record) -> io::Result<()> {
+    pub fn push(&mut self, record: &Record, heat: Heat) -> Result<(), WriteError> {
         let fields = [
             record.database,
             record.tablespace,
@@ -61,28 +72,91 @@ impl<W: Write + Seek> ListWriter<W> {
             line[length] = if index < 4 { b',' } else { b'\n' };
             length += 1;
         }
-        self.written += 1;
-        self.out.write_all(&line[..length])
+        self.heats.try_reserve(1)?;
+        self.heats.push(heat.digit());
+        Ok(self.out.write_all(&line[..length])?)
     }
 
-    /// Writes the header, and all that is still held back. Returns the number of
-    /// records, and what was written to, for the caller to close.
+    /// Writes the trailer and the header, and all that is still held back.
+    /// Returns the number of records, and what was written to, for the caller to
+    /// close.
     pub fn finish(mut self) -> Result<(u64, W), WriteError> {
-        if self.written > 0 && self.written.ilog10() as usize >= self.width {
+        let header = self.header();
+        let room = self.width + "<<>>\n".len();
+        if header.len() > room {
             return Err(WriteError::TooMany);
         }
+        // An empty list has no heat to tell.
+        if !self.heats.is_empty() {
+            for line in FIRST_LINES {
+                writeln!(self.out, "{line}")?;
+            }
+            for digits in self.heats.chunks(DIGITS_PER_LINE) {
+                self.out.write_all(digits)?;
+                self.out.write_all(b"\n")?;
+            }
+            self.out.flush()?;
+            let checksum = self.out.get_ref().sum_behind(header.as_bytes());
+            writeln!(self.out, "{CHECKSUM}{checksum:08x}")?;
+        }
         self.out.seek(SeekFrom::Start(0))?;
-        self.header()?;
-        let written = self.written;
+        self.out.write_all(header.as_bytes())?;
         let out = self
             .out
             .into_inner()
             .map_err(io::IntoInnerError::into_error)?;
-        Ok((written, out))
+        Ok((self.heats.len() as u64, out.out))
     }
 
-    fn header(&mut self) -> io::Result<()> {
-        writeln!(self.out, "<<{:>width$}>>", self.written, width = self.width)
+    fn header(&self) -> String {
+        format!("<<{:>width$}>>\n", self.heats.len(), width = self.width)
+    }
+}
+
+/// Keeps the CRC-32C of what is written through it.
+struct Summing<W> {
+    out: W,
+    sum: u32,
+    length: usize,
+}
+
+impl<W> Summing<W> {
+    fn new(out: W) -> Self {
+        Self {
+            out,
+            sum: 0,
+            length: 0,
+        }
+    }
+
+    /// Begins anew.
+    fn begin(&mut self) {
+        self.sum = 0;
+        self.length = 0;
+    }
+
+    /// The sum of these bytes followed by what was written.
+    fn sum_behind(&self, bytes: &[u8]) -> u32 {
+        crc32c::crc32c_combine(crc32c::crc32c(bytes), self.sum, self.length)
+    }
+}
+
+impl<W: Write> Write for Summing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.sum = crc32c::crc32c_append(self.sum, &bytes[..written]);
+        self.length += written;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+impl<W: Seek> Seek for Summing<W> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.out.seek(to)
     }
 }
 
@@ -91,6 +165,7 @@ mod tests {
     use std::io::Cursor;
 
     use super::super::list::BlockList;
+    use super::super::trailer::Heats;
     use super::*;
 
     fn record(block: u32) -> Record {
@@ -103,10 +178,10 @@ mod tests {
         }
     }
 
-    fn write(count: u32, expected: u64) -> Result<String, WriteError> {
+    fn write(count: u32, expected: usize) -> Result<String, WriteError> {
         let mut writer = ListWriter::begin(Cursor::new(Vec::new()), expected)?;
         for block in 0..count {
-            writer.push(&record(block))?;
+            writer.push(&record(block), Heat::from_usage_count(block % 6))?;
         }
         let (written, out) = writer.finish()?;
         assert_eq!(written, u64::from(count));
@@ -122,8 +197,18 @@ mod tests {
     fn a_list_is_written_in_the_format_that_contrib_reads() {
         assert_eq!(
             write(2, 2).unwrap(),
-            "<<2>>\n4294967295,1663,0,0,0\n4294967295,1663,0,0,1\n"
+            "<<2>>\n4294967295,1663,0,0,0\n4294967295,1663,0,0,1\n\
+             # pg_prewarm 2.0\n# heat\n01\n# crc32c 0xae37ba57\n"
         );
+    }
+
+    #[test]
+    fn the_checksum_is_that_of_all_that_stands_before_its_line() {
+        let text = write(1000, 1000).unwrap();
+        let (before, after) = text.split_at(text.find(CHECKSUM).unwrap());
+        let checksum = u32::from_str_radix(after.trim_end().strip_prefix(CHECKSUM).unwrap(), 16);
+        assert_eq!(checksum, Ok(crc32c::crc32c(before.as_bytes())));
+        assert!(text.lines().all(|line| line.len() <= DIGITS_PER_LINE));
     }
 
     #[test]
@@ -131,7 +216,8 @@ mod tests {
         let text = write(9, 100).unwrap();
         assert!(text.starts_with("<<  9>>\n"), "{text}");
         let list = BlockList::read(text.as_bytes(), text.len() as u64).unwrap();
-        assert_eq!((list.records.len(), list.first_bad_line), (9, None));
+        assert_eq!((list.entries.len(), list.first_bad_line), (9, None));
+        assert_eq!(list.heats, Heats::Saved);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use pgrx::pg_sys;
 
 use super::{compat, ffi, process};
-use crate::blocks::Record;
+use crate::blocks::{Heat, Record};
 
 /// A block in shared buffers.
 #[derive(Clone, Copy, Debug)]
@@ -13,6 +13,7 @@ pub struct CachedBlock {
     pub record: Record,
     /// False for a block of an unlogged relation, which a crash would empty.
     pub permanent: bool,
+    pub heat: Heat,
 }
 
 /// How many shared buffers the server has.
@@ -23,8 +24,98 @@ pub fn count() -> usize {
 
 /// Whether a block can be read in without evicting another.
 pub fn have_free_buffer() -> bool {
-    // SAFETY: it looks at the head of the free list, without a lock.
-    unsafe { pg_sys::have_free_buffer() }
+    // SAFETY: it only looks.
+    unsafe { ffi::have_free_buffer() }
+}
+
+/// How many buffers hold nothing and are used by nobody.
+pub fn count_free() -> usize {
+    const USED: u32 = pg_sys::BM_TAG_VALID | pg_sys::BUF_REFCOUNT_MASK;
+    (0..count())
+        .filter(|&index| state(header(index)).load(Ordering::Relaxed) & USED == 0)
+        .count()
+}
+
+/// How many of the blocks that this process asked for were in shared buffers
+/// already.
+pub fn hits() -> u64 {
+    // SAFETY: this process's own counter.
+    u64::try_from(unsafe { (&raw const pg_sys::pgBufferUsage.shared_blks_hit).read() }).unwrap_or(0)
+}
+
+/// How reading into free buffers ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadEnd {
+    /// All is read, or as much as was wanted.
+    Over,
+    /// There is no free buffer any more.
+    Full,
+}
+
+/// A buffer that this process has pinned, so that it keeps its block.
+pub struct Pinned(pg_sys::Buffer);
+
+impl Pinned {
+    /// Takes over a pin.
+    ///
+    /// # Safety
+    /// This process has the shared buffer pinned once more than anybody else
+    /// will unpin it.
+    pub(super) unsafe fn new(buffer: pg_sys::Buffer) -> Self {
+        Self(buffer)
+    }
+
+    /// Gives the block the heat that it once had, unless it is hotter already.
+    pub fn restore_heat(&self, heat: Heat) {
+        let state = state(header(self.0 as usize - 1));
+        let mut old = state.load(Ordering::Relaxed);
+        loop {
+            // Whoever has the header locked changes it as a whole, soon.
+            if old & pg_sys::BM_LOCKED != 0 {
+                std::hint::spin_loop();
+                old = state.load(Ordering::Relaxed);
+                continue;
+            }
+            // The pin itself counts as one use, in a new buffer as in an old one
+            // that is not at its maximum.
+            let current = self::heat(old);
+            let before = if current == Heat::MAX {
+                current.usage_count()
+            } else {
+                current.usage_count().saturating_sub(1)
+            };
+            let usage = heat.usage_count().max(before) * pg_sys::BUF_USAGECOUNT_ONE;
+            let new = old & !pg_sys::BUF_USAGECOUNT_MASK | usage;
+            match state.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(now) => old = now,
+            }
+        }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: the pin that was taken over.
+            unsafe { pg_sys::ReleaseBuffer(self.0) };
+        }
+    }
+}
+
+fn heat(state: u32) -> Heat {
+    Heat::from_usage_count((state & pg_sys::BUF_USAGECOUNT_MASK) >> pg_sys::BUF_USAGECOUNT_SHIFT)
+}
+
+fn header(index: usize) -> *mut pg_sys::BufferDesc {
+    assert!(index < count());
+    // SAFETY: that many descriptors are there for as long as the server is.
+    unsafe { &raw mut (*pg_sys::BufferDescriptors.add(index)).bufferdesc }
+}
+
+fn state<'a>(header: *mut pg_sys::BufferDesc) -> &'a AtomicU32 {
+    // SAFETY: a buffer's header, whose state every process changes atomically.
+    unsafe { AtomicU32::from_ptr(&raw mut (*header).state.value) }
 }
 
 /// Every block in shared buffers, in the order of the buffers. Each is as it was
@@ -39,11 +130,8 @@ pub fn cached_blocks() -> impl Iterator<Item = CachedBlock> {
 }
 
 fn cached_block(index: usize) -> Option<CachedBlock> {
-    // SAFETY: `index` is less than NBuffers, and the descriptors are there for
-    // as long as the server is.
-    let header = unsafe { &raw mut (*pg_sys::BufferDescriptors.add(index)).bufferdesc };
-    // SAFETY: the state is a word that every process changes atomically.
-    let state = unsafe { AtomicU32::from_ptr(&raw mut (*header).state.value) };
+    let header = header(index);
+    let state = state(header);
     // An empty buffer needs no lock to be passed over.
     if state.load(Ordering::Relaxed) & pg_sys::BM_TAG_VALID == 0 {
         return None;
@@ -59,5 +147,6 @@ fn cached_block(index: usize) -> Option<CachedBlock> {
     (locked & pg_sys::BM_TAG_VALID != 0).then(|| CachedBlock {
         record: compat::record(&tag),
         permanent: locked & pg_sys::BM_PERMANENT != 0,
+        heat: heat(locked),
     })
 }

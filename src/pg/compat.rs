@@ -2,10 +2,13 @@
 
 use std::ffi::CStr;
 use std::ffi::c_int;
+use std::ops::ControlFlow;
 
 use pgrx::pg_sys;
 
-use crate::blocks::{Oid, Record};
+use super::buffer::{self, Pinned, ReadEnd};
+use super::process::check_for_interrupts;
+use crate::blocks::{BlockNumber, Fork, Oid, Record};
 
 /// The physical identity of a relation: database, tablespace, file number.
 pub type Locator = (Oid, Oid, Oid);
@@ -172,4 +175,229 @@ pub unsafe fn reserve_shared_memory(size: usize) {
     }
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
     let _ = size;
+}
+
+/// Reads blocks, in ascending order, into free shared buffers; see
+/// [`super::relation::Relation::read_into_free_buffers`].
+///
+/// # Safety
+/// `relation` is open, and permanent or unlogged.
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+pub unsafe fn read_into_free_buffers(
+    relation: pg_sys::Relation,
+    fork: Fork,
+    blocks: &[BlockNumber],
+    each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
+) -> ReadEnd {
+    // SAFETY: the caller's promise.
+    let mut ahead = unsafe { ReadAhead::new(relation, fork) };
+    for (index, &block) in blocks.iter().enumerate() {
+        check_for_interrupts();
+        if !buffer::have_free_buffer() {
+            return ReadEnd::Full;
+        }
+        ahead.advance(blocks, index);
+        // SAFETY: the caller's promise; the pin that reading takes is handed over.
+        let buffer = unsafe {
+            Pinned::new(pg_sys::ReadBufferExtended(
+                relation,
+                fork as i32,
+                block,
+                pg_sys::ReadBufferMode::RBM_NORMAL,
+                std::ptr::null_mut(),
+            ))
+        };
+        if each(index, &buffer).is_break() {
+            break;
+        }
+    }
+    ReadEnd::Over
+}
+
+/// Reads blocks, in ascending order, into free shared buffers; see
+/// [`super::relation::Relation::read_into_free_buffers`].
+///
+/// # Safety
+/// `relation` is open, and permanent or unlogged.
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+pub unsafe fn read_into_free_buffers(
+    relation: pg_sys::Relation,
+    fork: Fork,
+    blocks: &[BlockNumber],
+    each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
+) -> ReadEnd {
+    /// What the stream asks its callback for. It lies on the stack below the
+    /// stream's calls, and holds nothing that unwinding would have to drop.
+    struct Source {
+        blocks: *const BlockNumber,
+        left: usize,
+        full: bool,
+    }
+
+    unsafe extern "C-unwind" fn next(
+        _stream: *mut pg_sys::ReadStream,
+        source: *mut std::ffi::c_void,
+        _per_buffer: *mut std::ffi::c_void,
+    ) -> BlockNumber {
+        // SAFETY: the source given to the stream below, which outlives it.
+        unsafe {
+            let source = &mut *source.cast::<Source>();
+            if source.left == 0 {
+                return pg_sys::InvalidBlockNumber;
+            }
+            if !buffer::have_free_buffer() {
+                source.full = true;
+                source.left = 0;
+                return pg_sys::InvalidBlockNumber;
+            }
+            let block = *source.blocks;
+            source.blocks = source.blocks.add(1);
+            source.left -= 1;
+            block
+        }
+    }
+
+    #[cfg(feature = "pg17")]
+    const BATCHING: u32 = 0;
+    // The callback takes no locks and waits for nothing.
+    #[cfg(feature = "pg18")]
+    const BATCHING: u32 = pg_sys::READ_STREAM_USE_BATCHING;
+
+    let mut source = Source {
+        blocks: blocks.as_ptr(),
+        left: blocks.len(),
+        full: false,
+    };
+    let source = &raw mut source;
+    // SAFETY: the caller's promise; blocks and source outlive the stream, which
+    // the end of the transaction frees where an ERROR is raised.
+    unsafe {
+        let stream = pg_sys::read_stream_begin_relation(
+            (pg_sys::READ_STREAM_MAINTENANCE | pg_sys::READ_STREAM_FULL | BATCHING) as i32,
+            std::ptr::null_mut(),
+            relation,
+            fork as i32,
+            Some(next),
+            source.cast(),
+            0,
+        );
+        for index in 0.. {
+            check_for_interrupts();
+            let buffer = pg_sys::read_stream_next_buffer(stream, std::ptr::null_mut());
+            if buffer == pg_sys::InvalidBuffer as pg_sys::Buffer {
+                break;
+            }
+            if each(index, &Pinned::new(buffer)).is_break() {
+                // What is being read already is taken as well.
+                (*source).left = 0;
+            }
+        }
+        pg_sys::read_stream_end(stream);
+        if (*source).full {
+            ReadEnd::Full
+        } else {
+            ReadEnd::Over
+        }
+    }
+}
+
+/// Tells the operating system which blocks will be read next: where the server
+/// itself reads one block at a time and waits for it.
+///
+/// Blocks that follow one another are asked for together, as far as one request
+/// reaches: Linux cuts a larger one to the device's read-ahead size.
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+struct ReadAhead {
+    /// The path of the fork's first segment file.
+    path: String,
+    /// The segment file that is open, and which it is.
+    file: Option<(u32, std::fs::File)>,
+    /// Where, among the blocks, the requests end that have been made and whose
+    /// blocks have not been read.
+    requests: std::collections::VecDeque<usize>,
+    /// The first block that has not been asked for.
+    next: usize,
+    most_requests: usize,
+}
+
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+impl ReadAhead {
+    /// The most blocks of a request.
+    const REQUEST_BLOCKS: usize = 16;
+
+    /// # Safety
+    /// `relation` is open, and permanent or unlogged.
+    unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (database, tablespace, filenumber) = locator(relation);
+            let [database, tablespace, filenumber] =
+                [database, tablespace, filenumber].map(pg_sys::Oid::from);
+            let path = pg_sys::GetRelationPath(
+                database,
+                tablespace,
+                filenumber,
+                pg_sys::InvalidBackendId,
+                fork as i32,
+            );
+            let concurrency = pg_sys::get_tablespace_maintenance_io_concurrency(tablespace);
+            let ahead = Self {
+                path: CStr::from_ptr(path).to_string_lossy().into_owned(),
+                file: None,
+                requests: std::collections::VecDeque::new(),
+                next: 0,
+                most_requests: usize::try_from(concurrency).unwrap_or(0),
+            };
+            pg_sys::pfree(path.cast());
+            ahead
+        }
+    }
+
+    /// Makes as many requests ahead of `blocks[index]`, which is about to be
+    /// read, as are allowed.
+    fn advance(&mut self, blocks: &[BlockNumber], index: usize) {
+        while self.requests.front().is_some_and(|&end| end <= index) {
+            self.requests.pop_front();
+        }
+        while self.requests.len() < self.most_requests && self.next < blocks.len() {
+            let start = self.next.max(index);
+            let first = blocks[start];
+            let segment = first / pg_sys::RELSEG_SIZE;
+            let run = blocks[start..]
+                .iter()
+                .zip(first..)
+                .take(Self::REQUEST_BLOCKS)
+                .take_while(|&(&block, expected)| {
+                    block == expected && block / pg_sys::RELSEG_SIZE == segment
+                })
+                .count();
+            self.request(segment, first % pg_sys::RELSEG_SIZE, run);
+            self.next = start + run;
+            self.requests.push_back(self.next);
+        }
+    }
+
+    fn request(&mut self, segment: u32, first: BlockNumber, count: usize) {
+        use std::os::fd::AsRawFd;
+        if self.file.as_ref().is_none_or(|(open, _)| *open != segment) {
+            let path = match segment {
+                0 => self.path.clone(),
+                _ => format!("{}.{segment}", self.path),
+            };
+            // It is only advice: reading will tell what is wrong.
+            self.file = std::fs::File::open(path).ok().map(|file| (segment, file));
+        }
+        if let Some((_, file)) = &self.file {
+            let block_size = i64::from(pg_sys::BLCKSZ);
+            // SAFETY: an open file.
+            unsafe {
+                libc::posix_fadvise(
+                    file.as_raw_fd(),
+                    i64::from(first) * block_size,
+                    count as i64 * block_size,
+                    libc::POSIX_FADV_WILLNEED,
+                );
+            }
+        }
+    }
 }

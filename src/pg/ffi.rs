@@ -13,6 +13,10 @@ unsafe extern "C-unwind" {
     pub fn procsignal_sigusr1_handler(signal: c_int);
     pub fn die(signal: c_int);
 
+    /// Whether the list of free buffers is not empty, looked at without a lock.
+    /// It raises no ERROR, so that it needs no guard.
+    pub fn have_free_buffer() -> bool;
+
     /// Takes the spinlock of a buffer's header and returns its state. It raises
     /// no ERROR, so that it needs no guard.
     pub fn LockBufHdr(header: *mut pg_sys::BufferDesc) -> u32;

@@ -1,14 +1,25 @@
 //! Relations: opened, locked, read.
 
 use std::ffi::CStr;
+use std::ops::ControlFlow;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
+use super::buffer::{Pinned, ReadEnd};
 use super::compat::{self, READ_BLOCKS_MAX};
 use super::{ffi, process};
 use crate::blocks::{BlockNumber, Fork, Oid};
 
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+
+/// What came of opening a relation without waiting.
+pub enum Opened {
+    Open(Relation),
+    /// Somebody has it locked.
+    Locked,
+    /// No relation has that file.
+    Gone,
+}
 
 /// An open relation, with an AccessShareLock on it; and on its table, where it
 /// is an index. Dropping it closes it and gives the locks back.
@@ -54,8 +65,9 @@ impl Relation {
         }
     }
 
-    /// Opens the relation that has this file now; nothing where none has.
-    pub fn open_by_file(database: Oid, tablespace: Oid, filenumber: Oid) -> Option<Self> {
+    /// Opens the relation that has this file now, unless it would have to wait
+    /// for somebody who has it locked.
+    pub fn open_by_file_if_free(database: Oid, tablespace: Oid, filenumber: Oid) -> Opened {
         let tablespace_oid = pg_sys::Oid::from(tablespace);
         let filenumber_oid = pg_sys::Oid::from(filenumber);
         // SAFETY: a catalog look-up, in a transaction, behind the guard that
@@ -65,13 +77,18 @@ impl Relation {
                 ffi::RelidByRelfilenumber(tablespace_oid, filenumber_oid)
             });
             if oid == pg_sys::InvalidOid {
-                return None;
+                return Opened::Gone;
             }
-            pg_sys::try_relation_open(oid, LOCK)
+            if !pg_sys::ConditionalLockRelationOid(oid, LOCK) {
+                return Opened::Locked;
+            }
+            let relation = pg_sys::try_relation_open(oid, pg_sys::NoLock as pg_sys::LOCKMODE);
+            if relation.is_null() {
+                pg_sys::UnlockRelationOid(oid, LOCK);
+                return Opened::Gone;
+            }
+            relation
         };
-        if relation.is_null() {
-            return None;
-        }
         let relation = Self {
             relation,
             table: None,
@@ -80,7 +97,11 @@ impl Relation {
         // shared catalog's file lies in no database.
         // SAFETY: just opened.
         let locator = unsafe { compat::locator(relation.relation) };
-        (locator == (database, tablespace, filenumber)).then_some(relation)
+        if locator == (database, tablespace, filenumber) {
+            Opened::Open(relation)
+        } else {
+            Opened::Gone
+        }
     }
 
     pub fn name(&self) -> String {
@@ -176,6 +197,20 @@ impl Relation {
             );
             pg_sys::ReleaseBuffer(buffer);
         }
+    }
+
+    /// Reads blocks of a permanent relation into shared buffers, in ascending
+    /// order, and hands each to `each` with its place among `blocks`, until that
+    /// breaks off. Reads ahead, and never evicts a block that is in a buffer.
+    /// Serves interrupts. Raises the server's ERROR where a block cannot be read.
+    pub fn read_into_free_buffers(
+        &self,
+        fork: Fork,
+        blocks: &[BlockNumber],
+        mut each: impl FnMut(usize, &Pinned) -> ControlFlow<()>,
+    ) -> ReadEnd {
+        // SAFETY: open.
+        unsafe { compat::read_into_free_buffers(self.relation, fork, blocks, &mut each) }
     }
 
     /// Asks the operating system to read a block, unless it is in shared

@@ -8,7 +8,7 @@ mod tests {
     use crate::pg::buffer::cached_blocks;
     use crate::pg::database::Database;
     use crate::pg::error::catch;
-    use crate::pg::relation::{Relation, fork_by_name};
+    use crate::pg::relation::{Opened, Relation, fork_by_name};
 
     /// Makes a table of a few blocks, and returns its OID and its first block.
     fn table() -> (pg_sys::Oid, Record) {
@@ -34,7 +34,11 @@ mod tests {
     }
 
     fn open(record: Record) -> Option<Relation> {
-        Relation::open_by_file(record.database, record.tablespace, record.filenumber)
+        match Relation::open_by_file_if_free(record.database, record.tablespace, record.filenumber)
+        {
+            Opened::Open(relation) => Some(relation),
+            Opened::Locked | Opened::Gone => None,
+        }
     }
 
     #[pg_test]
@@ -81,8 +85,14 @@ mod tests {
             .unwrap()
             .to_u32();
         const GLOBAL_TABLESPACE: u32 = 1664;
-        let relation = Relation::open_by_file(0, GLOBAL_TABLESPACE, filenumber).unwrap();
-        assert_eq!(relation.name(), "pg_database");
+        let record = Record {
+            database: 0,
+            tablespace: GLOBAL_TABLESPACE,
+            filenumber,
+            fork: 0,
+            block: 0,
+        };
+        assert_eq!(open(record).unwrap().name(), "pg_database");
     }
 
     #[pg_test]

@@ -23,7 +23,7 @@ const LIBRARY: &CStr = c"pg_prewarm";
 const NEVER_RESTART: i32 = -1;
 
 impl Kind {
-    fn registration(&self, argument: u32, notify: i32) -> pg_sys::BackgroundWorker {
+    fn registration(&self, argument: u64, notify: i32) -> pg_sys::BackgroundWorker {
         // SAFETY: a C structure of numbers and character arrays: zeros are valid.
         let mut worker: pg_sys::BackgroundWorker = unsafe { std::mem::zeroed() };
         copy_name(&mut worker.bgw_name, self.name);
@@ -49,7 +49,7 @@ impl Kind {
     /// Asks for one to be started with that argument; nothing where no slot of
     /// `max_worker_processes` is free. This process's latch is set when it starts
     /// and when it ends.
-    pub fn start(&self, argument: u32) -> Option<Handle> {
+    pub fn start(&self, argument: u64) -> Option<Handle> {
         let mut worker = self.registration(argument, process::my_pid());
         let mut handle = std::ptr::null_mut();
         // SAFETY: as above; the handle is allocated in the current context,
@@ -60,7 +60,7 @@ impl Kind {
             pg_sys::MemoryContextSwitchTo(previous);
             registered
         };
-        registered.then_some(Handle(handle))
+        registered.then(|| Handle(handle))
     }
 }
 

@@ -508,7 +508,12 @@ impl Cluster {
     /// The list's records.
     pub fn listed(&self) -> BTreeSet<Block> {
         let list = self.list();
-        let blocks: BTreeSet<Block> = list.lines().skip(1).map(Block::parse).collect();
+        let blocks: BTreeSet<Block> = list
+            .lines()
+            .skip(1)
+            .take_while(|line| !line.starts_with('#'))
+            .map(Block::parse)
+            .collect();
         let header = list.lines().next().unwrap();
         let claimed = header
             .trim_start_matches("<<")

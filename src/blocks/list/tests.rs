@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::super::trailer::NOT_ONE_EACH;
 use super::super::writer::ListWriter;
 use super::*;
 
@@ -11,15 +12,16 @@ fn read(text: impl AsRef<[u8]>) -> BlockList {
 /// The records' last fields, which the cases below number them by, and the first bad line.
 fn outcome(text: impl AsRef<[u8]>) -> (Vec<u32>, Option<u64>) {
     let list = read(text);
-    let blocks = list.records.iter().map(|record| record.block).collect();
+    let blocks = list.entries.iter().map(|entry| entry.block()).collect();
     (blocks, list.first_bad_line)
 }
 
 #[test]
 fn a_list_is_read_as_it_was_written() {
     let list = read("<<2>>\n5,1663,16384,0,7\n0,1664,1262,2,4294967295\n");
+    let records: Vec<_> = list.records().map(|(record, _)| record).collect();
     assert_eq!(
-        list.records,
+        records,
         [
             Record {
                 database: 5,
@@ -158,7 +160,7 @@ fn a_line_longer_than_a_chunk_is_one_bad_line() {
 fn a_claim_asks_for_no_memory() {
     for claim in ["2147483647", "18446744073709551615", "-5"] {
         let list = read(format!("<<{claim}>>\n1,2,3,0,4\n"));
-        assert!(list.records.capacity() <= 8, "{claim}");
+        assert!(list.entries.capacity() <= 8, "{claim}");
     }
 }
 
@@ -186,21 +188,137 @@ impl Read for Trickle<'_> {
     }
 }
 
-fn records() -> impl Strategy<Value = Vec<Record>> {
-    let record = any::<[u32; 5]>().prop_map(|fields| Record {
-        database: fields[0],
-        tablespace: fields[1],
-        filenumber: fields[2],
-        fork: fields[3],
-        block: fields[4],
+#[test]
+fn a_trailer_that_fits_gives_each_record_its_heat() {
+    let heats = [5, 0, 3, 1];
+    let text = String::from_utf8(write(&records_with(&heats))).unwrap();
+    let list = read(&text);
+    assert_eq!(list.heats, Heats::Saved);
+    let read_heats: Vec<_> = list.records().map(|(_, heat)| heat.usage_count()).collect();
+    assert_eq!(read_heats, heats);
+    // The last line break may be missing.
+    assert_eq!(read(text.trim_end()).heats, Heats::Saved);
+}
+
+#[test]
+fn a_trailer_that_does_not_fit_is_left_aside_as_a_whole() {
+    let text = String::from_utf8(write(&records_with(&[5, 0, 3, 1]))).unwrap();
+    for (what, text, heats) in [
+        (
+            "no trailer",
+            text[..text.find('#').unwrap()].to_owned(),
+            Heats::Missing,
+        ),
+        (
+            "another trailer",
+            text.replace("# pg_prewarm 2.0", "# something else"),
+            Heats::Missing,
+        ),
+        (
+            "a line after the records",
+            text.replace("# pg_prewarm 2.0", "\n1,2,3,0,9\n# pg_prewarm 2.0"),
+            Heats::Missing,
+        ),
+        (
+            "an edited record",
+            text.replace("\n0,0,0,0,1\n", "\n0,0,0,0,7\n"),
+            Heats::LeftAside("its checksum differs"),
+        ),
+        (
+            "an edited digit",
+            text.replace("\n5031\n", "\n5041\n"),
+            Heats::LeftAside("its checksum differs"),
+        ),
+        (
+            "no digit",
+            text.replace("\n5031\n", "\n5061\n"),
+            Heats::LeftAside(NOT_ONE_EACH),
+        ),
+        (
+            "a digit too many",
+            text.replace("\n5031\n", "\n50311\n"),
+            Heats::LeftAside(NOT_ONE_EACH),
+        ),
+        (
+            "a digit too few",
+            sign(&text.replace("\n5031\n", "\n503\n")),
+            Heats::LeftAside(NOT_ONE_EACH),
+        ),
+        (
+            "a bad record",
+            sign(&text.replace("\n0,0,0,0,1\n", "\nbad\n")),
+            Heats::LeftAside(NOT_ONE_EACH),
+        ),
+        (
+            "a list cut short",
+            text[..text.find("# crc32c").unwrap()].to_owned(),
+            Heats::LeftAside("it is cut short"),
+        ),
+        (
+            "no heat",
+            text.replace("# heat", "# cold"),
+            Heats::LeftAside("it does not say what it holds"),
+        ),
+        (
+            "an odd checksum",
+            text.replace("crc32c 0x", "crc32c 0xg"),
+            Heats::LeftAside("its checksum differs"),
+        ),
+        (
+            "a long line",
+            text.replace("\n5031\n", &format!("\n{}\n", "5".repeat(200))),
+            Heats::LeftAside("it has a line that is too long"),
+        ),
+    ] {
+        let list = read(&text);
+        assert_eq!(list.heats, heats, "{what}");
+        assert!(list.records().all(|(_, heat)| heat == Heat::ONCE), "{what}");
+        assert!(list.entries.len() >= 3, "{what}");
+    }
+}
+
+/// Records 0, 1, 2 … of that heat.
+fn records_with(heats: &[u32]) -> Vec<(Record, Heat)> {
+    let record = |(block, heat): (u32, &u32)| {
+        let record = Record {
+            database: 0,
+            tablespace: 0,
+            filenumber: 0,
+            fork: 0,
+            block,
+        };
+        (record, Heat::from_usage_count(*heat))
+    };
+    (0..).zip(heats).map(record).collect()
+}
+
+/// The text with the checksum that it should have.
+fn sign(text: &str) -> String {
+    let before = &text[..text.find("# crc32c").unwrap()];
+    format!(
+        "{before}# crc32c 0x{:08x}\n",
+        crc32c::crc32c(before.as_bytes())
+    )
+}
+
+fn records() -> impl Strategy<Value = Vec<(Record, Heat)>> {
+    let record = (any::<[u32; 5]>(), 0u32..6).prop_map(|(fields, heat)| {
+        let record = Record {
+            database: fields[0] % 3,
+            tablespace: fields[1],
+            filenumber: fields[2] % 100_000,
+            fork: fields[3] % 5,
+            block: fields[4],
+        };
+        (record, Heat::from_usage_count(heat))
     });
     prop::collection::vec(record, 0..200)
 }
 
-fn write(records: &[Record]) -> Vec<u8> {
-    let mut writer = ListWriter::begin(io::Cursor::new(Vec::new()), records.len() as u64).unwrap();
-    for record in records {
-        writer.push(record).unwrap();
+fn write(records: &[(Record, Heat)]) -> Vec<u8> {
+    let mut writer = ListWriter::begin(io::Cursor::new(Vec::new()), records.len()).unwrap();
+    for (record, heat) in records {
+        writer.push(record, *heat).unwrap();
     }
     writer.finish().unwrap().1.into_inner()
 }
@@ -210,7 +328,7 @@ proptest! {
     fn what_is_written_is_read(records in records(), step in 1usize..50) {
         let text = write(&records);
         let list = BlockList::read(Trickle(&text, step), text.len() as u64).unwrap();
-        prop_assert_eq!(list.records, records);
+        prop_assert_eq!(list.records().collect::<Vec<_>>(), records);
         prop_assert_eq!(list.first_bad_line, None);
     }
 
@@ -221,10 +339,14 @@ proptest! {
         let text = write(&records);
         let cut = cut.index(text.len());
         let list = read(&text[..cut]);
+        let records: Vec<_> = records.into_iter().map(|(record, _)| record).collect();
         let whole = text[..cut].iter().filter(|&&byte| byte == b'\n').count().saturating_sub(1);
+        let whole = whole.min(records.len());
         // The record that was cut may still look like one, with fewer digits.
-        prop_assert!(list.records.len() <= whole + 1);
-        prop_assert_eq!(&list.records[..whole], &records[..whole]);
+        prop_assert!(list.entries.len() <= whole + 1);
+        let read: Vec<_> = list.records().map(|(record, _)| record).take(whole).collect();
+        prop_assert_eq!(&read[..], &records[..whole]);
+        prop_assert!(cut == text.len() - 1 || list.heats != Heats::Saved);
     }
 
     #[test]
@@ -237,21 +359,23 @@ proptest! {
         let which = which.index(records.len());
         lines[which + 1] = &rubbish;
         let list = read(lines.join("\n"));
-        let mut rest = records.clone();
+        let mut rest: Vec<_> = records.into_iter().map(|(record, _)| record).collect();
         rest.remove(which);
-        prop_assert_eq!(list.records, rest);
+        let read: Vec<_> = list.records().map(|(record, _)| record).collect();
+        prop_assert_eq!(read, rest);
         prop_assert_eq!(list.first_bad_line, Some(which as u64 + 2));
+        prop_assert_ne!(list.heats, Heats::Saved);
     }
 
     #[test]
     fn no_bytes_make_it_panic_or_ask_for_much(bytes in prop::collection::vec(any::<u8>(), 0..4096)) {
         let list = read(&bytes);
-        prop_assert!(list.records.capacity() <= bytes.len() / SHORTEST_RECORD + 1);
+        prop_assert!(list.entries.capacity() <= bytes.len() / SHORTEST_RECORD + 1);
     }
 
     #[test]
     fn no_text_of_the_formats_own_letters_makes_it_panic(text in "[<>0-9,#\n\r -]{0,400}") {
         let list = read(&text);
-        prop_assert!(list.records.capacity() <= text.len() / SHORTEST_RECORD + 1);
+        prop_assert!(list.entries.capacity() <= text.len() / SHORTEST_RECORD + 1);
     }
 }

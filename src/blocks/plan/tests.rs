@@ -1,6 +1,12 @@
+use std::io::Cursor;
+
 use proptest::prelude::*;
 
+use super::super::Record;
+use super::super::writer::ListWriter;
 use super::*;
+
+type HotRecord = (Record, Heat);
 
 fn record(database: Oid, filenumber: Oid, fork: u32, block: BlockNumber) -> Record {
     Record {
@@ -12,50 +18,75 @@ fn record(database: Oid, filenumber: Oid, fork: u32, block: BlockNumber) -> Reco
     }
 }
 
-fn encode(plan: &Plan) -> Vec<u32> {
-    let mut words = vec![0; plan.words()];
-    plan.encode(&mut words);
-    words
+fn hot(record: Record, heat: u32) -> HotRecord {
+    (record, Heat::from_usage_count(heat))
+}
+
+fn plan_within(records: &[HotRecord], budget: u64) -> Plan {
+    let mut writer = ListWriter::begin(Cursor::new(Vec::new()), records.len()).unwrap();
+    for (record, heat) in records {
+        writer.push(record, *heat).unwrap();
+    }
+    let text = writer.finish().unwrap().1.into_inner();
+    let list = BlockList::read(&text[..], text.len() as u64).unwrap();
+    Plan::new(list, budget).unwrap()
+}
+
+fn plan(records: &[Record]) -> Plan {
+    let records: Vec<_> = records.iter().map(|record| hot(*record, 1)).collect();
+    plan_within(&records, u64::MAX)
 }
 
 /// Every block of the encoded plan, as records again.
-fn decode(plan: &Plan) -> Vec<Record> {
-    let words = encode(plan);
+fn decode(plan: &Plan) -> Vec<HotRecord> {
+    let mut words = vec![0; plan.words()];
+    plan.encode(&mut words);
     let view = PlanView::new(&words);
-    plan.databases()
+    let mut records = Vec::new();
+    for index in plan
+        .databases()
         .into_iter()
-        .flat_map(|database| view.segments(database.segments))
-        .flat_map(|(segment, blocks)| {
-            blocks.iter().map(move |&block| Record {
-                database: segment.database,
-                tablespace: segment.tablespace,
-                filenumber: segment.filenumber,
-                fork: segment.fork as u32,
+        .flat_map(|database| database.chunks)
+    {
+        let (chunk, blocks) = view.chunk(index);
+        assert!(blocks.numbers().len() <= CHUNK_BLOCKS as usize);
+        assert!(blocks.numbers().is_sorted());
+        for (index, &block) in blocks.numbers().iter().enumerate() {
+            let record = Record {
+                database: chunk.database,
+                tablespace: chunk.tablespace,
+                filenumber: chunk.filenumber,
+                fork: chunk.fork as u32,
                 block,
-            })
-        })
-        .collect()
+            };
+            records.push((record, blocks.heat(index)));
+        }
+    }
+    records
+}
+
+fn decoded_records(plan: &Plan) -> Vec<Record> {
+    decode(plan).into_iter().map(|(record, _)| record).collect()
 }
 
 #[test]
 fn no_records_make_no_databases() {
-    let plan = Plan::new(vec![]).unwrap();
+    let plan = plan(&[]);
     assert_eq!(plan.databases(), []);
     assert_eq!(decode(&plan), []);
 }
 
 #[test]
 fn blocks_are_loaded_in_physical_order() {
-    let plan = Plan::new(vec![
+    let plan = plan(&[
         record(5, 2, 0, 9),
         record(5, 1, 2, 0),
         record(5, 1, 0, 3),
         record(0, 7, 0, 1),
         record(5, 1, 0, 2),
-    ])
-    .unwrap();
+    ]);
     assert_eq!(
-        decode(&plan),
+        decoded_records(&plan),
         [
             record(0, 7, 0, 1),
             record(5, 1, 0, 2),
@@ -67,57 +98,109 @@ fn blocks_are_loaded_in_physical_order() {
 }
 
 #[test]
-fn databases_know_their_segments_and_blocks() {
-    let plan = Plan::new(vec![
+fn databases_know_their_chunks_and_blocks() {
+    let plan = plan(&[
         record(9, 1, 0, 0),
         record(0, 7, 0, 1),
         record(5, 1, 0, 0),
         record(5, 1, 0, 1),
         record(5, 2, 0, 0),
-    ])
-    .unwrap();
+    ]);
     let summary: Vec<_> = plan
         .databases()
         .into_iter()
-        .map(|database| (database.database, database.segments, database.blocks))
+        .map(|database| (database.database, database.chunks, database.blocks))
         .collect();
     assert_eq!(summary, [(0, 0..1, 1), (5, 1..3, 3), (9, 3..4, 1)]);
 }
 
 #[test]
+fn a_large_relation_is_cut_into_chunks() {
+    let blocks: Vec<_> = (0..CHUNK_BLOCKS * 2 + 1)
+        .map(|block| record(5, 1, 0, block))
+        .collect();
+    let plan = plan(&blocks);
+    assert_eq!(plan.databases()[0].chunks, 0..3);
+    assert_eq!(decoded_records(&plan), blocks);
+}
+
+#[test]
 fn the_same_file_number_in_two_tablespaces_is_two_relations() {
-    let mut other = record(5, 1, 0, 0);
-    other.tablespace = 20000;
-    let plan = Plan::new(vec![record(5, 1, 0, 0), other]).unwrap();
-    assert_eq!(plan.databases()[0].segments, 0..2);
+    let here = record(5, 1, 0, 0);
+    let there = Record {
+        tablespace: 20000,
+        ..here
+    };
+    assert_eq!(plan(&[here, there]).databases()[0].chunks, 0..2);
 }
 
 #[test]
 fn what_no_relation_can_have_is_counted_and_left_out() {
-    let plan = Plan::new(vec![
+    let plan = plan(&[
         record(5, 1, 4, 0),
         record(5, 1, u32::MAX, 0),
         record(5, 1, 0, u32::MAX),
         record(5, 1, 3, u32::MAX - 1),
-    ])
-    .unwrap();
+    ]);
     assert_eq!(plan.illegal(), 3);
-    assert_eq!(decode(&plan), [record(5, 1, 3, u32::MAX - 1)]);
+    assert_eq!(decoded_records(&plan), [record(5, 1, 3, u32::MAX - 1)]);
+}
+
+#[test]
+fn the_hottest_win_where_the_budget_does_not_suffice() {
+    let records: Vec<_> = [0, 5, 1, 3, 5, 1, 2, 1]
+        .into_iter()
+        .zip(0..)
+        .map(|(heat, block)| hot(record(5, 1, 0, block), heat))
+        .collect();
+    let kept = |budget| {
+        let plan = plan_within(&records, budget);
+        let blocks: Vec<_> = decoded_records(&plan)
+            .iter()
+            .map(|record| record.block)
+            .collect();
+        assert_eq!(plan.over_budget(), (records.len() - blocks.len()) as u64);
+        blocks
+    };
+    assert_eq!(kept(0), []);
+    assert_eq!(kept(1), [1]);
+    assert_eq!(kept(3), [1, 3, 4]);
+    // Of equally hot ones the first.
+    assert_eq!(kept(5), [1, 2, 3, 4, 6]);
+    assert_eq!(kept(8), [0, 1, 2, 3, 4, 5, 6, 7]);
 }
 
 proptest! {
     #[test]
     fn a_plan_holds_every_legal_record_once_and_in_order(
-        fields in prop::collection::vec((0u32..4, 0u32..5, 0u32..6, 0u32..50), 0..300)
+        fields in prop::collection::vec((0u32..4, 0u32..5, 0u32..6, 0u32..2000, 0u32..6), 0..1500)
     ) {
         let records: Vec<_> = fields
             .into_iter()
-            .map(|(database, filenumber, fork, block)| record(database, filenumber, fork, block))
+            .map(|(database, filenumber, fork, block, heat)| {
+                hot(record(database, filenumber, fork, block), heat)
+            })
             .collect();
-        let plan = Plan::new(records.clone()).unwrap();
-        let mut legal: Vec<_> = records.iter().copied().filter(|record| record.fork < 4).collect();
+        let plan = plan_within(&records, u64::MAX);
+        let mut legal: Vec<_> = records.iter().copied().filter(|(record, _)| record.fork < 4).collect();
         legal.sort();
         prop_assert_eq!(plan.illegal(), (records.len() - legal.len()) as u64);
         prop_assert_eq!(decode(&plan), legal);
+        prop_assert!(plan.words() * 4 <= 5 * records.len() + 24 * plan.chunks.len() + 12);
+    }
+
+    #[test]
+    fn no_block_is_left_out_for_a_colder_one(
+        heats in prop::collection::vec(0u32..6, 0..300), budget in 0u64..300
+    ) {
+        let records: Vec<_> = (0..).zip(&heats)
+            .map(|(block, &heat)| hot(record(5, 1, 0, block), heat))
+            .collect();
+        let plan = plan_within(&records, budget);
+        let kept = decode(&plan);
+        prop_assert_eq!(kept.len() as u64, budget.min(records.len() as u64));
+        let coldest = kept.iter().map(|(_, heat)| *heat).min();
+        let hottest = records.iter().filter(|record| !kept.contains(record)).map(|(_, heat)| *heat).max();
+        prop_assert!(coldest.is_none() || hottest.is_none() || coldest >= hottest);
     }
 }

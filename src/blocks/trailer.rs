@@ -1,0 +1,133 @@
+//! The trailer of a block list: how hot each block was.
+//!
+//! ```text
+//! # pg_prewarm 2.0
+//! # heat
+//! 5102…                       one digit for each record, at most 120 in a line
+//! # crc32c 0x12345678         of every byte before this line
+//! ```
+//!
+//! It stands after the last record, where contrib does not look. One that is cut
+//! short, does not match the records, or whose checksum differs (somebody edited
+//! the list, which is allowed) is left aside as a whole.
+
+/// What a trailer begins with, and what stands before the digits.
+pub(super) const FIRST_LINES: [&str; 2] = ["# pg_prewarm 2.0", "# heat"];
+
+/// What the last line begins with; eight hexadecimal digits follow.
+pub(super) const CHECKSUM: &str = "# crc32c 0x";
+
+/// The most digits of a line.
+pub(super) const DIGITS_PER_LINE: usize = 120;
+
+/// Why a trailer of another list is left aside.
+pub(super) const NOT_ONE_EACH: &str = "it has not one digit for each record";
+
+/// Where the heat of a list's records comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Heats {
+    /// The list has no trailer: contrib wrote it, or there is nothing to say.
+    #[default]
+    Missing,
+    /// The trailer's, which fits.
+    Saved,
+    /// The trailer does not fit, and was left aside for that reason.
+    LeftAside(&'static str),
+}
+
+/// Reads a trailer, line by line, from what follows the records.
+#[derive(Debug, Default)]
+pub(super) struct TrailerReader {
+    line: Vec<u8>,
+    lines: usize,
+    /// The digits so far.
+    digits: u64,
+    outcome: Option<Heats>,
+}
+
+impl TrailerReader {
+    /// Takes the next bytes; `checksum` is that of every byte before them, and is
+    /// kept up. `heat` is told each record's digit, and whether it has one.
+    pub fn read(
+        &mut self,
+        bytes: &[u8],
+        checksum: &mut u32,
+        mut heat: impl FnMut(u64, u8) -> bool,
+    ) {
+        for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
+            if self.outcome.is_some() {
+                return;
+            }
+            // No line of a trailer is longer.
+            if self.line.len() + piece.len() > DIGITS_PER_LINE + 2 {
+                self.give_up("it has a line that is too long");
+                return;
+            }
+            self.line.extend_from_slice(piece);
+            if piece.ends_with(b"\n") {
+                self.line(*checksum, &mut heat);
+                *checksum = crc32c::crc32c_append(*checksum, &self.line);
+                self.line.clear();
+            }
+        }
+    }
+
+    /// What came of it, for a list of that many records.
+    pub fn finish(mut self, checksum: u32, records: u64) -> Heats {
+        // The last line needs no line break after it.
+        if self.outcome.is_none() && !self.line.is_empty() {
+            self.line(checksum, &mut |_, _| false);
+        }
+        match self.outcome {
+            None if self.lines == 0 => Heats::Missing,
+            None => Heats::LeftAside("it is cut short"),
+            Some(Heats::Saved) if self.digits != records => Heats::LeftAside(NOT_ONE_EACH),
+            Some(outcome) => outcome,
+        }
+    }
+
+    fn give_up(&mut self, reason: &'static str) {
+        // What never began as a trailer is none.
+        self.outcome = Some(if self.lines == 0 {
+            Heats::Missing
+        } else {
+            Heats::LeftAside(reason)
+        });
+    }
+
+    fn line(&mut self, checksum: u32, heat: &mut impl FnMut(u64, u8) -> bool) {
+        let line = std::mem::take(&mut self.line);
+        if let Err(reason) = self.parse(line.trim_ascii_end(), checksum, heat) {
+            self.give_up(reason);
+        }
+        self.line = line;
+    }
+
+    fn parse(
+        &mut self,
+        line: &[u8],
+        checksum: u32,
+        heat: &mut impl FnMut(u64, u8) -> bool,
+    ) -> Result<(), &'static str> {
+        if let Some(expected) = FIRST_LINES.get(self.lines) {
+            if line == expected.as_bytes() {
+                self.lines += 1;
+            } else if self.lines > 0 || !line.is_empty() {
+                return Err("it does not say what it holds");
+            }
+        } else if let Some(digits) = line.strip_prefix(CHECKSUM.as_bytes()) {
+            if digits != format!("{checksum:08x}").as_bytes() {
+                return Err("its checksum differs");
+            }
+            self.outcome = Some(Heats::Saved);
+        } else {
+            for &digit in line {
+                if !heat(self.digits, digit) {
+                    return Err(NOT_ONE_EACH);
+                }
+                self.digits += 1;
+            }
+        }
+        Ok(())
+    }
+}

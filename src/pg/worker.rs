@@ -60,7 +60,7 @@ impl Kind {
             pg_sys::MemoryContextSwitchTo(previous);
             registered
         };
-        registered.then_some(Handle(handle))
+        registered.then(|| Handle(handle))
     }
 }
 

@@ -5,6 +5,11 @@
 
 mod common;
 
+mod bad_files;
+mod functions;
 mod load;
+mod resources;
 mod restart;
+mod settings;
 mod standby;
+mod upgrade;

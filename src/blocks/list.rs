@@ -127,6 +127,11 @@ impl Parser {
                     self.first_bad_line = Some(1);
                 }
                 self.ended = self.claimed == Some(0);
+                // The number may stand on a line below.
+                self.breaks = bytes[..length]
+                    .iter()
+                    .filter(|&&byte| byte == b'\n')
+                    .count() as u64;
                 length
             }
             None => {

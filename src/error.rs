@@ -2,7 +2,6 @@
 
 use std::io;
 
-use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use crate::autoprewarm::DUMP_FILE;
@@ -86,14 +85,14 @@ impl Error {
     }
 }
 
-impl From<Error> for ErrorReport {
-    fn from(error: Error) -> Self {
-        let hint = error.hint().map(str::to_owned);
-        new_report(error.sqlstate(), error.to_string(), hint)
-    }
-}
-
 impl Error {
+    /// Raises it as an ERROR of the server's, which unwinds to the entry point.
+    pub fn raise(self) -> ! {
+        let hint = self.hint().map(str::to_owned);
+        new_report(self.sqlstate(), self.to_string(), hint).report(PgLogLevel::ERROR);
+        unreachable!("an ERROR does not return");
+    }
+
     /// Logs the error of a background worker, which goes on, with what follows
     /// from it.
     pub fn warn(self, hint: &str) {

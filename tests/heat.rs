@@ -4,14 +4,10 @@ use std::collections::BTreeMap;
 
 use crate::common::{Block, Cluster, LIST, Shutdown};
 
-/// A table of that many full blocks, one row in each.
+/// A table of that many blocks, and the extensions that the tests use.
 fn table(cluster: &Cluster, blocks: u32) -> Block {
-    cluster.sql(&format!(
-        "CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache; \
-         CREATE TABLE t (id int, filler text); ALTER TABLE t ALTER filler SET STORAGE PLAIN; \
-         INSERT INTO t SELECT g, repeat('x', 7000) FROM generate_series(1, {blocks}) g"
-    ));
-    cluster.file_of("postgres", "t")
+    cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
+    cluster.table("t", blocks)
 }
 
 /// The usage count of each cached block of the table.

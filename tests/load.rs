@@ -5,20 +5,6 @@ use std::collections::BTreeSet;
 
 use crate::common::{Block, Cluster, Shutdown, list_of, signal, value, wait_until};
 
-/// A table of that many full blocks, one row in each.
-fn table(cluster: &Cluster, name: &str, blocks: u32) -> Block {
-    cluster.sql(&format!(
-        "CREATE TABLE {name} (id int, filler text); \
-         ALTER TABLE {name} ALTER filler SET STORAGE PLAIN; \
-         INSERT INTO {name} SELECT g, repeat('x', 7000) FROM generate_series(1, {blocks}) g"
-    ));
-    cluster.file_of("postgres", name)
-}
-
-fn blocks(file: Block, count: u32) -> impl Iterator<Item = Block> {
-    (0..count).map(move |block| file.at(block))
-}
-
 /// Starts the stopped cluster with that list, and waits for the load to end.
 /// Returns what was loaded, of how many, and the line about what was not.
 fn load(cluster: &Cluster, list: &str) -> (u64, u64, String) {
@@ -45,12 +31,12 @@ fn relations_that_changed_since_are_skipped_and_counted() {
         "CREATE TABLESPACE space LOCATION '{}'",
         space.display()
     ));
-    let kept = table(&cluster, "kept", 5);
-    let dropped = table(&cluster, "dropped", 10);
-    let truncated = table(&cluster, "truncated", 20);
-    let rewritten = table(&cluster, "rewritten", 30);
-    let moved = table(&cluster, "moved", 40);
-    let shortened = table(&cluster, "shortened", 50);
+    let kept = cluster.table("kept", 5);
+    let dropped = cluster.table("dropped", 10);
+    let truncated = cluster.table("truncated", 20);
+    let rewritten = cluster.table("rewritten", 30);
+    let moved = cluster.table("moved", 40);
+    let shortened = cluster.table("shortened", 50);
     cluster.sql(
         "DROP TABLE dropped; TRUNCATE truncated; ALTER TABLE moved SET TABLESPACE space; \
          DELETE FROM shortened WHERE id > 20",
@@ -64,13 +50,13 @@ fn relations_that_changed_since_are_skipped_and_counted() {
     cluster.stop(Shutdown::Fast);
 
     let list = list_of(
-        blocks(kept, 5)
-            .chain(blocks(dropped, 10))
-            .chain(blocks(truncated, 20))
-            .chain(blocks(rewritten, 30))
-            .chain(blocks(moved, 40))
-            .chain(blocks(shortened, 50))
-            .chain(blocks(Block { fork: 2, ..kept }, 1)),
+        kept.first(5)
+            .chain(dropped.first(10))
+            .chain(truncated.first(20))
+            .chain(rewritten.first(30))
+            .chain(moved.first(40))
+            .chain(shortened.first(50))
+            .chain(Block { fork: 2, ..kept }.first(1)),
     );
     let (loaded, total, skipped) = load(&cluster, &list);
     assert_eq!((loaded, total), (25, 156));
@@ -80,7 +66,7 @@ fn relations_that_changed_since_are_skipped_and_counted() {
          31 beyond the end of their relation"
     );
     let cached = cluster.cached();
-    for block in blocks(kept, 5).chain(blocks(shortened, 20)) {
+    for block in kept.first(5).chain(shortened.first(20)) {
         assert!(cached.contains(&block), "{block:?}");
     }
 }
@@ -96,34 +82,32 @@ fn a_record_loads_only_the_relation_of_its_own_database_and_tablespace() {
         space.display()
     ));
     cluster.sql("CREATE DATABASE other");
-    let here = table(&cluster, "here", 10);
+    let here = cluster.table("here", 10);
     let there = cluster.value("SELECT oid FROM pg_tablespace WHERE spcname = 'space'");
     let other = cluster.value("SELECT oid FROM pg_database WHERE datname = 'other'");
     cluster.stop(Shutdown::Fast);
 
     let list = list_of(
-        blocks(
-            Block {
-                tablespace: there,
-                ..here
-            },
-            3,
-        )
-        .chain(blocks(
+        Block {
+            tablespace: there,
+            ..here
+        }
+        .first(3)
+        .chain(
             Block {
                 database: other,
                 ..here
-            },
-            4,
-        ))
-        .chain(blocks(
+            }
+            .first(4),
+        )
+        .chain(
             Block {
                 database: 0,
                 ..here
-            },
-            5,
-        ))
-        .chain(blocks(here, 10).skip(9)),
+            }
+            .first(5),
+        )
+        .chain(here.first(10).skip(9)),
     );
     let (loaded, total, skipped) = load(&cluster, &list);
     assert_eq!((loaded, total), (1, 13));
@@ -143,9 +127,9 @@ fn a_record_loads_only_the_relation_of_its_own_database_and_tablespace() {
 fn a_load_evicts_nothing_and_stops_when_the_cache_is_full() {
     let cluster = Cluster::build().setting("shared_buffers = 8MB").start();
     cluster.sql("CREATE EXTENSION pg_buffercache");
-    let big = table(&cluster, "big", 2000);
+    let big = cluster.table("big", 2000);
     cluster.stop(Shutdown::Fast);
-    let (loaded, total, skipped) = load(&cluster, &list_of(blocks(big, 2000)));
+    let (loaded, total, skipped) = load(&cluster, &list_of(big.first(2000)));
     assert_eq!(total, 2000);
     assert!((700..=1024).contains(&loaded), "{loaded}");
     assert_eq!(
@@ -176,7 +160,7 @@ fn unlogged_relations_are_listed_unless_a_crash_could_follow() {
             .any(|block| block.same_relation(&fleeting))
     };
 
-    let logged = table(&cluster, "logged", 1);
+    let logged = cluster.table("logged", 1);
     wait_until("a periodic dump", || {
         cluster.data(crate::common::LIST).exists()
             && cluster
@@ -216,7 +200,7 @@ fn unlogged_relations_are_listed_unless_a_crash_could_follow() {
 fn a_crash_restart_loads_again() {
     let mut cluster = Cluster::build().start();
     cluster.expect_crash();
-    let kept = table(&cluster, "kept", 10);
+    let kept = cluster.table("kept", 10);
     let mark = cluster.log_end();
     cluster.restart();
     cluster.wait_for_load(mark);
@@ -235,7 +219,7 @@ fn a_crash_restart_loads_again() {
         cluster.wait_for_load(mark);
         assert_eq!(cluster.postmaster(), postmaster);
         let cached = cluster.cached();
-        assert!(blocks(kept, 10).all(|block| cached.contains(&block)));
+        assert!(kept.first(10).all(|block| cached.contains(&block)));
         wait_until("a new leader", || cluster.leader().is_some());
     }
 }
@@ -265,11 +249,11 @@ fn cluster_without_slots() -> (Cluster, String) {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 1")
         .start();
-    let table = table(&cluster, "loaded", 100);
+    let table = cluster.table("loaded", 100);
     cluster.sql("CREATE EXTENSION pg_prewarm");
     cluster.stop(Shutdown::Fast);
     cluster.configure("max_worker_processes = 1\nmax_logical_replication_workers = 0");
-    let list = list_of(blocks(table, 100));
+    let list = list_of(table.first(100));
     cluster.write_list(&list);
     let mark = cluster.log_end();
     cluster.start();

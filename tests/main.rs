@@ -5,8 +5,13 @@
 
 mod common;
 
+mod bad_files;
+mod functions;
 mod heat;
 mod load;
 mod neighbour;
+mod resources;
 mod restart;
+mod settings;
 mod standby;
+mod upgrade;

@@ -5,20 +5,6 @@ use std::time::{Duration, Instant};
 
 use crate::common::{Block, Cluster, Shutdown, list_of, signal, value, wait_until};
 
-/// A table of that many full blocks, one row in each.
-fn table(cluster: &Cluster, name: &str, blocks: u32) -> Block {
-    cluster.sql(&format!(
-        "CREATE TABLE {name} (id int, filler text); \
-         ALTER TABLE {name} ALTER filler SET STORAGE PLAIN; \
-         INSERT INTO {name} SELECT g, repeat('x', 7000) FROM generate_series(1, {blocks}) g"
-    ));
-    cluster.file_of("postgres", name)
-}
-
-fn blocks(file: Block, count: u32) -> impl Iterator<Item = Block> {
-    (0..count).map(move |block| file.at(block))
-}
-
 fn skipped(cluster: &Cluster, mark: usize) -> String {
     let line = cluster.wait_for_log(mark, "autoprewarm skipped ");
     line.split_once("skipped ").unwrap().1.to_owned()
@@ -33,11 +19,11 @@ fn cluster_with_locked_table() -> (Cluster, Block) {
         .setting("max_prepared_transactions = 2")
         .start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
-    let free = table(&cluster, "free", 100);
-    let locked = table(&cluster, "locked", 100);
+    let free = cluster.table("free", 100);
+    let locked = cluster.table("locked", 100);
     cluster.sql("BEGIN; LOCK TABLE locked; PREPARE TRANSACTION 'holder'");
     cluster.stop(Shutdown::Fast);
-    cluster.write_list(list_of(blocks(locked, 100).chain(blocks(free, 100))));
+    cluster.write_list(list_of(locked.first(100).chain(free.first(100))));
     (cluster, free)
 }
 
@@ -52,7 +38,7 @@ fn a_locked_relation_is_skipped_after_all_others_are_loaded() {
         "100 blocks: 100 of locked relations"
     );
     let cached = cluster.cached();
-    assert!(blocks(free, 100).all(|block| cached.contains(&block)));
+    assert!(free.first(100).all(|block| cached.contains(&block)));
     // And dumps go on.
     assert!(cluster.value::<i64>("SELECT autoprewarm_dump_now()") > 100);
 }
@@ -96,9 +82,9 @@ fn a_worker_that_is_ended_costs_what_it_had_left_and_nothing_else() {
 fn waiting_ddl_gets_its_lock_in_mid_load() {
     // Twenty passes over the table, so that there is something to get between.
     let cluster = Cluster::build().setting("shared_buffers = 128MB").start();
-    let table = table(&cluster, "busy", 8000);
+    let table = cluster.table("busy", 8000);
     cluster.stop(Shutdown::Fast);
-    cluster.write_list(list_of(blocks(table, 8000)));
+    cluster.write_list(list_of(table.first(8000)));
     let mark = cluster.log_end();
     cluster.start();
     let mut client = cluster.connect("postgres");
@@ -127,9 +113,9 @@ fn several_workers_share_one_database() {
         .setting("shared_buffers = 128MB")
         .setting("pg_prewarm.autoprewarm_workers = 3")
         .start();
-    let big = table(&cluster, "big", 8000);
+    let big = cluster.table("big", 8000);
     cluster.stop(Shutdown::Fast);
-    cluster.write_list(list_of(blocks(big, 8000)));
+    cluster.write_list(list_of(big.first(8000)));
     let mark = cluster.log_end();
     cluster.start();
     assert_eq!(cluster.wait_for_load(mark), (8000, 8000));
@@ -144,10 +130,10 @@ fn fewer_slots_than_workers_still_load_everything() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_workers = 8")
         .start();
-    let table = table(&cluster, "t", 3000);
+    let table = cluster.table("t", 3000);
     cluster.stop(Shutdown::Fast);
     cluster.configure("max_worker_processes = 2\nmax_logical_replication_workers = 0");
-    cluster.write_list(list_of(blocks(table, 3000)));
+    cluster.write_list(list_of(table.first(3000)));
     let mark = cluster.log_end();
     cluster.start();
     assert_eq!(cluster.wait_for_load(mark), (3000, 3000));
@@ -161,7 +147,7 @@ fn fewer_slots_than_workers_still_load_everything() {
 #[test]
 fn an_unreadable_page_costs_one_block() {
     let cluster = Cluster::build().checksums().start();
-    let table = table(&cluster, "t", 600);
+    let table = cluster.table("t", 600);
     let path: String = cluster.value("SELECT pg_relation_filepath('t')");
     cluster.stop(Shutdown::Fast);
     let path = cluster.data(&path);
@@ -170,7 +156,7 @@ fn an_unreadable_page_costs_one_block() {
         file[bad * 8192 + 5000] ^= 1;
     }
     std::fs::write(&path, file).unwrap();
-    cluster.write_list(list_of(blocks(table, 600)));
+    cluster.write_list(list_of(table.first(600)));
     let mark = cluster.log_end();
     cluster.start();
     assert_eq!(cluster.wait_for_load(mark), (596, 600));
@@ -191,12 +177,12 @@ fn an_unreadable_page_costs_one_block() {
 #[test]
 fn a_missing_segment_file_costs_its_relation_only() {
     let cluster = Cluster::build().start();
-    let gone = table(&cluster, "gone", 50);
-    let kept = table(&cluster, "kept", 50);
+    let gone = cluster.table("gone", 50);
+    let kept = cluster.table("kept", 50);
     let path: String = cluster.value("SELECT pg_relation_filepath('gone')");
     cluster.stop(Shutdown::Fast);
     std::fs::remove_file(cluster.data(&path)).unwrap();
-    cluster.write_list(list_of(blocks(gone, 50).chain(blocks(kept, 50))));
+    cluster.write_list(list_of(gone.first(50).chain(kept.first(50))));
     let mark = cluster.log_end();
     cluster.start();
     assert_eq!(cluster.wait_for_load(mark), (50, 100));

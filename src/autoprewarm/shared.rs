@@ -44,7 +44,7 @@ pub struct Load {
 unsafe impl Shared for Load {
     const INITIAL: Self = Self {
         shared: Cursor::INITIAL,
-        workers: [const { Slot::INITIAL }; MAX_WORKERS],
+        workers: [const { Slot::new() }; MAX_WORKERS],
         full: AtomicBool::new(false),
         loaded: AtomicU64::new(0),
         cached: AtomicU64::new(0),
@@ -124,13 +124,15 @@ pub struct Slot {
 }
 
 impl Slot {
-    const INITIAL: Self = Self {
-        database: AtomicU32::new(0),
-        cursor: AtomicU32::new(0),
-        stage: AtomicU32::new(0),
-        chunk: AtomicU32::new(NO_CHUNK),
-        done: AtomicU32::new(0),
-    };
+    const fn new() -> Self {
+        Self {
+            database: AtomicU32::new(0),
+            cursor: AtomicU32::new(0),
+            stage: AtomicU32::new(Stage::NotStarted as u32),
+            chunk: AtomicU32::new(NO_CHUNK),
+            done: AtomicU32::new(0),
+        }
+    }
 
     /// Prepares the slot for a worker in that database, which is to begin with
     /// that chunk, if any.

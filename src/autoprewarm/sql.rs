@@ -3,7 +3,6 @@
 //! They work in a server that did not preload the library as well. Both act on
 //! the whole server, so that only superusers may call them until granted.
 
-use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use super::state::State;
@@ -20,8 +19,8 @@ AS 'MODULE_PATHNAME', 'autoprewarm_start_worker'
 LANGUAGE C;
 REVOKE ALL ON FUNCTION autoprewarm_start_worker() FROM PUBLIC;
 "#)]
-fn autoprewarm_start_worker() -> Result<(), ErrorReport> {
-    Ok(start_leader()?)
+fn autoprewarm_start_worker() {
+    start_leader().unwrap_or_else(|error| error.raise());
 }
 
 fn start_leader() -> Result<(), Error> {
@@ -48,8 +47,8 @@ AS 'MODULE_PATHNAME', 'autoprewarm_dump_now'
 LANGUAGE C;
 REVOKE ALL ON FUNCTION autoprewarm_dump_now() FROM PUBLIC;
 "#)]
-fn autoprewarm_dump_now() -> Result<i64, ErrorReport> {
-    Ok(dump_now()?)
+fn autoprewarm_dump_now() -> i64 {
+    dump_now().unwrap_or_else(|error| error.raise())
 }
 
 fn dump_now() -> Result<i64, Error> {

@@ -227,6 +227,9 @@ impl Parser {
             self.first_bad_line = Some(1);
             return Ok(0);
         };
+        // The number may stand on a line below.
+        let breaks = bytes[..length].iter().filter(|&&byte| byte == b'\n');
+        self.breaks = breaks.count() as u64;
         self.claimed = u64::try_from(claimed).ok();
         match self.claimed {
             None => self.first_bad_line = Some(1),

@@ -2,7 +2,6 @@
 
 use std::ffi::CString;
 
-use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use crate::blocks::{BlockNumber, Fork};
@@ -53,8 +52,8 @@ fn pg_prewarm(
     fork: Option<&[u8]>,
     first_block: Option<i64>,
     last_block: Option<i64>,
-) -> Result<i64, ErrorReport> {
-    Ok(prewarm(relation, mode, fork, first_block, last_block)?)
+) -> i64 {
+    prewarm(relation, mode, fork, first_block, last_block).unwrap_or_else(|error| error.raise())
 }
 
 fn prewarm(

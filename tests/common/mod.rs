@@ -491,6 +491,22 @@ impl Cluster {
         rows.first().map(|row| row.get(0))
     }
 
+    /// Waits until there is a leader that has taken over, and sleeps or waits for
+    /// something; returns its process ID.
+    pub fn wait_for_leader(&self) -> i32 {
+        let mut client = self.connect("postgres");
+        let mut leader = None;
+        wait_until("the leader", || {
+            leader = value(
+                &mut client,
+                "SELECT max(pid) FROM pg_stat_activity \
+                 WHERE backend_type = 'autoprewarm leader' AND wait_event_type = 'Extension'",
+            );
+            leader.is_some()
+        });
+        leader.unwrap()
+    }
+
     /// Writes a list for the next start to load.
     pub fn write_list(&self, text: impl AsRef<[u8]>) {
         let path = self.data(LIST);
@@ -523,6 +539,12 @@ impl Cluster {
         blocks
     }
 
+    /// Whether the list names a block of that relation.
+    pub fn lists(&self, relation: Block) -> bool {
+        let listed = self.listed();
+        listed.iter().any(|block| block.same_relation(&relation))
+    }
+
     /// The blocks in shared buffers, as `pg_buffercache` has them.
     pub fn cached(&self) -> BTreeSet<Block> {
         self.sql("CREATE EXTENSION IF NOT EXISTS pg_buffercache");
@@ -547,6 +569,24 @@ impl Cluster {
                 block: row.get::<_, i64>(4) as u32,
             })
             .collect()
+    }
+
+    /// Makes a table of that many blocks, one row in each, and returns its file.
+    /// The blocks are cached, if they fit.
+    pub fn table_of_blocks(&self, database: &str, name: &str, blocks: u32) -> Block {
+        self.sql_in(
+            database,
+            &format!(
+                "CREATE TABLE {name} (id int, filler text) WITH (fillfactor = 10); \
+                 INSERT INTO {name} SELECT g, repeat('x', 700) FROM generate_series(1, {blocks}) g"
+            ),
+        );
+        self.file_of(database, name)
+    }
+
+    /// The same in database `postgres`.
+    pub fn table(&self, name: &str, blocks: u32) -> Block {
+        self.table_of_blocks("postgres", name, blocks)
     }
 
     /// The file that a relation of a database has now, as the first four fields
@@ -618,18 +658,9 @@ pub fn value<T: FromSqlOwned>(client: &mut Client, sql: &str) -> T {
 
 /// The error that a query must raise: SQLSTATE, message, detail, hint.
 pub fn error(client: &mut Client, sql: &str) -> SqlError {
-    let error = match client.simple_query(sql) {
+    match client.simple_query(sql) {
         Ok(_) => panic!("{sql}: succeeded"),
-        Err(error) => error,
-    };
-    let error = error
-        .as_db_error()
-        .unwrap_or_else(|| panic!("{sql}: {error:?}"));
-    SqlError {
-        sqlstate: error.code().code().to_owned(),
-        message: error.message().to_owned(),
-        detail: error.detail().map(str::to_owned),
-        hint: error.hint().map(str::to_owned),
+        Err(error) => error.into(),
     }
 }
 
@@ -641,14 +672,60 @@ pub struct SqlError {
     pub hint: Option<String>,
 }
 
+impl SqlError {
+    /// An error without detail and hint.
+    pub fn new(sqlstate: &str, message: impl Into<String>) -> Self {
+        Self {
+            sqlstate: sqlstate.to_owned(),
+            message: message.into(),
+            detail: None,
+            hint: None,
+        }
+    }
+
+    pub fn detail(self, detail: &str) -> Self {
+        Self {
+            detail: Some(detail.to_owned()),
+            ..self
+        }
+    }
+
+    pub fn hint(self, hint: &str) -> Self {
+        Self {
+            hint: Some(hint.to_owned()),
+            ..self
+        }
+    }
+}
+
+impl From<postgres::Error> for SqlError {
+    fn from(error: postgres::Error) -> Self {
+        let error = error
+            .as_db_error()
+            .unwrap_or_else(|| panic!("not the server's: {error:?}"));
+        Self {
+            sqlstate: error.code().code().to_owned(),
+            message: error.message().to_owned(),
+            detail: error.detail().map(str::to_owned),
+            hint: error.hint().map(str::to_owned),
+        }
+    }
+}
+
 /// Kills a process, or asks it for something.
 pub fn signal(pid: i32, signal: i32) {
     // SAFETY: a process of this test's own cluster.
-    assert_eq!(
-        unsafe { libc::kill(pid, signal) },
-        0,
-        "process {pid} is gone"
-    );
+    let result = unsafe { libc::kill(pid, signal) };
+    assert_eq!(result, 0, "process {pid} is gone");
+}
+
+/// Lets a server process write no file beyond that many bytes; without a number,
+/// any file again.
+pub fn limit_file_size(pid: i32, bytes: Option<u64>) {
+    let limit = bytes.map_or("unlimited".to_owned(), |bytes| bytes.to_string());
+    let mut command = as_server_user("prlimit");
+    command.args([format!("--pid={pid}"), format!("--fsize={limit}:")]);
+    run(&mut command);
 }
 
 /// A block, as a record of the list names it.
@@ -683,6 +760,11 @@ impl Block {
     /// Another block of the same fork.
     pub fn at(self, block: u32) -> Self {
         Self { block, ..self }
+    }
+
+    /// The first blocks of its fork.
+    pub fn first(self, count: u32) -> impl Iterator<Item = Self> {
+        (0..count).map(move |block| self.at(block))
     }
 
     pub fn record(&self) -> String {

@@ -1,0 +1,303 @@
+//! What a load does where there is nothing left to start a worker with, or no
+//! database that a worker may connect to: it waits, or passes on, and says so.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Instant;
+
+use crate::common::{
+    Block, Cluster, LIST, Shutdown, limit_file_size, list_of, signal, value, wait_until,
+};
+
+const WAITING: &str = "LOG:  autoprewarm is waiting for a background worker slot";
+
+/// A cluster whose leader is started by [`start_load`].
+fn cluster_without_leader(settings: &[&str]) -> Cluster {
+    let builder = settings
+        .iter()
+        .fold(Cluster::build(), |builder, line| builder.setting(line));
+    let cluster = builder.not_preloaded().start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster
+}
+
+/// Writes the list, and starts the leader, which loads it.
+fn start_load(cluster: &Cluster, list: &str) {
+    cluster.write_list(list);
+    cluster.sql("SELECT autoprewarm_start_worker()");
+}
+
+fn blocks(table: Block, count: u32) -> impl Iterator<Item = Block> {
+    (0..count).map(move |block| table.at(block))
+}
+
+#[test]
+fn without_a_worker_slot_the_list_waits_and_outlives_every_shutdown() {
+    let cluster = Cluster::build()
+        .setting("max_worker_processes = 1")
+        .setting("max_logical_replication_workers = 0")
+        .setting("pg_prewarm.autoprewarm_interval = 1")
+        .create();
+    // A catalog's blocks: a worker that was started would load them.
+    let list = "<<2>>\n5,1663,1259,0,0\n5,1663,1249,0,0\n";
+    cluster.write_list(list);
+    for how in [Shutdown::Fast, Shutdown::Smart, Shutdown::Immediate] {
+        let mark = cluster.log_end();
+        cluster.start();
+        cluster.wait_for_log(mark, WAITING);
+        cluster.wait_for_log(
+            mark,
+            "HINT:  You may need to increase \"max_worker_processes\".",
+        );
+        let leader = cluster.leader();
+        assert!(leader.is_some());
+        if how == Shutdown::Fast {
+            // A few intervals, and a few more tries.
+            std::thread::sleep(std::time::Duration::from_secs(3));
+            assert_eq!(cluster.log_since(mark).matches(WAITING).count(), 1);
+        }
+        assert_eq!(cluster.leader(), leader);
+        assert_eq!(cluster.list(), list);
+        cluster.stop(how);
+        assert_eq!(cluster.list(), list, "{how:?}");
+        assert!(!cluster.log_since(mark).contains("WARNING:"));
+    }
+    cluster.configure("max_worker_processes = 2");
+    let mark = cluster.log_end();
+    cluster.start();
+    assert_eq!(cluster.wait_for_load(mark), (2, 2));
+}
+
+#[test]
+fn a_load_goes_on_when_a_worker_slot_becomes_free() {
+    let cluster = cluster_without_leader(&[
+        "max_worker_processes = 2",
+        "max_logical_replication_workers = 0",
+    ]);
+    let table = cluster.table_of_blocks("postgres", "t", 20);
+    let list = list_of(blocks(table, 20));
+
+    // The leader takes one slot, and a parallel query the other.
+    let mut querying = cluster.connect("postgres");
+    let pid: i32 = value(&mut querying, "SELECT pg_backend_pid()");
+    let forced = match cluster.major() {
+        15 => "force_parallel_mode",
+        _ => "debug_parallel_query",
+    };
+    querying
+        .batch_execute(&format!("SET {forced} = on"))
+        .unwrap();
+    let query = std::thread::spawn(move || querying.simple_query("SELECT pg_sleep(600)"));
+    wait_until("the parallel worker", || {
+        cluster.value(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'parallel worker')",
+        )
+    });
+    start_load(&cluster, &list);
+    cluster.wait_for_log(0, WAITING);
+    let leader = cluster.leader();
+    assert!(!cluster.log().contains("autoprewarm successfully"));
+
+    cluster.sql(&format!("SELECT pg_cancel_backend({pid})"));
+    assert!(query.join().unwrap().is_err());
+    assert_eq!(cluster.wait_for_load(0), (20, 20));
+    assert_eq!(cluster.leader(), leader);
+    assert_eq!(cluster.list(), list);
+}
+
+#[test]
+fn a_load_without_dynamic_shared_memory_is_tried_again() {
+    let cluster = Cluster::build()
+        .setting("dynamic_shared_memory_type = posix")
+        .setting("pg_prewarm.autoprewarm_interval = 1")
+        .create();
+    // The segment for these is larger than any file may be, and any file that
+    // the leader writes to, its log, is smaller.
+    const LIMIT: u64 = 64 << 10;
+    let catalog = Block {
+        database: 5,
+        tablespace: 1663,
+        filenumber: 1259,
+        fork: 0,
+        block: 0,
+    };
+    let list = list_of((0..LIMIT as u32).map(|block| catalog.at(block)));
+    cluster.write_list(&list);
+    let rights = |mode| {
+        fs::set_permissions(cluster.data(LIST), fs::Permissions::from_mode(mode)).unwrap();
+    };
+    // Not to be read before the limit is set.
+    rights(0o000);
+    cluster.start();
+    cluster.wait_for_log(0, "could not read file");
+    let leader = cluster.leader().unwrap();
+    limit_file_size(leader, Some(LIMIT));
+    let start = Instant::now();
+    rights(0o600);
+    let warning = "WARNING:  could not resize shared memory segment";
+    let warnings = || cluster.log().matches(warning).count() as u64;
+    wait_until("the second try", || warnings() >= 2);
+    let tries = warnings();
+    assert!(tries <= start.elapsed().as_secs() + 1, "{tries}");
+    assert_eq!(cluster.list(), list);
+    assert_eq!(cluster.leader(), Some(leader));
+
+    limit_file_size(leader, None);
+    let (loaded, total) = cluster.wait_for_load(0);
+    assert!(loaded > 0);
+    assert_eq!(total, LIMIT);
+    assert_eq!(cluster.leader(), Some(leader));
+    wait_until("a dump after the load", || cluster.list() != list);
+}
+
+#[test]
+fn a_load_needs_no_connection_of_a_client() {
+    let cluster =
+        cluster_without_leader(&["max_connections = 4", "superuser_reserved_connections = 0"]);
+    let table = cluster.table_of_blocks("postgres", "t", 20);
+    cluster.restart();
+    cluster.write_list(list_of(blocks(table, 20)));
+    let mut clients: Vec<_> = (0..4).map(|_| cluster.connect("postgres")).collect();
+    let refused = cluster.config().connect(postgres::NoTls).err().unwrap();
+    assert_eq!(refused.as_db_error().unwrap().code().code(), "53300");
+
+    clients[0]
+        .batch_execute("SELECT autoprewarm_start_worker()")
+        .unwrap();
+    assert_eq!(cluster.wait_for_load(0), (20, 20));
+    drop(clients);
+    wait_until("a connection to be free", || {
+        cluster.config().connect(postgres::NoTls).is_ok()
+    });
+    assert!(cluster.cached().is_superset(&blocks(table, 20).collect()));
+}
+
+#[test]
+fn databases_that_no_worker_may_connect_to_are_skipped_and_counted() {
+    let cluster = cluster_without_leader(&[]);
+    // Each with its table; the first loadable one comes last.
+    let make = |database: &str, count| {
+        cluster.sql(&format!("CREATE DATABASE {database}"));
+        cluster.table_of_blocks(database, "t", count)
+    };
+    let closed = make("closed", 2);
+    let template = make("template", 3);
+    let invalid = make("invalid", 5);
+    let dropped = make("dropped", 7);
+    let limited = make("limited", 11);
+    let template1 = cluster.file_of("template1", "pg_class");
+    cluster.sql("ALTER DATABASE closed ALLOW_CONNECTIONS false");
+    cluster.sql("ALTER DATABASE template IS_TEMPLATE true");
+    cluster.sql("UPDATE pg_database SET datconnlimit = -2 WHERE datname = 'invalid'");
+    cluster.sql("DROP DATABASE dropped");
+    // A limit is for users, and not for the server's own workers.
+    cluster.sql("ALTER DATABASE limited CONNECTION LIMIT 0");
+    let shared = Block {
+        database: 0,
+        ..cluster.file_of("postgres", "pg_database")
+    };
+    let list = list_of(
+        [shared, template1]
+            .into_iter()
+            .chain(blocks(closed, 2))
+            .chain(blocks(template, 3))
+            .chain(blocks(invalid, 5))
+            .chain(blocks(dropped, 7))
+            .chain(blocks(limited, 11)),
+    );
+    let mark = cluster.log_end();
+    start_load(&cluster, &list);
+
+    assert_eq!(cluster.wait_for_load(mark), (12, 30));
+    let line = cluster.wait_for_log(mark, "autoprewarm skipped ");
+    assert!(
+        line.ends_with(
+            "LOG:  autoprewarm skipped 18 blocks: 4 in template databases, \
+             14 in databases that are gone or accept no connections"
+        ),
+        "{line}"
+    );
+    let log = cluster.log_since(mark);
+    for sign in ["FATAL:", "ERROR:", "WARNING:", "could not connect"] {
+        assert!(!log.contains(sign), "{log}");
+    }
+    assert!(cluster.cached().is_superset(&blocks(limited, 11).collect()));
+}
+
+#[test]
+fn shared_catalogs_ride_with_the_first_database_that_can_be_loaded() {
+    let mut cluster = Cluster::build().start();
+    cluster.expect_crash();
+    cluster.sql("CREATE DATABASE closed ALLOW_CONNECTIONS false");
+    let closed = Block {
+        database: cluster.value("SELECT oid FROM pg_database WHERE datname = 'closed'"),
+        ..cluster.file_of("postgres", "pg_class")
+    };
+    // One that nobody reads unless asked to.
+    let shared = Block {
+        database: 0,
+        ..cluster.file_of("postgres", "pg_shdescription")
+    };
+    let table = cluster.table_of_blocks("postgres", "t", 3);
+    cluster.sql("CREATE EXTENSION pg_buffercache");
+    let template = cluster.file_of("template1", "pg_class");
+    for (others, loaded, reasons) in [
+        (
+            vec![],
+            0,
+            "1 block: 1 in databases that are gone or accept no connections",
+        ),
+        (
+            vec![template, closed],
+            0,
+            "3 blocks: 1 in template databases, \
+             2 in databases that are gone or accept no connections",
+        ),
+        (
+            vec![template, closed, table],
+            2,
+            "2 blocks: 1 in template databases, \
+             1 in databases that are gone or accept no connections",
+        ),
+    ] {
+        let total = others.len() as u64 + 1;
+        cluster.write_list(list_of(others.into_iter().chain([shared])));
+        // The server starts over, with nothing cached.
+        let mark = cluster.log_end();
+        let mut client = cluster.connect("postgres");
+        signal(value(&mut client, "SELECT pg_backend_pid()"), libc::SIGKILL);
+        assert_eq!(cluster.wait_for_load(mark), (loaded, total));
+        let line = cluster.wait_for_log(mark, "autoprewarm skipped ");
+        assert!(line.ends_with(&format!("skipped {reasons}")), "{line}");
+        assert_eq!(cluster.cached().contains(&shared), loaded > 0);
+    }
+}
+
+#[test]
+fn a_database_can_be_created_while_and_after_a_list_is_loaded_that_names_its_template() {
+    let cluster = cluster_without_leader(&[]);
+    let template = cluster.file_of("template1", "pg_class");
+    let table = cluster.table_of_blocks("postgres", "t", 3);
+    let shared = Block {
+        database: 0,
+        ..cluster.file_of("postgres", "pg_shdescription")
+    };
+    // Whichever worker is the first reads this one, and has to wait for it.
+    let mut holder = cluster.connect("postgres");
+    holder
+        .batch_execute("BEGIN; LOCK TABLE pg_shdescription")
+        .unwrap();
+    start_load(&cluster, &list_of([shared, template, table]));
+    wait_until("a worker, or the load's end", || {
+        cluster.log().contains("autoprewarm successfully")
+            || cluster.value(
+                "SELECT EXISTS (SELECT FROM pg_stat_activity \
+                                WHERE backend_type = 'autoprewarm worker')",
+            )
+    });
+    cluster.sql("CREATE DATABASE first");
+    holder.batch_execute("ROLLBACK").unwrap();
+    let (_, total) = cluster.wait_for_load(0);
+    assert_eq!(total, 3);
+    cluster.sql("CREATE DATABASE second");
+}

@@ -22,7 +22,7 @@ macro_rules! export {
             #[unsafe(export_name = $name)]
             unsafe extern "C-unwind" fn call(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
                 // SAFETY: the server calls both with the same promise.
-                unsafe { $wrapper(fcinfo) }
+                unsafe { crate::pg::error::with_exact_messages(|| $wrapper(fcinfo)) }
             }
         };
     };

@@ -19,8 +19,6 @@ pub enum Error {
     InvalidMode,
     #[error("relation fork cannot be null")]
     NullFork,
-    #[error("could not find parent table of index \"{0}\"")]
-    IndexWithoutTable(String),
     #[error("fork \"{0}\" does not exist for this relation")]
     MissingFork(String),
     /// Holds the last block's number, -1 for an empty fork.
@@ -62,7 +60,6 @@ impl Error {
             | Self::MissingFork(_)
             | Self::FirstBlockOutOfRange(_)
             | Self::LastBlockOutOfRange(_) => ERRCODE_INVALID_PARAMETER_VALUE,
-            Self::IndexWithoutTable(_) => ERRCODE_UNDEFINED_TABLE,
             Self::Disabled | Self::AlreadyRunning(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::NoWorkerSlot | Self::WorkerNotStarted => ERRCODE_INSUFFICIENT_RESOURCES,
             // What `ereport` gives an error without a code of its own, as

@@ -16,7 +16,7 @@ static AUTOPREWARM_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(300);
 pub fn define() {
     GucRegistry::define_int_guc(
         c"pg_prewarm.autoprewarm_interval",
-        c"Sets the interval between dumps of shared buffers.",
+        c"Sets the interval between dumps of shared buffers",
         c"If set to zero, time-based dumping is disabled.",
         &AUTOPREWARM_INTERVAL,
         0,

@@ -109,6 +109,7 @@ fn a_load_goes_on_when_a_worker_slot_becomes_free() {
 fn a_load_without_dynamic_shared_memory_is_tried_again() {
     let cluster = Cluster::build()
         .setting("dynamic_shared_memory_type = posix")
+        .setting("shared_buffers = 256MB")
         .setting("pg_prewarm.autoprewarm_interval = 1")
         .create();
     // The segment for these is larger than any file may be, and any file that

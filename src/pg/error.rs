@@ -1,9 +1,12 @@
 //! Errors that PostgreSQL raised, caught.
 
+use std::ffi::{CStr, c_void};
 use std::panic::AssertUnwindSafe;
 
 use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
-use pgrx::{PgLogLevel, PgSqlErrorCode, PgTryBuilder};
+use pgrx::{PgLogLevel, PgSqlErrorCode, PgTryBuilder, pg_sys};
+
+use super::ffi;
 
 /// An ERROR that was raised and caught.
 #[derive(Debug, thiserror::Error)]
@@ -52,5 +55,70 @@ impl Caught {
     /// Logs the error and goes on.
     pub fn warn(self) {
         new_report(self.sqlstate, self.message, self.hint).report(PgLogLevel::WARNING);
+    }
+}
+
+/// Runs an SQL function's body so that the server's own errors reach the caller
+/// byte for byte.
+///
+/// On its way through Rust an ERROR's text becomes UTF-8, which is wrong in a
+/// database of another encoding: names and translated messages would be mangled,
+/// or not even be valid text any more. So the text is kept when the ERROR is
+/// raised, and put back when it is raised again on the way out, both from a
+/// callback that the server calls for each.
+///
+/// # Safety
+/// Nothing that needs dropping may stand between the server's call of the SQL
+/// function and this: an ERROR that leaves `body` jumps over it.
+pub unsafe fn with_exact_messages<T>(body: impl FnOnce() -> T) -> T {
+    let mut raised: *mut pg_sys::ErrorData = std::ptr::null_mut();
+    // SAFETY: the callback is taken off the stack before it goes out of scope;
+    // after an ERROR by whoever catches it, as for every such callback.
+    unsafe {
+        let mut callback = pg_sys::ErrorContextCallback {
+            previous: pg_sys::error_context_stack,
+            callback: Some(keep_or_restore),
+            arg: (&raw mut raised).cast(),
+        };
+        pg_sys::error_context_stack = &mut callback;
+        let result = body();
+        pg_sys::error_context_stack = callback.previous;
+        result
+    }
+}
+
+/// `raised` points to what was kept of the former ERROR, if there was one.
+unsafe extern "C-unwind" fn keep_or_restore(raised: *mut c_void) {
+    let raised: *mut *mut pg_sys::ErrorData = raised.cast();
+    // SAFETY: called while an error is being reported, with the argument of the
+    // callback above; what is allocated lives as long as the transaction.
+    unsafe {
+        // No memory may be asked for there, and an ERROR would be a PANIC.
+        if (&raw const pg_sys::CritSectionCount).read_volatile() > 0 {
+            return;
+        }
+        let previous = pg_sys::MemoryContextSwitchTo(pg_sys::CurTransactionContext);
+        let current = pg_sys::CopyErrorData();
+        pg_sys::MemoryContextSwitchTo(previous);
+        if (*current).elevel != PgLogLevel::ERROR as i32 {
+            pg_sys::FreeErrorData(current);
+            return;
+        }
+        let former = std::mem::replace(&mut *raised, current);
+        if former.is_null() || (*former).message.is_null() || (*current).message.is_null() {
+            return;
+        }
+        let text = CStr::from_ptr((*former).message).to_string_lossy();
+        if text.as_bytes() != CStr::from_ptr((*current).message).to_bytes() {
+            return;
+        }
+        let format = c"%s".as_ptr();
+        ffi::errmsg_internal(format, (*former).message);
+        if !(*former).detail.is_null() {
+            ffi::errdetail_internal(format, (*former).detail);
+        }
+        if !(*former).hint.is_null() {
+            ffi::errhint(format, (*former).hint);
+        }
     }
 }

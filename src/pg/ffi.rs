@@ -32,6 +32,9 @@ unsafe extern "C-unwind" {
     pub fn errstart(level: c_int, domain: *const c_char) -> bool;
     pub fn errcode(sqlstate: c_int) -> c_int;
     pub fn errmsg(format: *const c_char, ...) -> c_int;
+    pub fn errmsg_internal(format: *const c_char, ...) -> c_int;
+    pub fn errdetail_internal(format: *const c_char, ...) -> c_int;
+    pub fn errhint(format: *const c_char, ...) -> c_int;
     pub fn errdetail_relkind_not_supported(relkind: c_char) -> c_int;
     pub fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
 }

@@ -1,6 +1,6 @@
 //! Relations: opened, locked, read.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_char};
 use std::ops::ControlFlow;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
@@ -32,10 +32,9 @@ pub struct Relation {
 impl Relation {
     /// Opens the relation of that OID for a caller who wants to read it. Where
     /// it is an index, its table is locked first, as everybody does it. Raises
-    /// the server's ERROR where there is no such relation.
-    ///
-    /// `Err` tells that an index has no table (any more), with the index's name.
-    pub fn open_with_table(oid: pg_sys::Oid) -> Result<Self, String> {
+    /// the server's ERROR where there is no such relation, and one of ours where
+    /// an index has no table (any more).
+    pub fn open_with_table(oid: pg_sys::Oid) -> Self {
         // SAFETY: catalog look-ups and locks, in a transaction.
         unsafe {
             let kind = pg_sys::get_rel_relkind(oid) as u8;
@@ -56,12 +55,13 @@ impl Relation {
             if let Some(table) = table
                 && (table == pg_sys::InvalidOid || table != pg_sys::IndexGetRelation(oid, true))
             {
-                let name = relation.name();
-                // An ERROR follows, and lets go of the locks.
-                std::mem::forget(relation);
-                return Err(name);
+                relation.raise(
+                    PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
+                    c"could not find parent table of index \"%s\"",
+                    None,
+                );
             }
-            Ok(relation)
+            relation
         }
     }
 
@@ -104,6 +104,7 @@ impl Relation {
         }
     }
 
+    #[cfg(any(test, feature = "pg_test"))]
     pub fn name(&self) -> String {
         // SAFETY: open, so that its pg_class row is there.
         unsafe {
@@ -152,20 +153,33 @@ impl Relation {
         if has_storage {
             return;
         }
-        let sqlstate = PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE as i32;
+        self.raise(
+            PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
+            c"relation \"%s\" does not have storage",
+            Some(kind),
+        );
+    }
+
+    /// Raises an ERROR whose message has the relation's name in it, in the
+    /// server's own encoding, and whose detail is that such relations are not
+    /// supported, if a kind is given.
+    fn raise(&self, sqlstate: PgSqlErrorCode, format: &CStr, kind: Option<c_char>) {
+        let format = format.as_ptr();
         // SAFETY: what `ereport` expands to. Nothing in the closure is dropped,
         // and the message's argument is the server's own string.
         unsafe {
             let name = (*(*self.relation).rd_rel).relname.data.as_ptr();
             pg_sys::ffi::pg_guard_ffi_boundary(|| {
                 if ffi::errstart(PgLogLevel::ERROR as i32, std::ptr::null()) {
-                    ffi::errcode(sqlstate);
-                    ffi::errmsg(c"relation \"%s\" does not have storage".as_ptr(), name);
-                    ffi::errdetail_relkind_not_supported(kind);
+                    ffi::errcode(sqlstate as i32);
+                    ffi::errmsg(format, name);
+                    if let Some(kind) = kind {
+                        ffi::errdetail_relkind_not_supported(kind);
+                    }
                     ffi::errfinish(
                         c"relation.rs".as_ptr(),
                         line!() as i32,
-                        c"check_storage".as_ptr(),
+                        c"pg_prewarm".as_ptr(),
                     );
                 }
             });

@@ -59,7 +59,7 @@ mod tests {
         assert_eq!(relation.name(), "t");
         assert!(relation.blocks(Fork::Main) > 1);
         assert!(!relation.has_fork(Fork::Init));
-        assert_eq!(Relation::open_with_table(oid).unwrap().name(), "t");
+        assert_eq!(Relation::open_with_table(oid).name(), "t");
         for other in [
             Record {
                 database: 0,

@@ -68,7 +68,7 @@ fn prewarm(
     let fork_name = CString::new(fork.ok_or(Error::NullFork)?).expect("text holds no NUL");
     let fork = relation::fork_by_name(&fork_name);
 
-    let relation = Relation::open_with_table(oid).map_err(Error::IndexWithoutTable)?;
+    let relation = Relation::open_with_table(oid);
     relation.check_select_right();
     relation.check_storage();
     if !relation.has_fork(fork) {

@@ -364,10 +364,6 @@ impl Cluster {
         run(self.pg_ctl().arg("promote"));
     }
 
-    pub fn is_running(&self) -> bool {
-        output(self.pg_ctl().arg("status")).status.success()
-    }
-
     /// The postmaster's process ID.
     pub fn postmaster(&self) -> i32 {
         let text = fs::read_to_string(self.data("postmaster.pid")).unwrap();
@@ -423,10 +419,6 @@ impl Cluster {
     /// The only value of a query's only row.
     pub fn value<T: FromSqlOwned>(&self, sql: &str) -> T {
         value(&mut self.connect("postgres"), sql)
-    }
-
-    pub fn value_in<T: FromSqlOwned>(&self, database: &str, sql: &str) -> T {
-        value(&mut self.connect(database), sql)
     }
 
     /// Everything that the server has logged.

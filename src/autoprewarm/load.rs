@@ -14,9 +14,9 @@ use super::shared::{Claim, Cursor, Load as SharedLoad, MAX_WORKERS, Stage, Worke
 use super::state::State;
 use super::{DUMP_FILE, WORKER};
 use crate::blocks::list::{BlockList, ReadError};
-use crate::blocks::plan::{DatabasePlan, Plan, PlanError, PlanView};
+use crate::blocks::plan::{Plan, PlanError, PlanView};
 use crate::blocks::trailer::Heats;
-use crate::blocks::{SkipCounts, SkipReason};
+use crate::blocks::{Oid, SkipCounts, SkipReason};
 use crate::error::Error;
 use crate::pg::database::Database;
 use crate::pg::dsm::Segment;
@@ -86,9 +86,7 @@ struct Load {
 
 /// A database of the plan.
 struct LoadedDatabase {
-    plan: DatabasePlan,
-    /// Whether a worker may be started in it, once that was looked up.
-    usable: Option<bool>,
+    oid: Oid,
     failed_connects: u32,
 }
 
@@ -119,26 +117,32 @@ impl Load {
         skipped.count(SkipReason::Illegal, plan.illegal());
         skipped.count(SkipReason::NoFreeBuffer, plan.over_budget());
 
-        let mut databases = plan.databases();
-        // Shared catalogs can be read from any database.
-        let shared = match databases.first() {
-            Some(first) if first.database == 0 => Some(databases.remove(0)),
-            _ => None,
-        };
-        let segment =
-            Segment::<SharedLoad, Cursor>::create(databases.len(), plan.words(), |words| {
-                plan.encode(words);
-            });
+        let existing = Database::all();
+        let mut shared = None;
+        let mut databases = Vec::new();
+        for database in plan.databases() {
+            if database.database == 0 {
+                // Shared catalogs can be read from any database.
+                shared = Some(database);
+            } else if let Some(reason) = reason_to_skip(existing.get(&database.database)) {
+                skipped.count(reason, database.blocks);
+            } else {
+                databases.push(database);
+            }
+        }
+        let words = plan.words();
+        let segment = Segment::<SharedLoad, Cursor>::create(databases.len(), words, |words| {
+            plan.encode(words);
+        });
         segment
             .header()
             .set_work(shared.as_ref(), segment.cells(), &databases);
         Ok(Some(Self {
             segment,
             databases: databases
-                .into_iter()
-                .map(|plan| LoadedDatabase {
-                    plan,
-                    usable: None,
+                .iter()
+                .map(|database| LoadedDatabase {
+                    oid: database.database,
                     failed_connects: 0,
                 })
                 .collect(),
@@ -240,13 +244,24 @@ impl Load {
         let database = &mut self.databases[index];
         database.failed_connects += 1;
         // It may have been dropped meanwhile.
-        database.usable = None;
-        if database.failed_connects == CONNECT_TRIES || !self.is_usable(index) {
+        let reason = match transaction::run(Database::all) {
+            Ok(existing) => reason_to_skip(existing.get(&database.oid)),
+            Err(caught) => {
+                caught.warn();
+                None
+            }
+        };
+        let give_up = database.failed_connects == CONNECT_TRIES;
+        if let Some(reason) = reason.or(give_up.then_some(SkipReason::NoDatabase)) {
             log!(
                 "autoprewarm could not connect to the database with OID {}",
-                self.databases[index].plan.database
+                database.oid
             );
-            self.skip_database(index, SkipReason::NoDatabase);
+            self.left_behind.retain(|(database, _)| *database != index);
+            let cursor = &self.segment.cells()[index];
+            let blocks = self.blocks_of(cursor.unclaimed());
+            cursor.close();
+            self.skipped.count(reason, blocks);
         }
     }
 
@@ -265,7 +280,7 @@ impl Load {
                 .find(|slot| !taken.contains(slot))
                 .expect("there are as many slots as workers");
             self.segment.header().workers[slot].assign(
-                self.databases[database].plan.database,
+                self.databases[database].oid,
                 database,
                 first,
             );
@@ -289,56 +304,25 @@ impl Load {
     /// The database that the next worker is to be started in, and the chunk it is
     /// to begin with, if one was left behind; nothing where no further worker
     /// would have anything to do.
-    fn next_database(&mut self) -> Option<(usize, Option<Claim>)> {
+    fn next_database(&self) -> Option<(usize, Option<Claim>)> {
         if self.segment.header().is_full() {
             return None;
         }
-        while let Some(&(database, claim)) = self.left_behind.last() {
-            if self.is_usable(database) {
-                return Some((database, Some(claim)));
-            }
-            self.left_behind.pop();
+        if let Some(&(database, claim)) = self.left_behind.last() {
+            return Some((database, Some(claim)));
         }
-        loop {
-            let share_of = |index: usize| {
-                let here = self
-                    .workers
-                    .iter()
-                    .filter(|worker| worker.database == index);
-                self.segment.cells()[index].unclaimed().len() / (here.count() + 1)
-            };
-            let (index, share) = (0..self.databases.len())
-                .map(|index| (index, share_of(index)))
-                .max_by_key(|(index, share)| (*share, std::cmp::Reverse(*index)))?;
-            if share == 0 {
-                return None;
-            }
-            if self.is_usable(index) {
-                return Some((index, None));
-            }
+        let mut workers = vec![0; self.databases.len()];
+        for worker in &self.workers {
+            workers[worker.database] += 1;
         }
-    }
-
-    /// Whether workers can be started in a database. One where they cannot is
-    /// skipped.
-    fn is_usable(&mut self, index: usize) -> bool {
-        if let Some(usable) = self.databases[index].usable {
-            return usable;
-        }
-        let reason = reason_to_skip(&self.databases[index].plan);
-        self.databases[index].usable = Some(reason.is_none());
-        if let Some(reason) = reason {
-            self.skip_database(index, reason);
-        }
-        reason.is_none()
-    }
-
-    /// Gives up what nobody has claimed of a database.
-    fn skip_database(&mut self, index: usize, reason: SkipReason) {
-        self.databases[index].usable = Some(false);
-        let blocks = self.blocks_of(self.segment.cells()[index].unclaimed());
-        self.segment.cells()[index].close();
-        self.skipped.count(reason, blocks);
+        let chunks_for_each = |index: usize| {
+            let cursor: &Cursor = &self.segment.cells()[index];
+            cursor.unclaimed().len() / (workers[index] + 1)
+        };
+        (0..self.databases.len())
+            .max_by_key(|&index| chunks_for_each(index))
+            .filter(|&index| chunks_for_each(index) > 0)
+            .map(|index| (index, None))
     }
 
     fn blocks_of(&self, chunks: Range<u32>) -> u64 {
@@ -417,16 +401,11 @@ fn read_list() -> Result<Option<BlockList>, Error> {
     }
 }
 
-/// Why no worker is to be started in a database, as `pg_database` has it now.
-fn reason_to_skip(database: &DatabasePlan) -> Option<SkipReason> {
-    match transaction::run(|| Database::look_up(database.database)) {
-        Ok(Some(found)) if found.is_template => Some(SkipReason::TemplateDatabase),
-        Ok(Some(found)) if found.accepts_connections => None,
-        Ok(_) => Some(SkipReason::NoDatabase),
-        // Whether it can be connected to, the worker will find out.
-        Err(caught) => {
-            caught.warn();
-            None
-        }
+/// Why no worker is to be started in a database, as `pg_database` has it.
+fn reason_to_skip(database: Option<&Database>) -> Option<SkipReason> {
+    match database {
+        Some(database) if database.is_template => Some(SkipReason::TemplateDatabase),
+        Some(database) if database.accepts_connections => None,
+        _ => Some(SkipReason::NoDatabase),
     }
 }

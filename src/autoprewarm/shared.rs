@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
 
 use crate::blocks::plan::DatabasePlan;
 use crate::blocks::{Oid, SkipCounts, SkipReason};
@@ -34,6 +34,9 @@ pub struct Load {
     pub workers: [Slot; MAX_WORKERS],
     /// There is no free buffer left, so that the load ends.
     full: AtomicBool,
+    /// Buffers before this one have their memory, or a worker is about to see
+    /// to that.
+    provided: AtomicUsize,
     loaded: AtomicU64,
     cached: AtomicU64,
     skipped: [AtomicU64; SkipReason::ALL.len()],
@@ -46,6 +49,7 @@ unsafe impl Shared for Load {
         shared: Cursor::INITIAL,
         workers: [const { Slot::new() }; MAX_WORKERS],
         full: AtomicBool::new(false),
+        provided: AtomicUsize::new(0),
         loaded: AtomicU64::new(0),
         cached: AtomicU64::new(0),
         skipped: [const { AtomicU64::new(0) }; SkipReason::ALL.len()],
@@ -239,6 +243,24 @@ impl Load {
 
     pub fn is_full(&self) -> bool {
         self.full.load(SeqCst)
+    }
+
+    /// The buffers whose memory is to be provided next, for a worker that uses
+    /// this one; nothing while there are enough. Buffers are used in order, more
+    /// or less, by all workers together, and no two workers see to the same ones:
+    /// they would only wait for each other.
+    pub fn next_to_provide(&self, buffer: usize) -> Option<Range<usize>> {
+        const AT_ONCE: usize = 128;
+        const AHEAD: usize = 2 * AT_ONCE;
+        let next = |provided: usize| {
+            let start = provided.max(buffer);
+            (start < buffer + AHEAD).then_some(start + AT_ONCE)
+        };
+        // Most calls end here.
+        next(self.provided.load(Relaxed))?;
+        let before = self.provided.fetch_update(Relaxed, Relaxed, next).ok()?;
+        let start = before.max(buffer);
+        Some(start..start + AT_ONCE)
     }
 
     pub fn count(&self, loaded: u64, cached: u64) {

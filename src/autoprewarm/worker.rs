@@ -203,6 +203,9 @@ impl Worker<'_> {
         let end =
             relation.read_into_free_buffers(chunk.fork, &numbers[..existing], |index, buffer| {
                 buffer.restore_heat(blocks.heat(first + index));
+                while let Some(buffers) = self.load.next_to_provide(buffer.index()) {
+                    buffer::provide_memory(buffers);
+                }
                 tally.one_more();
                 if start.elapsed() < TURN {
                     Continue(())

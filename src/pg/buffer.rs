@@ -1,5 +1,6 @@
 //! Shared buffers.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use pgrx::pg_sys;
@@ -43,6 +44,30 @@ pub fn hits() -> u64 {
     u64::try_from(unsafe { (&raw const pg_sys::pgBufferUsage.shared_blks_hit).read() }).unwrap_or(0)
 }
 
+/// Has the operating system provide the memory of these buffers now, rather than
+/// page by page when they are first written to. What is in them stays.
+///
+/// It is only about speed: a system that does not know how (Linux before 5.14)
+/// provides them later.
+pub fn provide_memory(buffers: Range<usize>) {
+    let buffers = buffers.start..buffers.end.min(count());
+    if buffers.is_empty() {
+        return;
+    }
+    let page = 4096;
+    let block = pg_sys::BLCKSZ as usize;
+    // SAFETY: the memory of buffers that exist, which the call leaves as it is.
+    unsafe {
+        let first = pg_sys::BufferBlocks.wrapping_add(buffers.start * block);
+        let into_page = first.addr() % page;
+        libc::madvise(
+            first.wrapping_sub(into_page).cast(),
+            buffers.len() * block + into_page,
+            libc::MADV_POPULATE_WRITE,
+        );
+    }
+}
+
 /// How reading into free buffers ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadEnd {
@@ -65,9 +90,14 @@ impl Pinned {
         Self(buffer)
     }
 
+    /// Which of the server's buffers it is, counted from 0.
+    pub fn index(&self) -> usize {
+        self.0 as usize - 1
+    }
+
     /// Gives the block the heat that it once had, unless it is hotter already.
     pub fn restore_heat(&self, heat: Heat) {
-        let state = state(header(self.0 as usize - 1));
+        let state = state(header(self.index()));
         let mut old = state.load(Ordering::Relaxed);
         loop {
             // Whoever has the header locked changes it as a whole, soon.

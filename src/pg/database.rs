@@ -1,4 +1,6 @@
-//! What `pg_database` says of a database.
+//! What `pg_database` says of the databases.
+
+use std::collections::HashMap;
 
 use pgrx::pg_sys;
 
@@ -16,26 +18,32 @@ pub struct Database {
 const CONNECTION_LIMIT_OF_INVALID: i32 = -2;
 
 impl Database {
-    /// The database of that OID; nothing where it was dropped. In a transaction.
-    pub fn look_up(oid: Oid) -> Option<Self> {
-        // SAFETY: pg_database is a shared catalog, whose cache works without a
-        // database; the tuple is copied from before it is let go.
+    /// All databases, by OID. In a transaction, of any database or none.
+    pub fn all() -> HashMap<Oid, Self> {
+        const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+        let mut databases = HashMap::new();
+        // SAFETY: a scan of a shared catalog, from its beginning to its end; each
+        // row is copied from before the next is asked for. An ERROR on the way
+        // leaves the scan to the end of the transaction.
         unsafe {
-            let tuple = pg_sys::SearchSysCache1(
-                pg_sys::SysCacheIdentifier::DATABASEOID as i32,
-                pg_sys::Datum::from(pg_sys::Oid::from(oid)),
-            );
-            if tuple.is_null() {
-                return None;
+            let catalog = pg_sys::table_open(pg_sys::DatabaseRelationId, LOCK);
+            let scan = pg_sys::table_beginscan_catalog(catalog, 0, std::ptr::null_mut());
+            loop {
+                let tuple = pg_sys::heap_getnext(scan, pg_sys::ScanDirection::ForwardScanDirection);
+                if tuple.is_null() {
+                    break;
+                }
+                let form: pg_sys::Form_pg_database = pg_sys::GETSTRUCT(tuple).cast();
+                let database = Self {
+                    is_template: (*form).datistemplate,
+                    accepts_connections: (*form).datallowconn
+                        && (*form).datconnlimit != CONNECTION_LIMIT_OF_INVALID,
+                };
+                databases.insert((*form).oid.to_u32(), database);
             }
-            let form: pg_sys::Form_pg_database = pg_sys::GETSTRUCT(tuple).cast();
-            let database = Self {
-                is_template: (*form).datistemplate,
-                accepts_connections: (*form).datallowconn
-                    && (*form).datconnlimit != CONNECTION_LIMIT_OF_INVALID,
-            };
-            pg_sys::ReleaseSysCache(tuple);
-            Some(database)
+            pg_sys::table_endscan(scan);
+            pg_sys::table_close(catalog, LOCK);
         }
+        databases
     }
 }

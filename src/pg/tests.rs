@@ -106,15 +106,13 @@ mod tests {
             .unwrap()
             .to_u32()
         };
-        let postgres = Database::look_up(oid_of("postgres")).unwrap();
+        let databases = Database::all();
+        let postgres = databases[&oid_of("postgres")];
         assert!(!postgres.is_template && postgres.accepts_connections);
-        assert!(Database::look_up(oid_of("template1")).unwrap().is_template);
-        assert!(
-            !Database::look_up(oid_of("template0"))
-                .unwrap()
-                .accepts_connections
-        );
-        assert!(Database::look_up(4_000_000_000).is_none());
+        assert!(databases[&oid_of("template1")].is_template);
+        assert!(!databases[&oid_of("template0")].accepts_connections);
+        let count = Spi::get_one::<i64>("SELECT count(*) FROM pg_database");
+        assert_eq!(count, Ok(Some(databases.len() as i64)));
     }
 
     #[pg_test]

@@ -46,7 +46,7 @@ pub enum Error {
         source: io::Error,
     },
     #[error("could not read file \"{DUMP_FILE}\": {0}")]
-    ListTooLarge(&'static str),
+    ListTooLarge(String),
 }
 
 impl Error {

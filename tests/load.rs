@@ -302,16 +302,128 @@ fn nothing_is_dumped_before_the_load_has_ended() {
 }
 
 #[test]
-fn ending_the_leader_in_mid_load_keeps_the_list() {
+fn ending_the_leader_in_mid_load_keeps_the_list_from_the_next_one_as_well() {
     let (cluster, list) = cluster_without_slots();
-    cluster.sql(&format!(
-        "SELECT pg_terminate_backend({})",
-        cluster.leader().unwrap()
-    ));
+    let leader = cluster.leader().unwrap();
+    let mark = cluster.log_end();
+    cluster.sql(&format!("SELECT pg_terminate_backend({leader})"));
     wait_until("its end", || cluster.leader().is_none());
+    assert_eq!(cluster.list(), list);
+
+    // The next one takes the load up again, rather than dump.
+    cluster.sql("SELECT autoprewarm_start_worker()");
+    cluster.wait_for_log(mark, "autoprewarm is waiting for a background worker slot");
+    std::thread::sleep(std::time::Duration::from_secs(2));
     assert_eq!(cluster.list(), list);
     cluster.stop(Shutdown::Fast);
     assert_eq!(cluster.list(), list);
+}
+
+#[test]
+fn time_limits_of_sessions_do_not_end_a_load_or_a_dump() {
+    let cluster = Cluster::build()
+        .setting("shared_buffers = 256MB")
+        .setting("pg_prewarm.autoprewarm_interval = 1")
+        .start();
+    let table = cluster.table("t", 10_000);
+    cluster.stop(Shutdown::Fast);
+    cluster.configure("statement_timeout = 5\nlock_timeout = 5");
+    if cluster.major() >= 17 {
+        cluster.configure("transaction_timeout = 5");
+    }
+    // Long enough to read for every limit to be over.
+    let gone = Block {
+        filenumber: 4_000_000_000,
+        ..table
+    };
+    let (loaded, total, _) = load(
+        &cluster,
+        &list_of(table.first(10_000).chain(gone.first(300_000))),
+    );
+    assert_eq!((loaded, total), (10_000, 310_000));
+    // The limits are for this session as well.
+    cluster.configure("statement_timeout = 0\nlock_timeout = 0");
+    if cluster.major() >= 17 {
+        cluster.configure("transaction_timeout = 0");
+    }
+    cluster.reload();
+    let mut client = cluster.connect("postgres");
+    let leader = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'autoprewarm leader'";
+    let before: i32 = value(&mut client, leader);
+    wait_until("a dump", || !cluster.list().contains(",4000000000,"));
+    assert_eq!(value::<i32>(&mut client, leader), before);
+    assert!(!cluster.log().contains("FATAL"), "{}", cluster.log());
+}
+
+#[test]
+fn a_list_of_very_many_databases_is_skipped_at_once() {
+    let cluster = Cluster::build().setting("shared_buffers = 512MB").create();
+    let nowhere = Block {
+        database: 0,
+        tablespace: 1663,
+        filenumber: 16384,
+        fork: 0,
+        block: 0,
+    };
+    let list = list_of((0..50_000).map(|number| Block {
+        database: 1_000_000 + number,
+        ..nowhere
+    }));
+    let (loaded, total, skipped) = load(&cluster, &list);
+    assert_eq!((loaded, total), (0, 50_000));
+    assert_eq!(
+        skipped,
+        "50000 blocks: 50000 in databases that are gone or accept no connections"
+    );
+}
+
+#[test]
+fn every_io_method_loads() {
+    let cluster = Cluster::build().start();
+    if cluster.major() < 18 {
+        // There is no choice before 18; what there is, all other tests use.
+        return;
+    }
+    let table = cluster.table("t", 2000);
+    cluster.stop(Shutdown::Fast);
+    for method in ["sync", "worker", "io_uring"] {
+        cluster.configure(&format!("io_method = {method}"));
+        let (loaded, total, skipped) = load(&cluster, &list_of(table.first(2000)));
+        assert_eq!(
+            (loaded, total, skipped.as_str()),
+            (2000, 2000, ""),
+            "{method}"
+        );
+        assert_eq!(cluster.value::<String>("SHOW io_method"), method);
+        cluster.stop(Shutdown::Immediate);
+    }
+}
+
+#[test]
+fn blocks_that_clients_have_read_are_not_evicted_by_a_load() {
+    let cluster = Cluster::build()
+        .setting("shared_buffers = 16MB")
+        .setting("pg_prewarm.autoprewarm = off")
+        .start();
+    cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
+    let mine = cluster.table("mine", 500);
+    let listed = cluster.table("listed", 4000);
+    cluster.stop(Shutdown::Fast);
+    // Not preloaded, so that the load begins when there are clients' blocks.
+    cluster.configure("shared_preload_libraries = ''");
+    cluster.write_list(list_of(listed.first(4000)));
+    cluster.start();
+    cluster.sql("SELECT pg_prewarm('mine')");
+    let before = cluster.cached_without_extension();
+    assert!(mine.first(500).all(|block| before.contains(&block)));
+
+    let mark = cluster.log_end();
+    cluster.sql("SELECT autoprewarm_start_worker()");
+    let (loaded, _) = cluster.wait_for_load(mark);
+    assert!(loaded > 500, "{loaded}");
+    let after = cluster.cached_without_extension();
+    let evicted = before.difference(&after).count();
+    assert_eq!(evicted, 0);
 }
 
 #[test]

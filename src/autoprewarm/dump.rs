@@ -24,12 +24,12 @@ pub enum Unlogged {
 /// has the right to use the file.
 pub fn write(unlogged: Unlogged) -> Result<u64, Error> {
     let unfinished = RemoveOnDrop(DUMP_FILE_BEING_WRITTEN);
-    let mut expected = blocks(unlogged).count();
+    let mut expected = buffer::count_cached(unlogged == Unlogged::LeftOut);
     let written = loop {
         match write_once(unlogged, expected)? {
             Some(written) => break written,
             // The cache has grown by a digit since it was counted.
-            None => expected = expected.max(1) * 10,
+            None => expected = buffer::count(),
         }
     };
     file::rename_durably(DUMP_FILE_BEING_WRITTEN, DUMP_FILE);
@@ -73,7 +73,8 @@ fn failed(action: &'static str, source: io::Error) -> Error {
     }
 }
 
-/// Leaves no unfinished file behind, however the dump ends.
+/// Leaves no unfinished file behind when the dump ends with an error. (Where the
+/// process ends, the next dump replaces it.)
 struct RemoveOnDrop(&'static str);
 
 impl Drop for RemoveOnDrop {

@@ -25,7 +25,9 @@ pub fn main() {
         return;
     }
 
-    let mut load_is_due = state.begin_load() && load::run(state) == Outcome::StillDue;
+    if state.load_is_due() && state.begin_load() {
+        load(state);
+    }
     // There is no point in a dump right after the load, so the interval begins
     // here. Nor is there after the end of a former leader: its last list may be
     // better than what is cached.
@@ -34,8 +36,8 @@ pub fn main() {
         let reloaded = process::reload_configuration_if_due();
         let wait = settings::autoprewarm_interval()
             .map(|interval| interval.saturating_sub(last.elapsed()));
-        if load_is_due && (reloaded || wait == Some(Duration::ZERO)) {
-            load_is_due = load::run(state) == Outcome::StillDue;
+        if state.load_is_due() && (reloaded || wait == Some(Duration::ZERO)) {
+            load(state);
             last = Instant::now();
         } else if wait == Some(Duration::ZERO) {
             last = Instant::now();
@@ -46,8 +48,16 @@ pub fn main() {
     }
     // Most likely the server shuts down, which unlogged relations survive. A
     // load that was cut short must not cut the list short.
-    if !load_is_due {
+    if state.load_is_due() {
+        state.postpone_load();
+    } else {
         dump_and_survive(state, Unlogged::Included);
+    }
+}
+
+fn load(state: &State) {
+    if load::run(state) == Outcome::Ended {
+        state.end_load();
     }
 }
 

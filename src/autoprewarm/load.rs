@@ -4,6 +4,7 @@
 //! starts workers until all of it is claimed: as many at once as the settings and
 //! the free slots allow, each in the database that has most left for it to do.
 
+use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use super::shared::{Claim, Cursor, Load as SharedLoad, MAX_WORKERS, Stage, Worke
 use super::state::State;
 use super::{DUMP_FILE, WORKER};
 use crate::blocks::list::{BlockList, ReadError};
-use crate::blocks::plan::{Plan, PlanError, PlanView};
+use crate::blocks::plan::{Plan, PlanView};
 use crate::blocks::trailer::Heats;
 use crate::blocks::{Oid, SkipCounts, SkipReason};
 use crate::error::Error;
@@ -29,8 +30,19 @@ use crate::settings;
 /// unless something happens before.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// How often workers may fail to connect to a database.
+/// How often workers may fail to connect to a database; and how often, one after
+/// another, to come that far.
 const CONNECT_TRIES: u32 = 3;
+const START_TRIES: u32 = 10;
+
+/// Free buffers that are left alone. Several blocks are read at once, and which
+/// buffers they take is settled later than that there are some: without a reserve
+/// the last of a load could evict others.
+const RESERVE: usize = 64;
+
+/// What becomes of a list that cannot be loaded now.
+const RETRIED: &str = "It is tried again after \"pg_prewarm.autoprewarm_interval\" and when the \
+                       configuration is reloaded, and the list is not replaced before.";
 
 /// Whether the list may be replaced by a new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,11 +67,7 @@ pub fn run(state: &State) -> Outcome {
         Ok(Ok(Some(mut load))) => load.run(),
         Ok(Ok(None)) => Outcome::Ended,
         Ok(Err(error)) => {
-            error.warn(
-                "It is tried again after \"pg_prewarm.autoprewarm_interval\" and when the \
-                 configuration is reloaded, and not replaced before. To go on without it, \
-                 remove it.",
-            );
+            error.warn(&format!("{RETRIED} To go on without it, remove it."));
             Outcome::StillDue
         }
         Err(caught) => {
@@ -78,6 +86,8 @@ struct Load {
     /// Chunks that were handed out a second time.
     second_tries: Vec<u32>,
     workers: Vec<Worker>,
+    /// Workers that died before they could do anything, one after another.
+    failed_starts: u32,
     /// What the leader itself had to skip.
     skipped: SkipCounts,
     /// Records in the list.
@@ -97,8 +107,12 @@ struct Worker {
     database: usize,
 }
 
-/// The server shuts down.
-struct ShuttingDown;
+/// Why a load does not go on to its end.
+enum Halt {
+    ShuttingDown,
+    /// Workers are started and die before they can do anything.
+    NoWorkerLives,
+}
 
 impl Load {
     /// Reads the list and puts its plan into shared memory; nothing where there
@@ -109,15 +123,16 @@ impl Load {
         };
         report_oddities(&list);
         let total = list.entries.len();
-        let plan = Plan::new(list, buffer::count_free() as u64).map_err(|error| match error {
-            PlanError::OutOfMemory(_) => Error::ListTooLarge("out of memory"),
-            PlanError::TooManyFiles => Error::ListTooLarge("too many relations"),
-        })?;
+        let budget = buffer::count_free().saturating_sub(RESERVE);
+        let plan = Plan::new(list, budget as u64)
+            .map_err(|error| Error::ListTooLarge(error.to_string()))?;
         let mut skipped = SkipCounts::default();
         skipped.count(SkipReason::Illegal, plan.illegal());
         skipped.count(SkipReason::NoFreeBuffer, plan.over_budget());
 
-        let existing = Database::all();
+        // Nothing is looked up, and so cached, for an empty list.
+        let any = plan.databases().next();
+        let existing = any.map_or_else(HashMap::new, |_| Database::all());
         let mut shared = None;
         let mut databases = Vec::new();
         for database in plan.databases() {
@@ -149,6 +164,7 @@ impl Load {
             left_behind: Vec::new(),
             second_tries: Vec::new(),
             workers: Vec::new(),
+            failed_starts: 0,
             skipped,
             total,
         }))
@@ -160,9 +176,17 @@ impl Load {
                 self.report();
                 Outcome::Ended
             }
-            Err(ShuttingDown) => {
+            Err(halt) => {
                 for worker in &self.workers {
                     worker.handle.terminate();
+                }
+                if let Halt::NoWorkerLives = halt {
+                    new_report(
+                        PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+                        "could not load blocks: autoprewarm workers do not come to work".to_owned(),
+                        Some(format!("The server log may tell why. {RETRIED}")),
+                    )
+                    .report(PgLogLevel::WARNING);
                 }
                 Outcome::StillDue
             }
@@ -170,10 +194,18 @@ impl Load {
     }
 
     /// Starts workers, and looks after them, until nothing is left to do.
-    fn keep_workers_running(&mut self) -> Result<(), ShuttingDown> {
+    fn keep_workers_running(&mut self) -> Result<(), Halt> {
         let mut waiting_was_logged = false;
         loop {
             let failed = self.reap();
+            // One that ended because everything does is no failure, and what it
+            // left is no loss.
+            if process::shutdown_requested() {
+                return Err(Halt::ShuttingDown);
+            }
+            if self.failed_starts >= START_TRIES {
+                return Err(Halt::NoWorkerLives);
+            }
             let slots_are_short = !failed && self.start_workers();
             if self.workers.is_empty() {
                 if !failed && !slots_are_short {
@@ -188,44 +220,51 @@ impl Load {
                     .report(PgLogLevel::LOG);
                 }
             }
-            // A worker's end sets the latch.
+            // A worker that finishes, starts or ends sets the latch.
             process::reload_configuration_if_due();
             process::sleep(Some(RETRY));
-            if process::shutdown_requested() {
-                return Err(ShuttingDown);
-            }
         }
     }
 
-    /// Lets go of the workers that have ended. True where one could not do its
-    /// work, and another should not be started at once.
+    /// Lets go of the workers that have finished or ended. True where one could
+    /// not do its work, and another should not be started at once.
     fn reap(&mut self) -> bool {
         let mut failed = false;
+        let mut unconnected = Vec::new();
         let mut index = 0;
         while index < self.workers.len() {
-            if self.workers[index].handle.status() != Status::Stopped {
+            // Read first: a worker goes on while it has not stopped.
+            let stopped = self.workers[index].handle.status() == Status::Stopped;
+            let slot = &self.segment.header().workers[self.workers[index].slot];
+            let (stage, claim) = (slot.stage(), slot.claim());
+            // One that has finished need not be waited for: giving back all its
+            // memory takes a process some time.
+            if !stopped && stage != Stage::Finished {
                 index += 1;
                 continue;
             }
             let worker = self.workers.swap_remove(index);
-            let slot = &self.segment.header().workers[worker.slot];
-            let claim = slot.claim();
-            match slot.stage() {
+            if stage >= Stage::Connected {
+                self.failed_starts = 0;
+            }
+            match stage {
                 Stage::Finished => {}
                 Stage::Connected => self.leave_behind(worker.database, claim),
-                // The postmaster could not start it: that passes.
-                Stage::NotStarted => {
-                    self.left_behind
-                        .extend(claim.map(|claim| (worker.database, claim)));
+                // That passes, most likely.
+                Stage::NotStarted | Stage::Attached => {
+                    let claim = claim.map(|claim| (worker.database, claim));
+                    self.left_behind.extend(claim);
                     failed = true;
-                }
-                Stage::Attached => {
-                    self.left_behind
-                        .extend(claim.map(|claim| (worker.database, claim)));
-                    self.could_not_connect(worker.database);
-                    failed = true;
+                    if stage == Stage::NotStarted {
+                        self.failed_starts += 1;
+                    } else if !unconnected.contains(&worker.database) {
+                        unconnected.push(worker.database);
+                    }
                 }
             }
+        }
+        for database in unconnected {
+            self.could_not_connect(database);
         }
         failed
     }
@@ -251,16 +290,14 @@ impl Load {
                 None
             }
         };
-        let give_up = database.failed_connects == CONNECT_TRIES;
+        let give_up = database.failed_connects >= CONNECT_TRIES;
         if let Some(reason) = reason.or(give_up.then_some(SkipReason::NoDatabase)) {
             log!(
                 "autoprewarm could not connect to the database with OID {}",
                 database.oid
             );
             self.left_behind.retain(|(database, _)| *database != index);
-            let cursor = &self.segment.cells()[index];
-            let blocks = self.blocks_of(cursor.unclaimed());
-            cursor.close();
+            let blocks = self.blocks_of(self.segment.cells()[index].close());
             self.skipped.count(reason, blocks);
         }
     }
@@ -396,8 +433,7 @@ fn read_list() -> Result<Option<BlockList>, Error> {
     match BlockList::read(file::Interruptible(file), size) {
         Ok(list) => Ok(Some(list)),
         Err(ReadError::Io(error)) => Err(failed(error)),
-        Err(ReadError::OutOfMemory(_)) => Err(Error::ListTooLarge("out of memory")),
-        Err(ReadError::TooManyFiles) => Err(Error::ListTooLarge("too many relations")),
+        Err(error) => Err(Error::ListTooLarge(error.to_string())),
     }
 }
 

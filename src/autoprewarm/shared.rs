@@ -16,19 +16,25 @@
 
 use std::ops::Range;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize};
 
 use crate::blocks::plan::DatabasePlan;
 use crate::blocks::{Oid, SkipCounts, SkipReason};
+use crate::pg::process;
 use crate::pg::shmem::Shared;
 
 /// The most workers of a load.
 pub const MAX_WORKERS: usize = 64;
 
+/// For how many buffers memory is provided in one go.
+pub const BUFFERS_AT_ONCE: usize = 128;
+
 /// No chunk's index.
 const NO_CHUNK: u32 = u32::MAX;
 
 pub struct Load {
+    /// The leader's process ID.
+    leader: AtomicI32,
     /// The chunks of shared catalogs, which every worker can load.
     shared: Cursor,
     pub workers: [Slot; MAX_WORKERS],
@@ -46,6 +52,7 @@ pub struct Load {
 // which only bools are stored.
 unsafe impl Shared for Load {
     const INITIAL: Self = Self {
+        leader: AtomicI32::new(0),
         shared: Cursor::INITIAL,
         workers: [const { Slot::new() }; MAX_WORKERS],
         full: AtomicBool::new(false),
@@ -89,9 +96,10 @@ impl Cursor {
         self.next.load(SeqCst).min(end)..end
     }
 
-    /// Lets nobody claim any more.
-    pub fn close(&self) {
-        self.end.store(0, SeqCst);
+    /// Claims all that is left, which nobody will load.
+    pub fn close(&self) -> Range<u32> {
+        let end = self.end.load(SeqCst);
+        self.next.swap(end, SeqCst).min(end)..end
     }
 }
 
@@ -200,20 +208,27 @@ pub struct Counts {
 }
 
 impl Load {
-    /// Puts down which chunks there are. A plan's shared catalogs are not among
-    /// the databases that have a cursor of their own.
+    /// Puts down which chunks there are, and that this process leads the load. A
+    /// plan's shared catalogs are not among the databases that have a cursor of
+    /// their own.
     pub fn set_work(
         &self,
         shared: Option<&DatabasePlan>,
         cursors: &[Cursor],
         databases: &[DatabasePlan],
     ) {
+        self.leader.store(process::my_pid(), SeqCst);
         if let Some(shared) = shared {
             self.shared.set(shared);
         }
         for (cursor, database) in cursors.iter().zip(databases) {
             cursor.set(database);
         }
+    }
+
+    /// Tells the leader that a worker has finished.
+    pub fn wake_leader(&self) {
+        process::wake(self.leader.load(SeqCst));
     }
 
     /// The next chunk for the worker of that slot; nothing when there is none
@@ -250,17 +265,16 @@ impl Load {
     /// or less, by all workers together, and no two workers see to the same ones:
     /// they would only wait for each other.
     pub fn next_to_provide(&self, buffer: usize) -> Option<Range<usize>> {
-        const AT_ONCE: usize = 128;
-        const AHEAD: usize = 2 * AT_ONCE;
+        const AHEAD: usize = 2 * BUFFERS_AT_ONCE;
         let next = |provided: usize| {
             let start = provided.max(buffer);
-            (start < buffer + AHEAD).then_some(start + AT_ONCE)
+            (start < buffer + AHEAD).then_some(start + BUFFERS_AT_ONCE)
         };
         // Most calls end here.
         next(self.provided.load(Relaxed))?;
         let before = self.provided.fetch_update(Relaxed, Relaxed, next).ok()?;
         let start = before.max(buffer);
-        Some(start..start + AT_ONCE)
+        Some(start..start + BUFFERS_AT_ONCE)
     }
 
     pub fn count(&self, loaded: u64, cached: u64) {

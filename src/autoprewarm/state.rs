@@ -19,17 +19,20 @@ const NOBODY: i32 = -1;
 pub struct State {
     leader: AtomicI32,
     dump_file_user: AtomicI32,
-    /// A leader has set about loading the list since this state was made.
+    /// A leader has set about loading the list since this state was made; and
+    /// the load has come to its end, so that the list may be replaced.
     load_begun: AtomicBool,
+    load_ended: AtomicBool,
 }
 
-// SAFETY: atomics only, each valid whatever its bits are but for the flag, into
+// SAFETY: atomics only, each valid whatever its bits are but for the flags, into
 // which only bools are stored.
 unsafe impl Shared for State {
     const INITIAL: Self = Self {
         leader: AtomicI32::new(NOBODY),
         dump_file_user: AtomicI32::new(NOBODY),
         load_begun: AtomicBool::new(false),
+        load_ended: AtomicBool::new(false),
     };
 }
 
@@ -73,10 +76,27 @@ impl State {
         take(&self.dump_file_user).map(|()| DumpFileInUse(self))
     }
 
-    /// True for the first leader since the state was made, which is to load the
-    /// list; later ones would load what was dumped meanwhile.
+    /// Whether the list is still to be loaded. The load ends once in the life of
+    /// this state: after that, a load would only bring back what was dumped.
+    pub fn load_is_due(&self) -> bool {
+        !self.load_ended.load(SeqCst)
+    }
+
+    /// True for the first leader that asks. It is to load at once; one that comes
+    /// after a leader that died in mid-load is not, lest it should die likewise
+    /// and be started again and again.
     pub fn begin_load(&self) -> bool {
         !self.load_begun.swap(true, SeqCst)
+    }
+
+    /// The load has come to its end.
+    pub fn end_load(&self) {
+        self.load_ended.store(true, SeqCst);
+    }
+
+    /// The load was cut short in good order: the next leader may begin anew.
+    pub fn postpone_load(&self) {
+        self.load_begun.store(false, SeqCst);
     }
 }
 

@@ -3,7 +3,8 @@
 //! Workers are not told what to load: each claims one chunk after another from
 //! the [`Load`] that the leader has put into shared memory, until there is none
 //! left for its database. So several of them share a large database, and one that
-//! dies leaves no more undone than the chunk that it was at.
+//! dies leaves no more undone than the chunk that it was at, and those that it had
+//! set aside because their relations were locked.
 //!
 //! A worker is a good neighbour: it never waits for a lock, gives its own back
 //! every few milliseconds, holds no snapshot while it reads, and reads only into
@@ -13,7 +14,7 @@ use std::cell::Cell;
 use std::ops::ControlFlow::{Break, Continue};
 use std::time::{Duration, Instant};
 
-use super::shared::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
+use super::shared::{BUFFERS_AT_ONCE, Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use crate::blocks::SkipReason;
 use crate::blocks::plan::PlanView;
 use crate::pg::relation::{Opened, Relation};
@@ -49,6 +50,7 @@ pub fn main(argument: WorkerArgument) {
         load,
         slot,
         plan: PlanView::new(segment.words()),
+        mapped: Cell::new(0),
     };
     let mut locked = Vec::new();
     while let Some(claim) = load.next_claim(slot, segment.cells()) {
@@ -59,12 +61,15 @@ pub fn main(argument: WorkerArgument) {
     }
     worker.retry(locked);
     slot.reach(Stage::Finished);
+    load.wake_leader();
 }
 
 struct Worker<'a> {
     load: &'a Load,
     slot: &'a Slot,
     plan: PlanView<'a>,
+    /// Buffers before this one have been mapped into this process.
+    mapped: Cell<usize>,
 }
 
 /// How the work on a chunk ended.
@@ -160,6 +165,19 @@ impl Worker<'_> {
         ChunkEnd::Done
     }
 
+    /// Has memory provided for the buffers after this one, and for itself mapped
+    /// what other workers had provided: it costs less than a fault for each page.
+    fn provide_memory(&self, buffer: usize) {
+        while let Some(buffers) = self.load.next_to_provide(buffer) {
+            buffer::provide_memory(buffers);
+        }
+        if buffer >= self.mapped.get() {
+            let end = buffer + BUFFERS_AT_ONCE;
+            buffer::provide_memory(buffer..end);
+            self.mapped.set(end);
+        }
+    }
+
     /// Loads blocks from `done` on, under one lock on their relation, until the
     /// turn is over. `opened` tells whether it came to reading.
     fn load_turn(
@@ -203,9 +221,7 @@ impl Worker<'_> {
         let end =
             relation.read_into_free_buffers(chunk.fork, &numbers[..existing], |index, buffer| {
                 buffer.restore_heat(blocks.heat(first + index));
-                while let Some(buffers) = self.load.next_to_provide(buffer.index()) {
-                    buffer::provide_memory(buffers);
-                }
+                self.provide_memory(buffer.index());
                 tally.one_more();
                 if start.elapsed() < TURN {
                     Continue(())

@@ -122,7 +122,7 @@ impl BlockList {
             trailer.read(&bytes[at..], &mut checksum, |index, digit| {
                 parser.set_heat(index, digit)
             });
-            if filled < CHUNK {
+            if filled < CHUNK || trailer.has_ended() {
                 break;
             }
         }

@@ -127,8 +127,11 @@ impl Plan {
         let keys: Vec<Key> = entries
             .into_iter()
             .filter(|entry| {
+                let file = &files[entry.file()];
+                // No relation has file number 0: it marks those of mapped catalogs.
                 entry.block() != INVALID_BLOCK
-                    && Fork::from_number(files[entry.file()].fork).is_some()
+                    && file.filenumber != 0
+                    && Fork::from_number(file.fork).is_some()
             })
             .map(|entry| Key::new(ranks[entry.file()], entry.block(), entry.heat()))
             .collect();
@@ -172,22 +175,19 @@ impl Plan {
     }
 
     /// The databases, in order. That of OID 0 comes first where there is one.
-    pub fn databases(&self) -> Vec<DatabasePlan> {
-        let mut databases: Vec<DatabasePlan> = Vec::new();
-        for (index, chunk) in (0..).zip(&self.chunks) {
-            match databases.last_mut() {
-                Some(last) if last.database == chunk.database => {
-                    last.chunks.end = index + 1;
-                    last.blocks += u64::from(chunk.count);
+    pub fn databases(&self) -> impl Iterator<Item = DatabasePlan> {
+        let mut next = 0;
+        self.chunks
+            .chunk_by(|one, other| one.database == other.database)
+            .map(move |chunks| {
+                let first = next;
+                next += chunks.len() as u32;
+                DatabasePlan {
+                    database: chunks[0].database,
+                    chunks: first..next,
+                    blocks: chunks.iter().map(|chunk| u64::from(chunk.count)).sum(),
                 }
-                _ => databases.push(DatabasePlan {
-                    database: chunk.database,
-                    chunks: index..index + 1,
-                    blocks: u64::from(chunk.count),
-                }),
-            }
-        }
-        databases
+            })
     }
 
     /// How many words [`Plan::encode`] fills.

@@ -6,7 +6,7 @@ use std::ops::Add;
 /// Why a record did not become a loaded block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SkipReason {
-    /// No fork has that number, or no block can have that one.
+    /// No fork, file or block can have that number.
     Illegal,
     /// The database is a template: a worker in it would make `CREATE DATABASE` fail.
     TemplateDatabase,
@@ -42,7 +42,7 @@ impl SkipReason {
 
     fn describe(self) -> &'static str {
         match self {
-            Self::Illegal => "with an illegal fork or block number",
+            Self::Illegal => "with an illegal fork, file or block number",
             Self::TemplateDatabase => "in template databases",
             Self::NoDatabase => "in databases that are gone or accept no connections",
             Self::NoRelation => "of relations that are gone or were rewritten",

@@ -72,6 +72,11 @@ impl TrailerReader {
         }
     }
 
+    /// Whether nothing that follows could belong to it.
+    pub fn has_ended(&self) -> bool {
+        self.outcome.is_some()
+    }
+
     /// What came of it, for a list of that many records.
     pub fn finish(mut self, checksum: u32, records: u64) -> Heats {
         // The last line needs no line break after it.

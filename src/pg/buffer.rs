@@ -37,6 +37,18 @@ pub fn count_free() -> usize {
         .count()
 }
 
+/// About how many blocks are in shared buffers; of permanent relations only, if
+/// wanted. Nothing is locked, so that some may come and go meanwhile.
+pub fn count_cached(permanent_only: bool) -> usize {
+    let wanted = match permanent_only {
+        true => pg_sys::BM_TAG_VALID | pg_sys::BM_PERMANENT,
+        false => pg_sys::BM_TAG_VALID,
+    };
+    (0..count())
+        .filter(|&index| state(header(index)).load(Ordering::Relaxed) & wanted == wanted)
+        .count()
+}
+
 /// How many of the blocks that this process asked for were in shared buffers
 /// already.
 pub fn hits() -> u64 {

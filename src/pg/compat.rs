@@ -10,6 +10,16 @@ use super::buffer::{self, Pinned, ReadEnd};
 use super::process::check_for_interrupts;
 use crate::blocks::{BlockNumber, Fork, Oid, Record};
 
+/// Settings that are for sessions of users, and what a worker has instead.
+pub const SESSION_SETTINGS: &[(&CStr, &CStr)] = &[
+    (c"statement_timeout", c"0"),
+    (c"lock_timeout", c"0"),
+    (c"idle_in_transaction_session_timeout", c"0"),
+    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+    (c"transaction_timeout", c"0"),
+    (c"zero_damaged_pages", c"false"),
+];
+
 /// The physical identity of a relation: database, tablespace, file number.
 pub type Locator = (Oid, Oid, Oid);
 
@@ -311,7 +321,7 @@ struct ReadAhead {
     /// The path of the fork's first segment file.
     path: String,
     /// The segment file that is open, and which it is.
-    file: Option<(u32, std::fs::File)>,
+    file: Option<(u32, std::io::Result<std::fs::File>)>,
     /// Where, among the blocks, the requests end that have been made and whose
     /// blocks have not been read.
     requests: std::collections::VecDeque<usize>,
@@ -385,9 +395,9 @@ impl ReadAhead {
                 _ => format!("{}.{segment}", self.path),
             };
             // It is only advice: reading will tell what is wrong.
-            self.file = std::fs::File::open(path).ok().map(|file| (segment, file));
+            self.file = Some((segment, std::fs::File::open(path)));
         }
-        if let Some((_, file)) = &self.file {
+        if let Some((_, Ok(file))) = &self.file {
             let block_size = i64::from(pg_sys::BLCKSZ);
             // SAFETY: an open file.
             unsafe {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use pgrx::pg_sys;
 
+use super::transaction;
 use crate::blocks::Oid;
 
 /// A database, as a worker that may be started in it needs to know it.
@@ -44,6 +45,7 @@ impl Database {
             pg_sys::table_endscan(scan);
             pg_sys::table_close(catalog, LOCK);
         }
+        transaction::release_catalog_snapshot();
         databases
     }
 }

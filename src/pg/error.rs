@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_void};
 use std::panic::AssertUnwindSafe;
 
 use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
-use pgrx::{PgLogLevel, PgSqlErrorCode, PgTryBuilder, pg_sys};
+use pgrx::{PgLogLevel, PgSqlErrorCode, PgTryBuilder, pg_guard, pg_sys};
 
 use super::ffi;
 
@@ -88,6 +88,7 @@ pub unsafe fn with_exact_messages<T>(body: impl FnOnce() -> T) -> T {
 }
 
 /// `raised` points to what was kept of the former ERROR, if there was one.
+#[pg_guard]
 unsafe extern "C-unwind" fn keep_or_restore(raised: *mut c_void) {
     let raised: *mut *mut pg_sys::ErrorData = raised.cast();
     // SAFETY: called while an error is being reported, with the argument of the
@@ -98,7 +99,11 @@ unsafe extern "C-unwind" fn keep_or_restore(raised: *mut c_void) {
             return;
         }
         let previous = pg_sys::MemoryContextSwitchTo(pg_sys::CurTransactionContext);
+        // Out of memory, this would be called for that error as well.
+        let callbacks = pg_sys::error_context_stack;
+        pg_sys::error_context_stack = std::ptr::null_mut();
         let current = pg_sys::CopyErrorData();
+        pg_sys::error_context_stack = callbacks;
         pg_sys::MemoryContextSwitchTo(previous);
         if (*current).elevel != PgLogLevel::ERROR as i32 {
             pg_sys::FreeErrorData(current);

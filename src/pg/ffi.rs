@@ -10,7 +10,6 @@ unsafe extern "C-unwind" {
     // PostgreSQL's own signal handlers, to be given to `pqsignal` as they are.
     pub fn SignalHandlerForShutdownRequest(signal: c_int);
     pub fn SignalHandlerForConfigReload(signal: c_int);
-    pub fn procsignal_sigusr1_handler(signal: c_int);
     pub fn die(signal: c_int);
 
     /// Whether the list of free buffers is not empty, looked at without a lock.

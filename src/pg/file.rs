@@ -77,6 +77,9 @@ pub fn describe(error: &io::Error) -> String {
 
 /// The SQLSTATE of a file's error, as `errcode_for_file_access` gives it.
 pub fn sqlstate(error: &io::Error) -> PgSqlErrorCode {
+    if error.kind() == io::ErrorKind::OutOfMemory {
+        return PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY;
+    }
     match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES | libc::EROFS) => {
             PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE
@@ -87,7 +90,6 @@ pub fn sqlstate(error: &io::Error) -> PgSqlErrorCode {
             PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE
         }
         Some(libc::ENOSPC) => PgSqlErrorCode::ERRCODE_DISK_FULL,
-        Some(libc::ENOMEM) => PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
         Some(libc::ENFILE | libc::EMFILE) => PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
         Some(libc::EIO) => PgSqlErrorCode::ERRCODE_IO_ERROR,
         _ => PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,

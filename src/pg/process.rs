@@ -28,8 +28,6 @@ pub fn handle_signals_as_leader() {
         compat::signal(libc::SIGINT, ignore);
         compat::signal(libc::SIGTERM, ffi::SignalHandlerForShutdownRequest);
         compat::signal(libc::SIGHUP, ffi::SignalHandlerForConfigReload);
-        // Without it no process could tell this one that a worker has ended.
-        compat::signal(libc::SIGUSR1, ffi::procsignal_sigusr1_handler);
         pg_sys::BackgroundWorkerUnblockSignals();
     }
 }
@@ -39,7 +37,6 @@ pub fn handle_signals_as_worker() {
     // SAFETY: as above.
     unsafe {
         compat::signal(libc::SIGTERM, ffi::die);
-        compat::signal(libc::SIGHUP, ffi::SignalHandlerForConfigReload);
         pg_sys::BackgroundWorkerUnblockSignals();
     }
 }
@@ -91,6 +88,14 @@ pub fn sleep(timeout: Option<Duration>) {
     check_for_interrupts();
 }
 
+/// Sets another process's latch, if that is a background worker of ours, as the
+/// postmaster does it.
+pub fn wake(pid: i32) {
+    // SAFETY: it sends a signal, which such a process handles; one that is gone
+    // gets none.
+    unsafe { libc::kill(pid, libc::SIGUSR1) };
+}
+
 /// Calls `callback` when this process ends, however it ends short of a crash.
 pub fn at_exit(callback: fn()) {
     #[pg_guard]
@@ -104,6 +109,23 @@ pub fn at_exit(callback: fn()) {
     unsafe { pg_sys::before_shmem_exit(Some(call), pg_sys::Datum::from(callback as usize)) };
 }
 
+/// Puts aside what the configuration says for sessions of users and would harm a
+/// worker: being ended by a time limit, or overwriting pages that it cannot read.
+/// The autovacuum launcher and its workers do the same.
+fn override_session_settings() {
+    for (name, value) in compat::SESSION_SETTINGS {
+        // SAFETY: settings of this server's version, with a value of their type.
+        unsafe {
+            pg_sys::SetConfigOption(
+                name.as_ptr(),
+                value.as_ptr(),
+                pg_sys::GucContext::PGC_SUSET,
+                pg_sys::GucSource::PGC_S_OVERRIDE,
+            );
+        }
+    }
+}
+
 /// Connects this worker to no database: it can read the shared catalogs, is
 /// shown in `pg_stat_activity`, and takes part in the server's barriers.
 pub fn connect_to_no_database() {
@@ -111,6 +133,7 @@ pub fn connect_to_no_database() {
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
     }
+    override_session_settings();
 }
 
 /// Connects this worker to that database. Where it cannot be connected to, the
@@ -124,6 +147,7 @@ pub fn connect_to_database(database: u32) {
             0,
         );
     }
+    override_session_settings();
 }
 
 /// Whether the postmaster is loading `shared_preload_libraries`.

@@ -12,6 +12,9 @@ use crate::blocks::{BlockNumber, Fork, Oid};
 
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 
+/// The backend of relations that are no session's own.
+const NO_BACKEND: i32 = -1;
+
 /// What came of opening a relation without waiting.
 pub enum Opened {
     Open(Relation),
@@ -95,9 +98,15 @@ impl Relation {
         };
         // Which relation has the file was looked up without a lock, and a
         // shared catalog's file lies in no database.
+        // Temporary relations live in their session's own buffers.
         // SAFETY: just opened.
-        let locator = unsafe { compat::locator(relation.relation) };
-        if locator == (database, tablespace, filenumber) {
+        let (locator, temporary) = unsafe {
+            (
+                compat::locator(relation.relation),
+                (*relation.relation).rd_backend != NO_BACKEND,
+            )
+        };
+        if locator == (database, tablespace, filenumber) && !temporary {
             Opened::Open(relation)
         } else {
             Opened::Gone

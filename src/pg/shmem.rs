@@ -1,4 +1,4 @@
-//! Structures in the server's main shared memory.
+//! Structures that every server process finds by their name.
 
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;

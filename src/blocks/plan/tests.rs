@@ -43,11 +43,7 @@ fn decode(plan: &Plan) -> Vec<HotRecord> {
     plan.encode(&mut words);
     let view = PlanView::new(&words);
     let mut records = Vec::new();
-    for index in plan
-        .databases()
-        .into_iter()
-        .flat_map(|database| database.chunks)
-    {
+    for index in plan.databases().flat_map(|database| database.chunks) {
         let (chunk, blocks) = view.chunk(index);
         assert!(blocks.numbers().len() <= CHUNK_BLOCKS as usize);
         assert!(blocks.numbers().is_sorted());
@@ -72,7 +68,7 @@ fn decoded_records(plan: &Plan) -> Vec<Record> {
 #[test]
 fn no_records_make_no_databases() {
     let plan = plan(&[]);
-    assert_eq!(plan.databases(), []);
+    assert_eq!(plan.databases().count(), 0);
     assert_eq!(decode(&plan), []);
 }
 
@@ -108,7 +104,6 @@ fn databases_know_their_chunks_and_blocks() {
     ]);
     let summary: Vec<_> = plan
         .databases()
-        .into_iter()
         .map(|database| (database.database, database.chunks, database.blocks))
         .collect();
     assert_eq!(summary, [(0, 0..1, 1), (5, 1..3, 3), (9, 3..4, 1)]);
@@ -120,7 +115,7 @@ fn a_large_relation_is_cut_into_chunks() {
         .map(|block| record(5, 1, 0, block))
         .collect();
     let plan = plan(&blocks);
-    assert_eq!(plan.databases()[0].chunks, 0..3);
+    assert_eq!(plan.databases().next().unwrap().chunks, 0..3);
     assert_eq!(decoded_records(&plan), blocks);
 }
 
@@ -131,7 +126,10 @@ fn the_same_file_number_in_two_tablespaces_is_two_relations() {
         tablespace: 20000,
         ..here
     };
-    assert_eq!(plan(&[here, there]).databases()[0].chunks, 0..2);
+    assert_eq!(
+        plan(&[here, there]).databases().next().unwrap().chunks,
+        0..2
+    );
 }
 
 #[test]
@@ -140,9 +138,10 @@ fn what_no_relation_can_have_is_counted_and_left_out() {
         record(5, 1, 4, 0),
         record(5, 1, u32::MAX, 0),
         record(5, 1, 0, u32::MAX),
+        record(5, 0, 0, 0),
         record(5, 1, 3, u32::MAX - 1),
     ]);
-    assert_eq!(plan.illegal(), 3);
+    assert_eq!(plan.illegal(), 4);
     assert_eq!(decoded_records(&plan), [record(5, 1, 3, u32::MAX - 1)]);
 }
 
@@ -173,7 +172,7 @@ fn the_hottest_win_where_the_budget_does_not_suffice() {
 proptest! {
     #[test]
     fn a_plan_holds_every_legal_record_once_and_in_order(
-        fields in prop::collection::vec((0u32..4, 0u32..5, 0u32..6, 0u32..2000, 0u32..6), 0..1500)
+        fields in prop::collection::vec((0u32..4, 1u32..6, 0u32..6, 0u32..2000, 0u32..6), 0..1500)
     ) {
         let records: Vec<_> = fields
             .into_iter()

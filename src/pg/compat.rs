@@ -187,23 +187,24 @@ pub unsafe fn reserve_shared_memory(size: usize) {
     let _ = size;
 }
 
-/// Reads blocks, in ascending order, into free shared buffers; see
-/// [`super::relation::Relation::read_into_free_buffers`].
+/// Reads blocks, in ascending order, into buffers, of which each is handed to
+/// `each` with its place among the blocks; into free buffers only, if wanted.
 ///
 /// # Safety
-/// `relation` is open, and permanent or unlogged.
+/// `relation` is open, and the blocks are there.
 #[cfg(any(feature = "pg15", feature = "pg16"))]
-pub unsafe fn read_into_free_buffers(
+pub unsafe fn read_into_buffers(
     relation: pg_sys::Relation,
     fork: Fork,
     blocks: &[BlockNumber],
+    only_free: bool,
     each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
 ) -> ReadEnd {
     // SAFETY: the caller's promise.
     let mut ahead = unsafe { ReadAhead::new(relation, fork) };
     for (index, &block) in blocks.iter().enumerate() {
         check_for_interrupts();
-        if !buffer::have_free_buffer() {
+        if only_free && !buffer::have_free_buffer() {
             return ReadEnd::Full;
         }
         ahead.advance(blocks, index);
@@ -224,16 +225,17 @@ pub unsafe fn read_into_free_buffers(
     ReadEnd::Over
 }
 
-/// Reads blocks, in ascending order, into free shared buffers; see
-/// [`super::relation::Relation::read_into_free_buffers`].
+/// Reads blocks, in ascending order, into buffers, of which each is handed to
+/// `each` with its place among the blocks; into free buffers only, if wanted.
 ///
 /// # Safety
-/// `relation` is open, and permanent or unlogged.
+/// `relation` is open, and the blocks are there.
 #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-pub unsafe fn read_into_free_buffers(
+pub unsafe fn read_into_buffers(
     relation: pg_sys::Relation,
     fork: Fork,
     blocks: &[BlockNumber],
+    only_free: bool,
     each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
 ) -> ReadEnd {
     /// What the stream asks its callback for. It lies on the stack below the
@@ -241,6 +243,7 @@ pub unsafe fn read_into_free_buffers(
     struct Source {
         blocks: *const BlockNumber,
         left: usize,
+        only_free: bool,
         full: bool,
     }
 
@@ -255,7 +258,7 @@ pub unsafe fn read_into_free_buffers(
             if source.left == 0 {
                 return pg_sys::InvalidBlockNumber;
             }
-            if !buffer::have_free_buffer() {
+            if source.only_free && !buffer::have_free_buffer() {
                 source.full = true;
                 source.left = 0;
                 return pg_sys::InvalidBlockNumber;
@@ -276,6 +279,7 @@ pub unsafe fn read_into_free_buffers(
     let mut source = Source {
         blocks: blocks.as_ptr(),
         left: blocks.len(),
+        only_free,
         full: false,
     };
     let source = &raw mut source;
@@ -335,8 +339,10 @@ impl ReadAhead {
     /// The most blocks of a request.
     const REQUEST_BLOCKS: usize = 16;
 
+    /// A temporary relation has its files elsewhere, and goes without.
+    ///
     /// # Safety
-    /// `relation` is open, and permanent or unlogged.
+    /// `relation` is open.
     unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
         // SAFETY: the caller's promise.
         unsafe {

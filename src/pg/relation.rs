@@ -206,19 +206,21 @@ impl Relation {
         unsafe { pg_sys::RelationGetNumberOfBlocksInFork(self.relation, fork as i32) }
     }
 
-    /// Reads a block into shared buffers (a temporary relation's: into local
-    /// ones). Raises the server's ERROR where it cannot be read.
-    pub fn read_into_buffer(&self, fork: Fork, block: BlockNumber) {
-        // SAFETY: open; the pin that reading takes is given back at once.
-        unsafe {
-            let buffer = pg_sys::ReadBufferExtended(
-                self.relation,
-                fork as i32,
-                block,
-                pg_sys::ReadBufferMode::RBM_NORMAL,
-                std::ptr::null_mut(),
-            );
-            pg_sys::ReleaseBuffer(buffer);
+    /// Reads the blocks from `first` to before `end` into shared buffers (a
+    /// temporary relation's: into local ones). Reads ahead, and serves interrupts.
+    /// Raises the server's ERROR where a block cannot be read.
+    pub fn read_into_buffers(&self, fork: Fork, first: BlockNumber, end: BlockNumber) {
+        const AT_ONCE: u32 = 8192;
+        let mut next = first;
+        while next < end {
+            let blocks: Vec<_> = (next..end).take(AT_ONCE as usize).collect();
+            next += blocks.len() as u32;
+            // SAFETY: open.
+            unsafe {
+                compat::read_into_buffers(self.relation, fork, &blocks, false, &mut |_, _| {
+                    ControlFlow::Continue(())
+                });
+            }
         }
     }
 
@@ -233,7 +235,7 @@ impl Relation {
         mut each: impl FnMut(usize, &Pinned) -> ControlFlow<()>,
     ) -> ReadEnd {
         // SAFETY: open.
-        unsafe { compat::read_into_free_buffers(self.relation, fork, blocks, &mut each) }
+        unsafe { compat::read_into_buffers(self.relation, fork, blocks, true, &mut each) }
     }
 
     /// Asks the operating system to read a block, unless it is in shared

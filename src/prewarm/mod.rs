@@ -112,11 +112,6 @@ fn run(relation: &Relation, mode: Mode, fork: Fork, first: BlockNumber, end: Blo
                 relation.prefetch(fork, block);
             }
         }
-        Mode::Buffer => {
-            for block in first..end {
-                check_for_interrupts();
-                relation.read_into_buffer(fork, block);
-            }
-        }
+        Mode::Buffer => relation.read_into_buffers(fork, first, end),
     }
 }

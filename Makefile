@@ -4,6 +4,7 @@
 #   make demo              watch a server come back warm
 #   make test [PG=16]      all tests, on one major version (default 15)
 #   make test-all          all tests, on every supported version
+#   make bench [PG=18]     contrib and this, side by side (SIZE=smoke: a minute)
 #   make check             formatting, lints, documentation
 #   make install PG_CONFIG=/path/to/pg_config
 #                          install into a PostgreSQL of yours
@@ -14,7 +15,7 @@
 PG ?= 15
 PG_CONFIG ?= pg_config
 
-.PHONY: demo test test-all check install clean
+.PHONY: demo test test-all bench check install clean
 
 demo:
 	@scripts/demo
@@ -24,6 +25,9 @@ test:
 
 test-all:
 	@scripts/test 15 16 17 18
+
+bench:
+	@scripts/bench $(PG) $(SCENARIOS)
 
 check:
 	@scripts/check

@@ -1,0 +1,109 @@
+//! What `make bench` runs: contrib's module and ours, side by side.
+//!
+//! For each scenario both load the same list into the same cluster, in turn (A B
+//! A B …), on the same machine in the same run; what counts is the ratio of the
+//! medians. Scenarios are chosen by their names as arguments; without any, all
+//! are run. The environment says how large (`SIZE=smoke` or `full`) and how often
+//! (`RUNS`). Results go to `$OUT` as JSON and SVG, and as tables to the output.
+
+#[allow(dead_code, unused_imports)]
+#[path = "../src/blocks/mod.rs"]
+mod blocks;
+#[allow(dead_code)]
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+mod dump;
+mod lists;
+mod load;
+mod machine;
+mod report;
+mod shrunk;
+mod side;
+mod warmup;
+
+use std::path::PathBuf;
+
+use report::Report;
+
+/// How large everything is.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    /// Of shared_buffers, in MB.
+    buffers: u32,
+    dense_blocks: u32,
+    /// Of the table, and of those in the list.
+    sparse_blocks: (u32, u32),
+    small_tables: u32,
+    /// Of each of the eight databases.
+    database_blocks: u32,
+    /// Records of the synthetic lists.
+    long_list: u64,
+    longer_list: u64,
+    /// Seconds of a warm-up curve.
+    warmup: u64,
+}
+
+const FULL: Size = Size {
+    buffers: 4096,
+    dense_blocks: 393_216,
+    sparse_blocks: (1_048_576, 200_000),
+    small_tables: 4000,
+    database_blocks: 20_000,
+    long_list: 16_000_000,
+    longer_list: 134_000_000,
+    warmup: 20,
+};
+
+const SMOKE: Size = Size {
+    buffers: 256,
+    dense_blocks: 20_000,
+    sparse_blocks: (30_000, 5_000),
+    small_tables: 100,
+    database_blocks: 1_000,
+    long_list: 1_000_000,
+    longer_list: 4_000_000,
+    warmup: 4,
+};
+
+/// What a run is to be like.
+pub struct Options {
+    size: Size,
+    runs: usize,
+    out: PathBuf,
+}
+
+type Scenario = fn(&Options, &mut Report);
+
+fn main() {
+    let chosen: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|arg| !arg.starts_with('-'))
+        .collect();
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let size = match variable("SIZE").as_deref() {
+        None | Some("full") => FULL,
+        Some("smoke") => SMOKE,
+        Some(other) => panic!("SIZE={other}: full or smoke"),
+    };
+    let options = Options {
+        size,
+        runs: variable("RUNS").map_or(5, |runs| runs.parse().expect("RUNS is a number")),
+        out: variable("OUT").map_or("target/bench".into(), PathBuf::from),
+    };
+    let mut report = Report::new(&options);
+    let scenarios: [(&str, Scenario); 5] = [
+        ("load", load::run),
+        ("warmup", warmup::run),
+        ("dump", dump::run),
+        ("lists", lists::run),
+        ("shrunk", shrunk::run),
+    ];
+    for (name, run) in scenarios {
+        if chosen.is_empty() || chosen.iter().any(|chosen| chosen == name) {
+            eprintln!("== {name}");
+            run(&options, &mut report);
+        }
+    }
+    report.finish();
+}

@@ -24,13 +24,7 @@ fn load(cluster: &Cluster, list: &str) -> (u64, u64, String) {
 #[test]
 fn relations_that_changed_since_are_skipped_and_counted() {
     let cluster = Cluster::build().start();
-    let space = cluster.path("space");
-    std::fs::create_dir(&space).unwrap();
-    crate::common::give_to_server(&space);
-    cluster.sql(&format!(
-        "CREATE TABLESPACE space LOCATION '{}'",
-        space.display()
-    ));
+    cluster.create_tablespace("space");
     let kept = cluster.table("kept", 5);
     let dropped = cluster.table("dropped", 10);
     let truncated = cluster.table("truncated", 20);
@@ -74,13 +68,7 @@ fn relations_that_changed_since_are_skipped_and_counted() {
 #[test]
 fn a_record_loads_only_the_relation_of_its_own_database_and_tablespace() {
     let cluster = Cluster::build().start();
-    let space = cluster.path("space");
-    std::fs::create_dir(&space).unwrap();
-    crate::common::give_to_server(&space);
-    cluster.sql(&format!(
-        "CREATE TABLESPACE space LOCATION '{}'",
-        space.display()
-    ));
+    cluster.create_tablespace("space");
     cluster.sql("CREATE DATABASE other");
     let here = cluster.table("here", 10);
     let there = cluster.value("SELECT oid FROM pg_tablespace WHERE spcname = 'space'");

@@ -28,13 +28,7 @@ fn of_relation(blocks: &BTreeSet<Block>, relation: Block) -> BTreeSet<Block> {
 #[test]
 fn a_restart_restores_exactly_the_cached_blocks_of_every_database_and_tablespace() {
     let cluster = Cluster::build().start();
-    let tablespace = cluster.path("space");
-    std::fs::create_dir(&tablespace).unwrap();
-    crate::common::give_to_server(&tablespace);
-    cluster.sql(&format!(
-        "CREATE TABLESPACE space LOCATION '{}'",
-        tablespace.display()
-    ));
+    cluster.create_tablespace("space");
     cluster.sql("CREATE DATABASE other");
     fill(&cluster, "postgres", "a", "");
     fill(&cluster, "postgres", "b", "TABLESPACE space");

@@ -563,6 +563,17 @@ impl Cluster {
             .collect()
     }
 
+    /// Makes a tablespace, in a folder beside the data.
+    pub fn create_tablespace(&self, name: &str) {
+        let folder = self.path(name);
+        fs::create_dir(&folder).unwrap();
+        give_to_server(&folder);
+        self.sql(&format!(
+            "CREATE TABLESPACE {name} LOCATION '{}'",
+            folder.display()
+        ));
+    }
+
     /// Makes a table of that many blocks, one row in each, and returns its file.
     /// The blocks are cached, if they fit.
     pub fn table_of_blocks(&self, database: &str, name: &str, blocks: u32) -> Block {

@@ -1,9 +1,9 @@
 //! Brings a restarted PostgreSQL server back warm: a drop-in replacement for
 //! contrib's `pg_prewarm`.
 //!
-//! This file is the door. What users asked for lies in [`prewarm`] and
-//! [`autoprewarm`], what is pure computation in [`blocks`], and everything that
-//! calls PostgreSQL in [`pg`]. `ARCHITECTURE.md` tells the whole story.
+//! This file is the door. What users asked for lies in `prewarm` and
+//! `autoprewarm`, what is pure computation in `blocks`, and everything that calls
+//! PostgreSQL in `pg`. `ARCHITECTURE.md` tells the whole story.
 
 use pgrx::pg_guard;
 

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
-use pgrx::pg_sys;
 
 use crate::pg::process;
 
@@ -45,8 +44,7 @@ pub fn define() {
         GucContext::Postmaster,
         GucFlags::default(),
     );
-    // SAFETY: a C string; the server then warns of every other pg_prewarm.x.
-    unsafe { pg_sys::MarkGUCPrefixReserved(c"pg_prewarm".as_ptr()) };
+    process::reserve_settings(c"pg_prewarm");
 }
 
 /// `pg_prewarm.autoprewarm`: whether there is to be a leader.

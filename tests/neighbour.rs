@@ -119,6 +119,8 @@ fn several_workers_share_one_database() {
     let mark = cluster.log_end();
     cluster.start();
     assert_eq!(cluster.wait_for_load(mark), (8000, 8000));
+    // The load ends before its workers' processes do.
+    cluster.wait_for_log(mark, "\"autoprewarm worker\" (PID");
     let log = cluster.log_since(mark);
     let first_end = log.find("\"autoprewarm worker\" (PID").unwrap();
     let started = "starting background worker process \"autoprewarm worker\"";

@@ -16,11 +16,10 @@
 
 use std::ops::Range;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
 
 use crate::blocks::plan::DatabasePlan;
 use crate::blocks::{Oid, SkipCounts, SkipReason};
-use crate::pg::process;
 use crate::pg::shmem::Shared;
 
 /// The most workers of a load.
@@ -33,8 +32,6 @@ pub const BUFFERS_AT_ONCE: usize = 128;
 const NO_CHUNK: u32 = u32::MAX;
 
 pub struct Load {
-    /// The leader's process ID.
-    leader: AtomicI32,
     /// The chunks of shared catalogs, which every worker can load.
     shared: Cursor,
     pub workers: [Slot; MAX_WORKERS],
@@ -52,7 +49,6 @@ pub struct Load {
 // which only bools are stored.
 unsafe impl Shared for Load {
     const INITIAL: Self = Self {
-        leader: AtomicI32::new(0),
         shared: Cursor::INITIAL,
         workers: [const { Slot::new() }; MAX_WORKERS],
         full: AtomicBool::new(false),
@@ -208,27 +204,20 @@ pub struct Counts {
 }
 
 impl Load {
-    /// Puts down which chunks there are, and that this process leads the load. A
-    /// plan's shared catalogs are not among the databases that have a cursor of
-    /// their own.
+    /// Puts down which chunks there are. A plan's shared catalogs are not among
+    /// the databases that have a cursor of their own.
     pub fn set_work(
         &self,
         shared: Option<&DatabasePlan>,
         cursors: &[Cursor],
         databases: &[DatabasePlan],
     ) {
-        self.leader.store(process::my_pid(), SeqCst);
         if let Some(shared) = shared {
             self.shared.set(shared);
         }
         for (cursor, database) in cursors.iter().zip(databases) {
             cursor.set(database);
         }
-    }
-
-    /// Tells the leader that a worker has finished.
-    pub fn wake_leader(&self) {
-        process::wake(self.leader.load(SeqCst));
     }
 
     /// The next chunk for the worker of that slot; nothing when there is none

@@ -64,6 +64,13 @@ impl State {
         Some(self.leader.load(SeqCst)).filter(|&pid| pid != NOBODY)
     }
 
+    /// Sets the leader's latch, where there is one.
+    pub fn wake_leader(&self) {
+        if let Some(pid) = self.leader() {
+            process::wake(pid);
+        }
+    }
+
     /// Makes this process the leader, until it ends. `Err` has the process ID of
     /// the leader that there is.
     pub fn become_leader(&self) -> Result<(), i32> {

@@ -15,6 +15,7 @@ use std::ops::ControlFlow::{Break, Continue};
 use std::time::{Duration, Instant};
 
 use super::shared::{BUFFERS_AT_ONCE, Claim, Cursor, Load, Slot, Stage, WorkerArgument};
+use super::state::State;
 use crate::blocks::SkipReason;
 use crate::blocks::plan::PlanView;
 use crate::pg::relation::{Opened, Relation};
@@ -61,7 +62,7 @@ pub fn main(argument: WorkerArgument) {
     }
     worker.retry(locked);
     slot.reach(Stage::Finished);
-    load.wake_leader();
+    State::attach().wake_leader();
 }
 
 struct Worker<'a> {

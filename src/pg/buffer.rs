@@ -32,9 +32,7 @@ pub fn have_free_buffer() -> bool {
 /// How many buffers hold nothing and are used by nobody.
 pub fn count_free() -> usize {
     const USED: u32 = pg_sys::BM_TAG_VALID | pg_sys::BUF_REFCOUNT_MASK;
-    (0..count())
-        .filter(|&index| state(header(index)).load(Ordering::Relaxed) & USED == 0)
-        .count()
+    count_where(|state| state & USED == 0)
 }
 
 /// About how many blocks are in shared buffers; of permanent relations only, if
@@ -44,8 +42,12 @@ pub fn count_cached(permanent_only: bool) -> usize {
         true => pg_sys::BM_TAG_VALID | pg_sys::BM_PERMANENT,
         false => pg_sys::BM_TAG_VALID,
     };
+    count_where(|state| state & wanted == wanted)
+}
+
+fn count_where(condition: impl Fn(u32) -> bool) -> usize {
     (0..count())
-        .filter(|&index| state(header(index)).load(Ordering::Relaxed) & wanted == wanted)
+        .filter(|&index| condition(state(header(index)).load(Ordering::Relaxed)))
         .count()
 }
 

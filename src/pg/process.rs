@@ -1,5 +1,6 @@
 //! This process: its signals, its interrupts, its sleep and its end.
 
+use std::ffi::CStr;
 use std::time::Duration;
 
 use pgrx::{pg_guard, pg_sys};
@@ -111,7 +112,8 @@ pub fn at_exit(callback: fn()) {
 
 /// Puts aside what the configuration says for sessions of users and would harm a
 /// worker: being ended by a time limit, or overwriting pages that it cannot read.
-/// The autovacuum launcher and its workers do the same.
+/// Before connecting, since that is a transaction as well. The autovacuum launcher
+/// and its workers do the same.
 fn override_session_settings() {
     for (name, value) in compat::SESSION_SETTINGS {
         // SAFETY: settings of this server's version, with a value of their type.
@@ -129,16 +131,17 @@ fn override_session_settings() {
 /// Connects this worker to no database: it can read the shared catalogs, is
 /// shown in `pg_stat_activity`, and takes part in the server's barriers.
 pub fn connect_to_no_database() {
+    override_session_settings();
     // SAFETY: once, by a background worker registered for a connection.
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
     }
-    override_session_settings();
 }
 
 /// Connects this worker to that database. Where it cannot be connected to, the
 /// worker ends.
 pub fn connect_to_database(database: u32) {
+    override_session_settings();
     // SAFETY: as above.
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnectionByOid(
@@ -147,7 +150,12 @@ pub fn connect_to_database(database: u32) {
             0,
         );
     }
-    override_session_settings();
+}
+
+/// Has the server warn of every setting of that prefix that is not defined.
+pub fn reserve_settings(prefix: &CStr) {
+    // SAFETY: a C string, which the server copies.
+    unsafe { pg_sys::MarkGUCPrefixReserved(prefix.as_ptr()) };
 }
 
 /// Whether the postmaster is loading `shared_preload_libraries`.

@@ -92,13 +92,13 @@ pub fn prepare(
             let _ = std::fs::remove_file(cluster.data(LIST));
         }
     }
-    machine::touch_memory(buffers + buffers / 4);
     match cache {
         SystemCache::Cold => {
             machine::drop_caches();
         }
         SystemCache::Warm => machine::cache_files(&cluster.data("base")),
     }
+    machine::touch_memory(buffers + buffers / 4);
 }
 
 /// A cluster for benchmarks, started.

@@ -174,7 +174,7 @@ impl Worker<'_> {
         }
         if buffer >= self.mapped.get() {
             let end = buffer + BUFFERS_AT_ONCE;
-            buffer::provide_memory(buffer..end);
+            buffer::map_memory(buffer..end);
             self.mapped.set(end);
         }
     }

@@ -64,22 +64,42 @@ pub fn hits() -> u64 {
 /// It is only about speed: a system that does not know how (Linux before 5.14)
 /// provides them later.
 pub fn provide_memory(buffers: Range<usize>) {
-    let buffers = buffers.start..buffers.end.min(count());
-    if buffers.is_empty() {
-        return;
+    if let Some((start, bytes)) = pages(buffers) {
+        // SAFETY: the memory of buffers that exist, which the call leaves as it is.
+        unsafe { libc::madvise(start.cast_mut().cast(), bytes, libc::MADV_POPULATE_WRITE) };
     }
-    let page = 4096;
+}
+
+/// Maps memory that another process has provided into this one, which Linux does
+/// for several pages at once where one is read; the first write to each would
+/// cost a fault of its own.
+pub fn map_memory(buffers: Range<usize>) {
+    const FAULT_AROUND: usize = 64 * 1024;
+    if let Some((start, bytes)) = pages(buffers) {
+        for offset in (0..bytes).step_by(FAULT_AROUND) {
+            // SAFETY: memory of buffers that exist; what is read is not used, so
+            // that it does not matter who is writing there.
+            unsafe { start.wrapping_add(offset).read_volatile() };
+        }
+    }
+}
+
+/// The memory of those of the buffers that exist, from the beginning of a page:
+/// where it begins, and its size in bytes.
+fn pages(buffers: Range<usize>) -> Option<(*const u8, usize)> {
+    const PAGE: usize = 4096;
     let block = pg_sys::BLCKSZ as usize;
-    // SAFETY: the memory of buffers that exist, which the call leaves as it is.
-    unsafe {
-        let first = pg_sys::BufferBlocks.wrapping_add(buffers.start * block);
-        let into_page = first.addr() % page;
-        libc::madvise(
-            first.wrapping_sub(into_page).cast(),
+    let buffers = buffers.start..buffers.end.min(count());
+    // SAFETY: set when the server started.
+    let memory = unsafe { pg_sys::BufferBlocks }.cast::<u8>();
+    let first = memory.wrapping_add(buffers.start * block);
+    let into_page = first.addr() % PAGE;
+    (!buffers.is_empty()).then(|| {
+        (
+            first.wrapping_sub(into_page).cast_const(),
             buffers.len() * block + into_page,
-            libc::MADV_POPULATE_WRITE,
-        );
-    }
+        )
+    })
 }
 
 /// How reading into free buffers ended.

@@ -25,6 +25,10 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// The list, in the data folder.
 pub const LIST: &str = "autoprewarm.blocks";
 
+/// How long reads take, in milliseconds, beside the data; see
+/// [`Cluster::slow_reads`].
+const SLOW_READS: &str = "slow_reads";
+
 /// A PostgreSQL installation.
 #[derive(Clone, Debug)]
 pub struct Installation {
@@ -147,6 +151,20 @@ fn new_folder(kind: &str) -> PathBuf {
     fs::create_dir_all(&folder).unwrap();
     give_to_server(&folder);
     folder
+}
+
+/// The library that makes reads slow, compiled once.
+fn slow_reads_library() -> &'static Path {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    LIBRARY.get_or_init(|| {
+        let library = new_folder("library").join("slow_reads.so");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/slow_reads.c");
+        run(Command::new("cc")
+            .args(["-O1", "-shared", "-fPIC", "-o"])
+            .arg(&library)
+            .args([source, "-ldl"]));
+        library
+    })
 }
 
 /// Runs a command that must succeed, and returns what it printed.
@@ -321,6 +339,16 @@ impl Cluster {
         command
     }
 
+    /// Lets every read of a user relation's file take so long from now on (with
+    /// `io_method = io_uring` it does nothing). The first call comes before the
+    /// start of the server.
+    pub fn slow_reads(&self, milliseconds: u32) {
+        // In one step, so that no read finds it half-written.
+        let new = self.path("slow_reads.new");
+        fs::write(&new, milliseconds.to_string()).unwrap();
+        fs::rename(&new, self.path(SLOW_READS)).unwrap();
+    }
+
     pub fn start(&self) {
         assert!(
             self.try_start(),
@@ -333,6 +361,11 @@ impl Cluster {
     pub fn try_start(&self) -> bool {
         // The server inherits what pg_ctl's output goes to.
         let mut command = self.pg_ctl();
+        if self.path(SLOW_READS).exists() {
+            command
+                .env("LD_PRELOAD", slow_reads_library())
+                .env("SLOW_READS", self.path(SLOW_READS));
+        }
         command
             .stdin(std::process::Stdio::null())
             .stdout(std::process::Stdio::null())

@@ -257,6 +257,23 @@ fn a_worker_slot_that_becomes_free_in_mid_load_is_used() {
     );
 }
 
+#[test]
+fn a_table_that_is_locked_again_and_again_is_loaded_all_the_same() {
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 5);
+    let mark = cluster.log_end();
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    // Longer than a relation that stays locked is waited for.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(5) {
+        wait_for_reading(&mut client, 1);
+        client.batch_execute("BEGIN; LOCK TABLE t; COMMIT").unwrap();
+    }
+    cluster.slow_reads(0);
+    let all = u64::from(BLOCKS);
+    assert_eq!(cluster.wait_for_load(mark), (all, all));
+}
+
 /// A primary, and its standby, not started, whose list names a table of
 /// `database` that would take a minute to load.
 fn standby_with_slow_load(database: &str) -> (Cluster, Cluster) {

@@ -24,8 +24,8 @@ use crate::pg::{buffer, dsm, process, transaction};
 /// How long a relation's lock is held before whoever waits for it has a turn.
 const TURN: Duration = Duration::from_millis(20);
 
-/// How long chunks of locked relations are tried again, once all others are
-/// done, before they are skipped; and how long to wait between two tries.
+/// How long chunks of locked relations are tried again in vain, once all others
+/// are done, before they are skipped; and how long to wait between two tries.
 const LOCKED_PATIENCE: Duration = Duration::from_secs(3);
 const LOCKED_RETRY: Duration = Duration::from_millis(50);
 
@@ -92,18 +92,21 @@ enum TurnEnd {
 }
 
 impl Worker<'_> {
-    /// Tries the chunks of locked relations again, for a while.
+    /// Tries the chunks of locked relations again, until nothing has come of it
+    /// for a while.
     fn retry(&self, mut locked: Vec<Claim>) {
-        let start = Instant::now();
+        let mut last_progress = Instant::now();
         while !locked.is_empty() && !self.load.is_full() {
-            let last_try = start.elapsed() >= LOCKED_PATIENCE;
+            let last_try = last_progress.elapsed() >= LOCKED_PATIENCE;
             let mut still_locked = Vec::new();
-            for claim in locked {
+            for &claim in &locked {
                 if let ChunkEnd::Locked(rest) = self.load_chunk(claim) {
                     still_locked.push(rest);
                 }
             }
-            if last_try {
+            if still_locked != locked {
+                last_progress = Instant::now();
+            } else if last_try {
                 for claim in &still_locked {
                     let (_, blocks) = self.plan.chunk(claim.chunk);
                     let left = blocks.numbers().len() - claim.done as usize;

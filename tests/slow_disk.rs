@@ -274,6 +274,38 @@ fn a_table_that_is_locked_again_and_again_is_loaded_all_the_same() {
     assert_eq!(cluster.wait_for_load(mark), (all, all));
 }
 
+#[test]
+fn a_cancel_costs_no_block() {
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 20);
+    let mark = cluster.log_end();
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    for _ in 0..5 {
+        let pid = wait_for_reading(&mut client, 2);
+        client
+            .execute("SELECT pg_cancel_backend($1)", &[&pid])
+            .unwrap();
+    }
+    // Nor does one that comes while a worker waits for a lock.
+    client.batch_execute("BEGIN; LOCK TABLE t").unwrap();
+    for _ in 0..10 {
+        client
+            .execute(
+                "SELECT pg_cancel_backend(pid) FROM pg_stat_activity \
+                 WHERE backend_type = 'autoprewarm worker'",
+                &[],
+            )
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    client.batch_execute("COMMIT").unwrap();
+    cluster.slow_reads(0);
+    let all = u64::from(BLOCKS);
+    assert_eq!(cluster.wait_for_load(mark), (all, all));
+    let log = cluster.log_since(mark);
+    assert!(!log.contains("WARNING") && !log.contains("ERROR"), "{log}");
+}
+
 /// A primary, and its standby, not started, whose list names a table of
 /// `database` that would take a minute to load.
 fn standby_with_slow_load(database: &str) -> (Cluster, Cluster) {

@@ -349,3 +349,32 @@ fn a_table_that_is_dropped_on_the_primary_ends_its_load_on_a_standby() {
         )
     );
 }
+
+#[test]
+fn replayed_locks_cost_a_load_on_a_standby_no_block() {
+    let (primary, standby) = standby_with_slow_load("postgres");
+    let list = standby.list();
+    for delay in ["0", "30s"] {
+        standby.configure(&format!("max_standby_streaming_delay = {delay}"));
+        standby.slow_reads(20);
+        let mark = standby.log_end();
+        standby.start();
+        let mut client = standby.connect("postgres");
+        for _ in 0..5 {
+            wait_for_reading(&mut client, 1);
+            primary.sql("BEGIN; LOCK TABLE t; COMMIT");
+            let start = Instant::now();
+            wait_for_replay(&primary, &mut client);
+            assert!(start.elapsed() < Duration::from_secs(2), "{delay}");
+        }
+        standby.slow_reads(0);
+        let all = u64::from(BLOCKS);
+        assert_eq!(standby.wait_for_load(mark), (all, all), "{delay}");
+        let log = standby.log_since(mark);
+        for sign in ["WARNING", "FATAL"] {
+            assert!(!log.contains(sign), "{log}");
+        }
+        standby.stop(Shutdown::Immediate);
+        standby.write_list(&list);
+    }
+}

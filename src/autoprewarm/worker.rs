@@ -131,7 +131,12 @@ impl Worker<'_> {
         let mut warned = false;
         while done.get() < total {
             let opened = Cell::new(false);
-            let end = transaction::run(|| self.load_turn(claim.chunk, &done, one_by_one, &opened));
+            let turn = || self.load_turn(claim.chunk, &done, one_by_one, &opened);
+            let end = match transaction::run(turn) {
+                // The blocks are as readable as before, once replay has had its turn.
+                Err(caught) if caught.is_conflict_with_recovery() => Ok(TurnEnd::Locked),
+                end => end,
+            };
             match end {
                 Ok(TurnEnd::Over) => {}
                 Ok(TurnEnd::Locked) => {

@@ -306,6 +306,35 @@ fn a_cancel_costs_no_block() {
     assert!(!log.contains("WARNING") && !log.contains("ERROR"), "{log}");
 }
 
+#[test]
+fn workers_read_one_table_side_by_side_and_hold_back_no_vacuum() {
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 5);
+    for method in io_methods(&cluster) {
+        cluster.configure(method);
+        cluster.start();
+        let mut client = cluster.connect("postgres");
+        wait_for_reading(&mut client, 2);
+        let locks = "SELECT count(DISTINCT pid) FROM pg_locks \
+                     WHERE relation = 't'::regclass AND mode = 'AccessShareLock' AND granted \
+                       AND pid <> pg_backend_pid()";
+        wait_until("two workers with a lock on the table", || {
+            value::<i64>(&mut client, locks) == 2
+        });
+        let mut seen = 0;
+        while seen < 200 {
+            let row = client
+                .query_one(
+                    &format!("SELECT count(*), count(backend_xmin), count(backend_xid) {READING}"),
+                    &[],
+                )
+                .unwrap();
+            seen += row.get::<_, i64>(0);
+            assert_eq!((row.get::<_, i64>(1), row.get::<_, i64>(2)), (0, 0));
+        }
+        cluster.stop(Shutdown::Immediate);
+    }
+}
+
 /// A primary, and its standby, not started, whose list names a table of
 /// `database` that would take a minute to load.
 fn standby_with_slow_load(database: &str) -> (Cluster, Cluster) {

@@ -207,7 +207,6 @@ impl Worker<'_> {
             Opened::Locked => return TurnEnd::Locked,
             Opened::Gone => return TurnEnd::Skip(SkipReason::NoRelation),
         };
-        transaction::release_catalog_snapshot();
         if !relation.has_fork(chunk.fork) {
             return TurnEnd::Skip(SkipReason::NoBlock);
         }

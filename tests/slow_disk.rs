@@ -335,6 +335,31 @@ fn workers_read_one_table_side_by_side_and_hold_back_no_vacuum() {
     }
 }
 
+#[test]
+fn waiting_ddl_gets_its_lock_within_100_ms() {
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 10);
+    for method in io_methods(&cluster) {
+        cluster.configure(method);
+        let mark = cluster.log_end();
+        cluster.start();
+        let mut client = cluster.connect("postgres");
+        let mut times = Vec::new();
+        for _ in 0..TRIES {
+            wait_for_reading(&mut client, 2);
+            let start = Instant::now();
+            client.batch_execute("BEGIN; LOCK TABLE t; COMMIT").unwrap();
+            times.push(start.elapsed());
+        }
+        assert_short(times);
+        cluster.slow_reads(0);
+        // What was set aside meanwhile is not lost.
+        let all = u64::from(BLOCKS);
+        assert_eq!(cluster.wait_for_load(mark), (all, all));
+        cluster.stop(Shutdown::Immediate);
+        cluster.slow_reads(10);
+    }
+}
+
 /// A primary, and its standby, not started, whose list names a table of
 /// `database` that would take a minute to load.
 fn standby_with_slow_load(database: &str) -> (Cluster, Cluster) {

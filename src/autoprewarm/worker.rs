@@ -52,6 +52,7 @@ pub fn main(argument: WorkerArgument) {
         slot,
         plan: PlanView::new(segment.words()),
         mapped: Cell::new(0),
+        most_in_turn: Cell::new(usize::MAX),
     };
     let mut locked = Vec::new();
     while let Some(claim) = load.next_claim(slot, segment.cells()) {
@@ -71,6 +72,8 @@ struct Worker<'a> {
     plan: PlanView<'a>,
     /// Buffers before this one have been mapped into this process.
     mapped: Cell<usize>,
+    /// How many blocks a turn may ask for.
+    most_in_turn: Cell<usize>,
 }
 
 /// How the work on a chunk ended.
@@ -187,6 +190,16 @@ impl Worker<'_> {
         }
     }
 
+    /// Has the next turn ask for fewer blocks than this one has read, if that took
+    /// too long: what is being read ahead when the time is over is read to its end.
+    fn adapt_to_disk(&self, time: Duration, blocks: usize) {
+        self.most_in_turn.set(if time > 2 * TURN {
+            (blocks / 2).max(1)
+        } else {
+            self.most_in_turn.get().saturating_mul(2)
+        });
+    }
+
     /// Loads blocks from `done` on, under one lock on their relation, until the
     /// turn is over. `opened` tells whether it came to reading.
     fn load_turn(
@@ -225,9 +238,10 @@ impl Worker<'_> {
         if existing == 0 {
             return TurnEnd::Skip(SkipReason::NoBlock);
         }
+        let wanted = existing.min(self.most_in_turn.get());
         let tally = Tally::begin(self.load, done);
         let end =
-            relation.read_into_free_buffers(chunk.fork, &numbers[..existing], |index, buffer| {
+            relation.read_into_free_buffers(chunk.fork, &numbers[..wanted], |index, buffer| {
                 buffer.restore_heat(blocks.heat(first + index));
                 self.provide_memory(buffer.index());
                 tally.one_more();
@@ -237,6 +251,7 @@ impl Worker<'_> {
                     Break(())
                 }
             });
+        self.adapt_to_disk(start.elapsed(), done.get() - first);
         match end {
             buffer::ReadEnd::Over => TurnEnd::Over,
             buffer::ReadEnd::Full => TurnEnd::Full,

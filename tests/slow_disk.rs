@@ -74,6 +74,18 @@ fn skipped(cluster: &Cluster, mark: usize) -> String {
     line.split_once("skipped ").unwrap().1.to_owned()
 }
 
+fn assert_all_else_is_in_databases_that_are_gone(cluster: &Cluster, mark: usize) {
+    let (loaded, total) = cluster.wait_for_load(mark);
+    assert!(loaded > 0 && loaded < total, "{loaded}");
+    assert_eq!(
+        skipped(cluster, mark),
+        format!(
+            "{0} blocks: {0} in databases that are gone or accept no connections",
+            total - loaded
+        )
+    );
+}
+
 #[test]
 fn a_worker_that_is_told_to_end_is_gone_within_100_ms() {
     let (cluster, _) = cluster_with_slow_load(Cluster::build(), 20);
@@ -360,6 +372,27 @@ fn waiting_ddl_gets_its_lock_within_100_ms() {
     }
 }
 
+#[test]
+fn a_database_that_is_dropped_by_force_in_mid_load_is_skipped() {
+    let cluster = Cluster::build().setting("shared_buffers = 64MB").start();
+    cluster.sql("CREATE DATABASE other");
+    let table = cluster.table_of_blocks("other", "t", BLOCKS);
+    cluster.stop(Shutdown::Fast);
+    make_slow(&cluster, table, 20);
+    let mark = cluster.log_end();
+    cluster.start();
+    wait_for_reading(&mut cluster.connect("postgres"), 2);
+    let leader = cluster.leader();
+    cluster.sql("DROP DATABASE other WITH (FORCE)");
+    assert_all_else_is_in_databases_that_are_gone(&cluster, mark);
+    assert_eq!(cluster.leader(), leader);
+    // Workers that were started before the database was quite gone.
+    let log = cluster.log_since(mark);
+    let line = "autoprewarm could not connect to the database with OID";
+    assert!(log.matches(line).count() <= 1, "{log}");
+    assert!(log.matches("FATAL").count() <= 4, "{log}");
+}
+
 /// A primary, and its standby, not started, whose list names a table of
 /// `database` that would take a minute to load.
 fn standby_with_slow_load(database: &str) -> (Cluster, Cluster) {
@@ -431,4 +464,19 @@ fn replayed_locks_cost_a_load_on_a_standby_no_block() {
         standby.stop(Shutdown::Immediate);
         standby.write_list(&list);
     }
+}
+
+#[test]
+fn a_database_that_is_dropped_on_the_primary_is_skipped_on_a_standby() {
+    let (primary, standby) = standby_with_slow_load("other");
+    let mark = standby.log_end();
+    standby.start();
+    wait_for_reading(&mut standby.connect("postgres"), 2);
+    let leader = standby.leader();
+    primary.sql("DROP DATABASE other");
+    assert_all_else_is_in_databases_that_are_gone(&standby, mark);
+    assert_eq!(standby.leader(), leader);
+    // Only of the two workers that replay ended.
+    let log = standby.log_since(mark);
+    assert_eq!(log.matches("FATAL").count(), 2, "{log}");
 }

@@ -302,3 +302,72 @@ fn a_database_can_be_created_while_and_after_a_list_is_loaded_that_names_its_tem
     assert_eq!(total, 3);
     cluster.sql("CREATE DATABASE second");
 }
+
+#[test]
+fn workers_that_do_not_come_to_work_end_the_load_and_the_list_is_kept() {
+    let cluster = Cluster::build()
+        .setting("max_worker_processes = 16")
+        .setting("pg_prewarm.autoprewarm_workers = 16")
+        .create();
+    // Each relation is worth a worker.
+    let catalogs = [
+        1247, 1249, 1255, 1259, 2600, 2601, 2602, 2603, 2610, 2616, 2617, 2619,
+    ];
+    let list = list_of(catalogs.map(|filenumber| Block {
+        database: 5,
+        tablespace: 1663,
+        filenumber,
+        fork: 0,
+        block: 0,
+    }));
+    cluster.write_list(&list);
+    let rights = |mode| {
+        fs::set_permissions(cluster.data(LIST), fs::Permissions::from_mode(mode)).unwrap();
+    };
+    // Not to be read before no worker finds its function any more.
+    rights(0o000);
+    cluster.start();
+    cluster.wait_for_log(0, "could not read file");
+    let leader = cluster.leader();
+    let search = |path: &str| {
+        cluster.configure(&format!("dynamic_library_path = '{path}'"));
+        cluster.reload();
+        wait_until("the reload", || {
+            cluster.value::<String>("SHOW dynamic_library_path") == path
+        });
+    };
+    search("/nowhere");
+    rights(0o600);
+    cluster.reload();
+    cluster.wait_for_log(
+        0,
+        "WARNING:  could not load blocks: autoprewarm workers do not come to work",
+    );
+    assert_eq!(cluster.list(), list);
+    assert_eq!(cluster.leader(), leader);
+
+    search("$libdir");
+    assert_eq!(cluster.wait_for_load(0), (12, 12));
+    assert_eq!(cluster.leader(), leader);
+}
+
+#[test]
+fn a_database_that_no_worker_can_connect_to_is_given_up_after_a_few_tries() {
+    let cluster = cluster_without_leader(&[]);
+    cluster.sql("CREATE DATABASE broken");
+    let broken = cluster.table_of_blocks("broken", "t", 5);
+    let table = cluster.table("t", 3);
+    fs::remove_file(cluster.data(&format!("base/{}/PG_VERSION", broken.database))).unwrap();
+    let mark = cluster.log_end();
+    start_load(&cluster, &list_of(broken.first(5).chain(table.first(3))));
+    assert_eq!(cluster.wait_for_load(mark), (3, 8));
+    let line = cluster.wait_for_log(mark, "autoprewarm skipped ");
+    assert!(
+        line.ends_with("5 blocks: 5 in databases that are gone or accept no connections"),
+        "{line}"
+    );
+    let log = cluster.log_since(mark);
+    assert_eq!(log.matches("is not a valid data directory").count(), 3);
+    let line = "autoprewarm could not connect to the database with OID";
+    assert_eq!(log.matches(line).count(), 1, "{log}");
+}

@@ -18,6 +18,7 @@ use super::shared::{BUFFERS_AT_ONCE, Claim, Cursor, Load, Slot, Stage, WorkerArg
 use super::state::State;
 use crate::blocks::SkipReason;
 use crate::blocks::plan::PlanView;
+use crate::pg::error::catch;
 use crate::pg::relation::{Opened, Relation};
 use crate::pg::{buffer, dsm, process, transaction};
 
@@ -119,7 +120,9 @@ impl Worker<'_> {
             }
             locked = still_locked;
             if !locked.is_empty() {
-                process::sleep(Some(LOCKED_RETRY));
+                // Before 17, a conflict with recovery may be raised after the
+                // transaction that it was meant for. There is nothing to undo.
+                let _ = catch(|| process::sleep(Some(LOCKED_RETRY)));
             }
         }
     }

@@ -13,10 +13,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use postgres::types::FromSqlOwned;
-use postgres::{Client, Config, NoTls};
+use postgres::{CancelToken, Client, Config, NoTls};
 
 /// How long anything may take that a test waits for: far more than it should,
 /// so that a busy machine fails no test.
@@ -504,6 +505,36 @@ impl Cluster {
         (numbers[0], numbers[1])
     }
 
+    /// What a load that ended after `mark` skipped, and why.
+    pub fn wait_for_skipped(&self, mark: usize) -> String {
+        let line = self.wait_for_log(mark, "autoprewarm skipped ");
+        line.split_once("skipped ").unwrap().1.to_owned()
+    }
+
+    /// Has a parallel query take a background worker's slot, until the guard is
+    /// dropped.
+    pub fn take_worker_slot(&self) -> WorkerSlot {
+        let mut client = self.connect("postgres");
+        let forced = match self.major() {
+            15 => "force_parallel_mode",
+            _ => "debug_parallel_query",
+        };
+        client.batch_execute(&format!("SET {forced} = on")).unwrap();
+        let cancel = client.cancel_token();
+        let query = std::thread::spawn(move || client.simple_query("SELECT pg_sleep(600)").is_ok());
+        wait_until("the parallel worker", || {
+            self.value(
+                "SELECT EXISTS (SELECT FROM pg_stat_activity \
+                                WHERE backend_type = 'parallel worker' \
+                                  AND wait_event = 'PgSleep')",
+            )
+        });
+        WorkerSlot {
+            cancel,
+            query: Some(query),
+        }
+    }
+
     /// The leader's process ID, where there is one.
     pub fn leader(&self) -> Option<i32> {
         let rows = self
@@ -666,6 +697,20 @@ impl Cluster {
             standby.folder.display()
         ));
         standby
+    }
+}
+
+/// A background worker's slot that a parallel query has.
+pub struct WorkerSlot {
+    cancel: CancelToken,
+    query: Option<JoinHandle<bool>>,
+}
+
+impl Drop for WorkerSlot {
+    fn drop(&mut self) {
+        // Where the server is gone, so is the query.
+        let _ = self.cancel.cancel_query(NoTls);
+        let _ = self.query.take().unwrap().join();
     }
 }
 

@@ -13,8 +13,7 @@ fn load(cluster: &Cluster, list: &str) -> (u64, u64, String) {
     cluster.start();
     let (loaded, total) = cluster.wait_for_load(mark);
     let skipped = if loaded < total {
-        let line = cluster.wait_for_log(mark, "autoprewarm skipped ");
-        line.split_once("skipped ").unwrap().1.to_owned()
+        cluster.wait_for_skipped(mark)
     } else {
         String::new()
     };

@@ -13,5 +13,6 @@ mod neighbour;
 mod resources;
 mod restart;
 mod settings;
+mod slow_disk;
 mod standby;
 mod upgrade;

@@ -5,11 +5,6 @@ use std::time::{Duration, Instant};
 
 use crate::common::{Block, Cluster, Shutdown, list_of, signal, value, wait_until};
 
-fn skipped(cluster: &Cluster, mark: usize) -> String {
-    let line = cluster.wait_for_log(mark, "autoprewarm skipped ");
-    line.split_once("skipped ").unwrap().1.to_owned()
-}
-
 const WORKERS: &str = "FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'";
 
 /// A cluster, not started, whose list names a table of 100 blocks, and another
@@ -34,7 +29,7 @@ fn a_locked_relation_is_skipped_after_all_others_are_loaded() {
     cluster.start();
     assert_eq!(cluster.wait_for_load(mark), (100, 200));
     assert_eq!(
-        skipped(&cluster, mark),
+        cluster.wait_for_skipped(mark),
         "100 blocks: 100 of locked relations"
     );
     let cached = cluster.cached();
@@ -71,7 +66,9 @@ fn a_worker_that_is_ended_costs_what_it_had_left_and_nothing_else() {
     assert!(loaded <= 100, "{loaded}");
     assert_eq!(total, 200);
     assert!(
-        skipped(&cluster, mark).ends_with("because their worker was interrupted"),
+        cluster
+            .wait_for_skipped(mark)
+            .ends_with("because their worker was interrupted"),
         "{}",
         cluster.log_since(mark)
     );
@@ -163,7 +160,7 @@ fn an_unreadable_page_costs_one_block() {
     cluster.start();
     assert_eq!(cluster.wait_for_load(mark), (596, 600));
     assert_eq!(
-        skipped(&cluster, mark),
+        cluster.wait_for_skipped(mark),
         "4 blocks: 4 that could not be read"
     );
     let cached: Vec<_> = cluster
@@ -189,7 +186,7 @@ fn a_missing_segment_file_costs_its_relation_only() {
     cluster.start();
     assert_eq!(cluster.wait_for_load(mark), (50, 100));
     assert_eq!(
-        skipped(&cluster, mark),
+        cluster.wait_for_skipped(mark),
         "50 blocks: 50 beyond the end of their relation"
     );
 }

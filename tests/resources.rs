@@ -77,29 +77,14 @@ fn a_load_goes_on_when_a_worker_slot_becomes_free() {
     let table = cluster.table_of_blocks("postgres", "t", 20);
     let list = list_of(blocks(table, 20));
 
-    // The leader takes one slot, and a parallel query the other.
-    let mut querying = cluster.connect("postgres");
-    let pid: i32 = value(&mut querying, "SELECT pg_backend_pid()");
-    let forced = match cluster.major() {
-        15 => "force_parallel_mode",
-        _ => "debug_parallel_query",
-    };
-    querying
-        .batch_execute(&format!("SET {forced} = on"))
-        .unwrap();
-    let query = std::thread::spawn(move || querying.simple_query("SELECT pg_sleep(600)"));
-    wait_until("the parallel worker", || {
-        cluster.value(
-            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'parallel worker')",
-        )
-    });
+    // The leader takes one slot, and a query the other.
+    let slot = cluster.take_worker_slot();
     start_load(&cluster, &list);
     cluster.wait_for_log(0, WAITING);
     let leader = cluster.leader();
     assert!(!cluster.log().contains("autoprewarm successfully"));
 
-    cluster.sql(&format!("SELECT pg_cancel_backend({pid})"));
-    assert!(query.join().unwrap().is_err());
+    drop(slot);
     assert_eq!(cluster.wait_for_load(0), (20, 20));
     assert_eq!(cluster.leader(), leader);
     assert_eq!(cluster.list(), list);
@@ -210,13 +195,10 @@ fn databases_that_no_worker_may_connect_to_are_skipped_and_counted() {
     start_load(&cluster, &list);
 
     assert_eq!(cluster.wait_for_load(mark), (12, 30));
-    let line = cluster.wait_for_log(mark, "autoprewarm skipped ");
-    assert!(
-        line.ends_with(
-            "LOG:  autoprewarm skipped 18 blocks: 4 in template databases, \
-             14 in databases that are gone or accept no connections"
-        ),
-        "{line}"
+    assert_eq!(
+        cluster.wait_for_skipped(mark),
+        "18 blocks: 4 in template databases, \
+         14 in databases that are gone or accept no connections"
     );
     let log = cluster.log_since(mark);
     for sign in ["FATAL:", "ERROR:", "WARNING:", "could not connect"] {
@@ -268,8 +250,7 @@ fn shared_catalogs_ride_with_the_first_database_that_can_be_loaded() {
         let mut client = cluster.connect("postgres");
         signal(value(&mut client, "SELECT pg_backend_pid()"), libc::SIGKILL);
         assert_eq!(cluster.wait_for_load(mark), (loaded, total));
-        let line = cluster.wait_for_log(mark, "autoprewarm skipped ");
-        assert!(line.ends_with(&format!("skipped {reasons}")), "{line}");
+        assert_eq!(cluster.wait_for_skipped(mark), reasons);
         assert_eq!(cluster.cached().contains(&shared), loaded > 0);
     }
 }
@@ -301,4 +282,72 @@ fn a_database_can_be_created_while_and_after_a_list_is_loaded_that_names_its_tem
     let (_, total) = cluster.wait_for_load(0);
     assert_eq!(total, 3);
     cluster.sql("CREATE DATABASE second");
+}
+
+#[test]
+fn workers_that_do_not_come_to_work_end_the_load_and_the_list_is_kept() {
+    let cluster = Cluster::build()
+        .setting("max_worker_processes = 16")
+        .setting("pg_prewarm.autoprewarm_workers = 16")
+        .create();
+    // Each relation is worth a worker.
+    let catalogs = [
+        1247, 1249, 1255, 1259, 2600, 2601, 2602, 2603, 2610, 2616, 2617, 2619,
+    ];
+    let list = list_of(catalogs.map(|filenumber| Block {
+        database: 5,
+        tablespace: 1663,
+        filenumber,
+        fork: 0,
+        block: 0,
+    }));
+    cluster.write_list(&list);
+    let rights = |mode| {
+        fs::set_permissions(cluster.data(LIST), fs::Permissions::from_mode(mode)).unwrap();
+    };
+    // Not to be read before no worker finds its function any more.
+    rights(0o000);
+    cluster.start();
+    cluster.wait_for_log(0, "could not read file");
+    let leader = cluster.leader();
+    let search = |path: &str| {
+        cluster.configure(&format!("dynamic_library_path = '{path}'"));
+        cluster.reload();
+        wait_until("the reload", || {
+            cluster.value::<String>("SHOW dynamic_library_path") == path
+        });
+    };
+    search("/nowhere");
+    rights(0o600);
+    cluster.reload();
+    cluster.wait_for_log(
+        0,
+        "WARNING:  could not load blocks: autoprewarm workers do not come to work",
+    );
+    assert_eq!(cluster.list(), list);
+    assert_eq!(cluster.leader(), leader);
+
+    search("$libdir");
+    assert_eq!(cluster.wait_for_load(0), (12, 12));
+    assert_eq!(cluster.leader(), leader);
+}
+
+#[test]
+fn a_database_that_no_worker_can_connect_to_is_given_up_after_a_few_tries() {
+    let cluster = cluster_without_leader(&[]);
+    cluster.sql("CREATE DATABASE broken");
+    let broken = cluster.table_of_blocks("broken", "t", 5);
+    let table = cluster.table("t", 3);
+    fs::remove_file(cluster.data(&format!("base/{}/PG_VERSION", broken.database))).unwrap();
+    let mark = cluster.log_end();
+    start_load(&cluster, &list_of(broken.first(5).chain(table.first(3))));
+    assert_eq!(cluster.wait_for_load(mark), (3, 8));
+    assert_eq!(
+        cluster.wait_for_skipped(mark),
+        "5 blocks: 5 in databases that are gone or accept no connections"
+    );
+    let log = cluster.log_since(mark);
+    assert_eq!(log.matches("is not a valid data directory").count(), 3);
+    let line = "autoprewarm could not connect to the database with OID";
+    assert_eq!(log.matches(line).count(), 1, "{log}");
 }

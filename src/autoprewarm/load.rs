@@ -98,6 +98,8 @@ struct Load {
 struct LoadedDatabase {
     oid: Oid,
     failed_connects: u32,
+    /// No worker is started in it any more.
+    given_up: bool,
 }
 
 /// A worker that was started.
@@ -159,6 +161,7 @@ impl Load {
                 .map(|database| LoadedDatabase {
                     oid: database.database,
                     failed_connects: 0,
+                    given_up: false,
                 })
                 .collect(),
             left_behind: Vec::new(),
@@ -230,6 +233,7 @@ impl Load {
     /// not do its work, and another should not be started at once.
     fn reap(&mut self) -> bool {
         let mut failed = false;
+        let mut deserted = Vec::new();
         let mut unconnected = Vec::new();
         let mut index = 0;
         while index < self.workers.len() {
@@ -249,7 +253,10 @@ impl Load {
             }
             match stage {
                 Stage::Finished => {}
-                Stage::Connected => self.leave_behind(worker.database, claim),
+                Stage::Connected => {
+                    self.leave_behind(worker.database, claim);
+                    deserted.push(worker.database);
+                }
                 // That passes, most likely.
                 Stage::NotStarted | Stage::Attached => {
                     let claim = claim.map(|claim| (worker.database, claim));
@@ -261,6 +268,11 @@ impl Load {
                         unconnected.push(worker.database);
                     }
                 }
+            }
+        }
+        for database in deserted {
+            if let Some(reason) = self.reason_to_skip_now(database) {
+                self.give_up(database, reason);
             }
         }
         for database in unconnected {
@@ -280,25 +292,45 @@ impl Load {
     }
 
     fn could_not_connect(&mut self, index: usize) {
+        let reason = self.reason_to_skip_now(index);
         let database = &mut self.databases[index];
         database.failed_connects += 1;
-        // It may have been dropped meanwhile.
-        let reason = match transaction::run(Database::all) {
-            Ok(existing) => reason_to_skip(existing.get(&database.oid)),
+        let tried_enough = database.failed_connects >= CONNECT_TRIES;
+        if let Some(reason) = reason.or(tried_enough.then_some(SkipReason::NoDatabase)) {
+            if !database.given_up {
+                log!(
+                    "autoprewarm could not connect to the database with OID {}",
+                    database.oid
+                );
+            }
+            self.give_up(index, reason);
+        }
+    }
+
+    /// Why no worker is to be started in a database in which one has died: it may
+    /// have been dropped meanwhile.
+    fn reason_to_skip_now(&self, index: usize) -> Option<SkipReason> {
+        match transaction::run(Database::all) {
+            Ok(existing) => reason_to_skip(existing.get(&self.databases[index].oid)),
             Err(caught) => {
                 caught.warn();
                 None
             }
-        };
-        let give_up = database.failed_connects >= CONNECT_TRIES;
-        if let Some(reason) = reason.or(give_up.then_some(SkipReason::NoDatabase)) {
-            log!(
-                "autoprewarm could not connect to the database with OID {}",
-                database.oid
-            );
-            self.left_behind.retain(|(database, _)| *database != index);
-            let blocks = self.blocks_of(self.segment.cells()[index].close());
-            self.skipped.count(reason, blocks);
+        }
+    }
+
+    /// Skips whatever of a database is left to be loaded.
+    fn give_up(&mut self, index: usize, reason: SkipReason) {
+        self.databases[index].given_up = true;
+        let unclaimed = self.blocks_of(self.segment.cells()[index].close());
+        self.skipped.count(reason, unclaimed);
+        let plan = PlanView::new(self.segment.words());
+        for (_, claim) in self
+            .left_behind
+            .extract_if(.., |(database, _)| *database == index)
+        {
+            let blocks = plan.chunk(claim.chunk).1.numbers().len() as u64;
+            self.skipped.count(reason, blocks - u64::from(claim.done));
         }
     }
 

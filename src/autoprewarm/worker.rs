@@ -18,14 +18,15 @@ use super::shared::{BUFFERS_AT_ONCE, Claim, Cursor, Load, Slot, Stage, WorkerArg
 use super::state::State;
 use crate::blocks::SkipReason;
 use crate::blocks::plan::PlanView;
+use crate::pg::error::catch;
 use crate::pg::relation::{Opened, Relation};
 use crate::pg::{buffer, dsm, process, transaction};
 
 /// How long a relation's lock is held before whoever waits for it has a turn.
 const TURN: Duration = Duration::from_millis(20);
 
-/// How long chunks of locked relations are tried again, once all others are
-/// done, before they are skipped; and how long to wait between two tries.
+/// How long chunks of locked relations are tried again in vain, once all others
+/// are done, before they are skipped; and how long to wait between two tries.
 const LOCKED_PATIENCE: Duration = Duration::from_secs(3);
 const LOCKED_RETRY: Duration = Duration::from_millis(50);
 
@@ -52,6 +53,7 @@ pub fn main(argument: WorkerArgument) {
         slot,
         plan: PlanView::new(segment.words()),
         mapped: Cell::new(0),
+        most_in_turn: Cell::new(usize::MAX),
     };
     let mut locked = Vec::new();
     while let Some(claim) = load.next_claim(slot, segment.cells()) {
@@ -71,6 +73,8 @@ struct Worker<'a> {
     plan: PlanView<'a>,
     /// Buffers before this one have been mapped into this process.
     mapped: Cell<usize>,
+    /// How many blocks a turn may ask for.
+    most_in_turn: Cell<usize>,
 }
 
 /// How the work on a chunk ended.
@@ -92,18 +96,21 @@ enum TurnEnd {
 }
 
 impl Worker<'_> {
-    /// Tries the chunks of locked relations again, for a while.
+    /// Tries the chunks of locked relations again, until nothing has come of it
+    /// for a while.
     fn retry(&self, mut locked: Vec<Claim>) {
-        let start = Instant::now();
+        let mut last_progress = Instant::now();
         while !locked.is_empty() && !self.load.is_full() {
-            let last_try = start.elapsed() >= LOCKED_PATIENCE;
+            let last_try = last_progress.elapsed() >= LOCKED_PATIENCE;
             let mut still_locked = Vec::new();
-            for claim in locked {
+            for &claim in &locked {
                 if let ChunkEnd::Locked(rest) = self.load_chunk(claim) {
                     still_locked.push(rest);
                 }
             }
-            if last_try {
+            if still_locked != locked {
+                last_progress = Instant::now();
+            } else if last_try {
                 for claim in &still_locked {
                     let (_, blocks) = self.plan.chunk(claim.chunk);
                     let left = blocks.numbers().len() - claim.done as usize;
@@ -113,7 +120,9 @@ impl Worker<'_> {
             }
             locked = still_locked;
             if !locked.is_empty() {
-                process::sleep(Some(LOCKED_RETRY));
+                // Before 17, a conflict with recovery may be raised after the
+                // transaction that it was meant for. There is nothing to undo.
+                let _ = catch(|| process::sleep(Some(LOCKED_RETRY)));
             }
         }
     }
@@ -128,7 +137,12 @@ impl Worker<'_> {
         let mut warned = false;
         while done.get() < total {
             let opened = Cell::new(false);
-            let end = transaction::run(|| self.load_turn(claim.chunk, &done, one_by_one, &opened));
+            let turn = || self.load_turn(claim.chunk, &done, one_by_one, &opened);
+            let end = match transaction::run(turn) {
+                // The blocks are as readable as before, once replay has had its turn.
+                Err(caught) if caught.is_conflict_with_recovery() => Ok(TurnEnd::Locked),
+                end => end,
+            };
             match end {
                 Ok(TurnEnd::Over) => {}
                 Ok(TurnEnd::Locked) => {
@@ -179,6 +193,16 @@ impl Worker<'_> {
         }
     }
 
+    /// Has the next turn ask for fewer blocks than this one has read, if that took
+    /// too long: what is being read ahead when the time is over is read to its end.
+    fn adapt_to_disk(&self, time: Duration, blocks: usize) {
+        self.most_in_turn.set(if time > 2 * TURN {
+            (blocks / 2).max(1)
+        } else {
+            self.most_in_turn.get().saturating_mul(2)
+        });
+    }
+
     /// Loads blocks from `done` on, under one lock on their relation, until the
     /// turn is over. `opened` tells whether it came to reading.
     fn load_turn(
@@ -199,7 +223,6 @@ impl Worker<'_> {
             Opened::Locked => return TurnEnd::Locked,
             Opened::Gone => return TurnEnd::Skip(SkipReason::NoRelation),
         };
-        transaction::release_catalog_snapshot();
         if !relation.has_fork(chunk.fork) {
             return TurnEnd::Skip(SkipReason::NoBlock);
         }
@@ -218,9 +241,10 @@ impl Worker<'_> {
         if existing == 0 {
             return TurnEnd::Skip(SkipReason::NoBlock);
         }
+        let wanted = existing.min(self.most_in_turn.get());
         let tally = Tally::begin(self.load, done);
         let end =
-            relation.read_into_free_buffers(chunk.fork, &numbers[..existing], |index, buffer| {
+            relation.read_into_free_buffers(chunk.fork, &numbers[..wanted], |index, buffer| {
                 buffer.restore_heat(blocks.heat(first + index));
                 self.provide_memory(buffer.index());
                 tally.one_more();
@@ -230,6 +254,7 @@ impl Worker<'_> {
                     Break(())
                 }
             });
+        self.adapt_to_disk(start.elapsed(), done.get() - first);
         match end {
             buffer::ReadEnd::Over => TurnEnd::Over,
             buffer::ReadEnd::Full => TurnEnd::Full,

@@ -8,6 +8,7 @@ use pgrx::pg_sys;
 
 use super::buffer::{self, Pinned, ReadEnd};
 use super::process::check_for_interrupts;
+use super::transaction::release_catalog_snapshot;
 use crate::blocks::{BlockNumber, Fork, Oid, Record};
 
 /// Settings that are for sessions of users, and what a worker has instead.
@@ -189,6 +190,8 @@ pub unsafe fn reserve_shared_memory(size: usize) {
 
 /// Reads blocks, in ascending order, into buffers, of which each is handed to
 /// `each` with its place among the blocks; into free buffers only, if wanted.
+/// Holds no snapshot of catalogs meanwhile, not even that of looking up how far
+/// to read ahead in the tablespace.
 ///
 /// # Safety
 /// `relation` is open, and the blocks are there.
@@ -202,6 +205,7 @@ pub unsafe fn read_into_buffers(
 ) -> ReadEnd {
     // SAFETY: the caller's promise.
     let mut ahead = unsafe { ReadAhead::new(relation, fork) };
+    release_catalog_snapshot();
     for (index, &block) in blocks.iter().enumerate() {
         check_for_interrupts();
         if only_free && !buffer::have_free_buffer() {
@@ -227,6 +231,8 @@ pub unsafe fn read_into_buffers(
 
 /// Reads blocks, in ascending order, into buffers, of which each is handed to
 /// `each` with its place among the blocks; into free buffers only, if wanted.
+/// Holds no snapshot of catalogs meanwhile, not even that of looking up how far
+/// to read ahead in the tablespace.
 ///
 /// # Safety
 /// `relation` is open, and the blocks are there.
@@ -295,6 +301,7 @@ pub unsafe fn read_into_buffers(
             source.cast(),
             0,
         );
+        release_catalog_snapshot();
         for index in 0.. {
             check_for_interrupts();
             let buffer = pg_sys::read_stream_next_buffer(stream, std::ptr::null_mut());

@@ -52,6 +52,12 @@ pub fn new_report(sqlstate: PgSqlErrorCode, message: String, hint: Option<String
 }
 
 impl Caught {
+    /// Whether it was raised because the transaction stood in the way of replay,
+    /// on a standby.
+    pub fn is_conflict_with_recovery(&self) -> bool {
+        self.sqlstate == PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE
+    }
+
     /// Logs the error and goes on.
     pub fn warn(self) {
         new_report(self.sqlstate, self.message, self.hint).report(PgLogLevel::WARNING);

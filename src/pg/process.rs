@@ -19,11 +19,12 @@ pub fn check_for_interrupts() {
     pgrx::check_for_interrupts!();
 }
 
+/// What a cancel would interrupt is the service of the whole server, and no query.
+unsafe extern "C-unwind" fn ignore(_signal: i32) {}
+
 /// Takes signals as a worker that decides for itself when it ends:
 /// [`shutdown_requested`] tells.
 pub fn handle_signals_as_leader() {
-    // What a cancel would interrupt is the service of the whole server.
-    unsafe extern "C-unwind" fn ignore(_signal: i32) {}
     // SAFETY: PostgreSQL's own handlers, made for this.
     unsafe {
         compat::signal(libc::SIGINT, ignore);
@@ -37,6 +38,7 @@ pub fn handle_signals_as_leader() {
 pub fn handle_signals_as_worker() {
     // SAFETY: as above.
     unsafe {
+        compat::signal(libc::SIGINT, ignore);
         compat::signal(libc::SIGTERM, ffi::die);
         pg_sys::BackgroundWorkerUnblockSignals();
     }

@@ -13,10 +13,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use postgres::types::FromSqlOwned;
-use postgres::{Client, Config, NoTls};
+use postgres::{CancelToken, Client, Config, NoTls};
 
 /// How long anything may take that a test waits for: far more than it should,
 /// so that a busy machine fails no test.
@@ -24,6 +25,10 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The list, in the data folder.
 pub const LIST: &str = "autoprewarm.blocks";
+
+/// How long reads take, in milliseconds, beside the data; see
+/// [`Cluster::slow_reads`].
+const SLOW_READS: &str = "slow_reads";
 
 /// A PostgreSQL installation.
 #[derive(Clone, Debug)]
@@ -147,6 +152,20 @@ fn new_folder(kind: &str) -> PathBuf {
     fs::create_dir_all(&folder).unwrap();
     give_to_server(&folder);
     folder
+}
+
+/// The library that makes reads slow, compiled once.
+fn slow_reads_library() -> &'static Path {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    LIBRARY.get_or_init(|| {
+        let library = new_folder("library").join("slow_reads.so");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/slow_reads.c");
+        run(Command::new("cc")
+            .args(["-O1", "-shared", "-fPIC", "-o"])
+            .arg(&library)
+            .args([source, "-ldl"]));
+        library
+    })
 }
 
 /// Runs a command that must succeed, and returns what it printed.
@@ -321,6 +340,16 @@ impl Cluster {
         command
     }
 
+    /// Lets every read of a user relation's file take so long from now on (with
+    /// `io_method = io_uring` it does nothing). The first call comes before the
+    /// start of the server.
+    pub fn slow_reads(&self, milliseconds: u32) {
+        // In one step, so that no read finds it half-written.
+        let new = self.path("slow_reads.new");
+        fs::write(&new, milliseconds.to_string()).unwrap();
+        fs::rename(&new, self.path(SLOW_READS)).unwrap();
+    }
+
     pub fn start(&self) {
         assert!(
             self.try_start(),
@@ -333,6 +362,11 @@ impl Cluster {
     pub fn try_start(&self) -> bool {
         // The server inherits what pg_ctl's output goes to.
         let mut command = self.pg_ctl();
+        if self.path(SLOW_READS).exists() {
+            command
+                .env("LD_PRELOAD", slow_reads_library())
+                .env("SLOW_READS", self.path(SLOW_READS));
+        }
         command
             .stdin(std::process::Stdio::null())
             .stdout(std::process::Stdio::null())
@@ -469,6 +503,36 @@ impl Cluster {
             .filter_map(|word| word.parse().ok())
             .collect();
         (numbers[0], numbers[1])
+    }
+
+    /// What a load that ended after `mark` skipped, and why.
+    pub fn wait_for_skipped(&self, mark: usize) -> String {
+        let line = self.wait_for_log(mark, "autoprewarm skipped ");
+        line.split_once("skipped ").unwrap().1.to_owned()
+    }
+
+    /// Has a parallel query take a background worker's slot, until the guard is
+    /// dropped.
+    pub fn take_worker_slot(&self) -> WorkerSlot {
+        let mut client = self.connect("postgres");
+        let forced = match self.major() {
+            15 => "force_parallel_mode",
+            _ => "debug_parallel_query",
+        };
+        client.batch_execute(&format!("SET {forced} = on")).unwrap();
+        let cancel = client.cancel_token();
+        let query = std::thread::spawn(move || client.simple_query("SELECT pg_sleep(600)").is_ok());
+        wait_until("the parallel worker", || {
+            self.value(
+                "SELECT EXISTS (SELECT FROM pg_stat_activity \
+                                WHERE backend_type = 'parallel worker' \
+                                  AND wait_event = 'PgSleep')",
+            )
+        });
+        WorkerSlot {
+            cancel,
+            query: Some(query),
+        }
     }
 
     /// The leader's process ID, where there is one.
@@ -633,6 +697,20 @@ impl Cluster {
             standby.folder.display()
         ));
         standby
+    }
+}
+
+/// A background worker's slot that a parallel query has.
+pub struct WorkerSlot {
+    cancel: CancelToken,
+    query: Option<JoinHandle<bool>>,
+}
+
+impl Drop for WorkerSlot {
+    fn drop(&mut self) {
+        // Where the server is gone, so is the query.
+        let _ = self.cancel.cancel_query(NoTls);
+        let _ = self.query.take().unwrap().join();
     }
 }
 

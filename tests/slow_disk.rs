@@ -1,0 +1,463 @@
+//! What a load promises holds while its workers wait for a slow disk: they end
+//! when told to, let others have their locks, and leave the list alone until all
+//! is loaded.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use postgres::Client;
+
+use crate::common::{Block, Builder, Cluster, Shutdown, list_of, signal, value, wait_until};
+
+const BLOCKS: u32 = 4000;
+
+/// A cluster, not started, whose list names a table that would take a minute to
+/// load: each block takes that many milliseconds.
+fn cluster_with_slow_load(builder: Builder, milliseconds: u32) -> (Cluster, Block) {
+    let cluster = builder.setting("shared_buffers = 64MB").start();
+    let table = cluster.table("t", BLOCKS);
+    cluster.stop(Shutdown::Fast);
+    make_slow(&cluster, table, milliseconds);
+    (cluster, table)
+}
+
+/// Has the stopped server load the table slowly when it starts.
+fn make_slow(cluster: &Cluster, table: Block, milliseconds: u32) {
+    if cluster.major() >= 17 {
+        cluster.configure("io_combine_limit = 1");
+    }
+    cluster.write_list(list_of(table.first(BLOCKS)));
+    cluster.slow_reads(milliseconds);
+}
+
+/// The ways of reading that the server has, each as a line of its configuration.
+fn io_methods(cluster: &Cluster) -> &'static [&'static str] {
+    match cluster.major() {
+        18.. => &["io_method = sync", "io_method = worker"],
+        _ => &[""],
+    }
+}
+
+const READING: &str = "FROM pg_stat_activity \
+                       WHERE backend_type = 'autoprewarm worker' AND wait_event_type = 'IO'";
+
+/// Waits until so many workers are reading at once, and returns one's process ID.
+fn wait_for_reading(client: &mut Client, workers: i64) -> i32 {
+    let mut pid = None;
+    wait_until("workers that read", || {
+        let row = client
+            .query_one(&format!("SELECT count(*), max(pid) {READING}"), &[])
+            .unwrap();
+        pid = row.get(1);
+        row.get::<_, i64>(0) >= workers
+    });
+    pid.unwrap()
+}
+
+/// How often the median of so many times is taken of.
+const TRIES: usize = 7;
+
+/// Most times must be as short as promised; a busy test machine may add to some.
+fn assert_short(mut times: Vec<Duration>) {
+    times.sort();
+    assert!(
+        times[times.len() / 2] < Duration::from_millis(100),
+        "{times:?}"
+    );
+    assert!(times[times.len() - 1] < Duration::from_secs(1), "{times:?}");
+}
+
+fn assert_all_else_is_in_databases_that_are_gone(cluster: &Cluster, mark: usize) {
+    let (loaded, total) = cluster.wait_for_load(mark);
+    assert!(loaded < total, "{loaded}");
+    assert_eq!(
+        cluster.wait_for_skipped(mark),
+        format!(
+            "{0} blocks: {0} in databases that are gone or accept no connections",
+            total - loaded
+        )
+    );
+}
+
+#[test]
+fn a_worker_that_is_told_to_end_is_gone_within_100_ms() {
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 20);
+    for method in io_methods(&cluster) {
+        cluster.configure(method);
+        let mark = cluster.log_end();
+        cluster.start();
+        let mut client = cluster.connect("postgres");
+        let mut times = Vec::new();
+        for _ in 0..TRIES {
+            let pid = wait_for_reading(&mut client, 2);
+            let start = Instant::now();
+            client
+                .execute("SELECT pg_terminate_backend($1)", &[&pid])
+                .unwrap();
+            wait_until("the worker's end", || {
+                !Path::new(&format!("/proc/{pid}")).exists()
+            });
+            times.push(start.elapsed());
+        }
+        assert_short(times);
+        // The load goes on with others.
+        wait_for_reading(&mut client, 2);
+        cluster.slow_reads(0);
+        let (loaded, total) = cluster.wait_for_load(mark);
+        assert!(loaded > 1000 && total == u64::from(BLOCKS), "{loaded}");
+        cluster.stop(Shutdown::Immediate);
+        cluster.slow_reads(20);
+    }
+}
+
+#[test]
+fn a_table_that_is_dropped_truncated_or_rewritten_in_mid_load_is_left_in_good_order() {
+    let (cluster, table) = cluster_with_slow_load(Cluster::build(), 20);
+    for ddl in ["VACUUM FULL t", "TRUNCATE t", "DROP TABLE t"] {
+        let mark = cluster.log_end();
+        cluster.start();
+        let mut client = cluster.connect("postgres");
+        wait_for_reading(&mut client, 2);
+        std::thread::scope(|scope| {
+            let ddl = scope.spawn(|| cluster.sql(ddl));
+            // It may have to read the table as well.
+            wait_until("the lock", || {
+                ddl.is_finished()
+                    || value(
+                        &mut client,
+                        "SELECT EXISTS (SELECT FROM pg_locks WHERE granted \
+                                        AND mode = 'AccessExclusiveLock' AND locktype = 'relation')",
+                    )
+            });
+            cluster.slow_reads(0);
+        });
+        let (loaded, total) = cluster.wait_for_load(mark);
+        assert!(loaded > 0 && loaded < total, "{ddl}: {loaded}");
+        assert_eq!(
+            cluster.wait_for_skipped(mark),
+            format!(
+                "{0} blocks: {0} of relations that are gone or were rewritten",
+                total - loaded
+            ),
+            "{ddl}"
+        );
+        assert!(!cluster.log_since(mark).contains("WARNING"), "{ddl}");
+        if ddl != "DROP TABLE t" {
+            // The same again, with the file that it has now.
+            cluster.sql("TRUNCATE t; INSERT INTO t SELECT g, repeat('x', 700) FROM generate_series(1, 4000) g");
+            let table = cluster.file_of("postgres", "t");
+            cluster.stop(Shutdown::Fast);
+            make_slow(&cluster, table, 20);
+        }
+    }
+    assert!(
+        !cluster
+            .cached()
+            .iter()
+            .any(|block| block.same_relation(&table))
+    );
+}
+
+#[test]
+fn a_shutdown_in_mid_load_comes_at_once_and_leaves_the_list_alone() {
+    let (cluster, table) = cluster_with_slow_load(Cluster::build(), 20);
+    let list = cluster.list();
+    for how in [Shutdown::Smart, Shutdown::Fast, Shutdown::Immediate] {
+        cluster.slow_reads(20);
+        cluster.write_list(&list);
+        cluster.start();
+        wait_for_reading(&mut cluster.connect("postgres"), 2);
+        let start = Instant::now();
+        cluster.stop(how);
+        assert!(start.elapsed() < Duration::from_secs(5), "{how:?}");
+        assert_eq!(cluster.list(), list, "{how:?}");
+
+        cluster.slow_reads(0);
+        let mark = cluster.log_end();
+        cluster.start();
+        let all = u64::from(BLOCKS);
+        assert_eq!(cluster.wait_for_load(mark), (all, all), "{how:?}");
+        let cached = cluster.cached();
+        assert!(table.first(BLOCKS).all(|block| cached.contains(&block)));
+        cluster.stop(Shutdown::Immediate);
+    }
+}
+
+#[test]
+fn a_crash_in_mid_load_is_followed_by_a_load_of_everything() {
+    let (mut cluster, table) = cluster_with_slow_load(Cluster::build(), 20);
+    cluster.expect_crash();
+    let list = cluster.list();
+    cluster.start();
+    for victim in ["worker", "leader"] {
+        let mut client = cluster.connect("postgres");
+        let worker = wait_for_reading(&mut client, 2);
+        let pid = match victim {
+            "worker" => worker,
+            _ => cluster.leader().unwrap(),
+        };
+        let mark = cluster.log_end();
+        signal(pid, libc::SIGKILL);
+        cluster.wait_for_log(mark, "all server processes terminated; reinitializing");
+    }
+    let mark = cluster.log_end();
+    wait_for_reading(&mut cluster.connect("postgres"), 2);
+    assert_eq!(cluster.list(), list);
+    cluster.slow_reads(0);
+    let all = u64::from(BLOCKS);
+    assert_eq!(cluster.wait_for_load(mark), (all, all));
+    let cached = cluster.cached();
+    assert!(table.first(BLOCKS).all(|block| cached.contains(&block)));
+}
+
+#[test]
+fn a_worker_slot_that_becomes_free_in_mid_load_is_used() {
+    let (cluster, _) = cluster_with_slow_load(
+        Cluster::build()
+            .setting("max_worker_processes = 3")
+            .setting("max_logical_replication_workers = 0")
+            .setting("pg_prewarm.autoprewarm_workers = 1"),
+        20,
+    );
+    let mark = cluster.log_end();
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    wait_for_reading(&mut client, 1);
+    // The leader and a worker take two slots, and a query the third.
+    let slot = cluster.take_worker_slot();
+    cluster.configure("pg_prewarm.autoprewarm_workers = 3");
+    cluster.reload();
+    std::thread::sleep(Duration::from_millis(1500));
+    let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'";
+    assert_eq!(value::<i64>(&mut client, workers), 1);
+
+    drop(slot);
+    wait_for_reading(&mut client, 2);
+    cluster.slow_reads(0);
+    let all = u64::from(BLOCKS);
+    assert_eq!(cluster.wait_for_load(mark), (all, all));
+    // There was a worker all the time.
+    assert!(
+        !cluster
+            .log_since(mark)
+            .contains("waiting for a background worker slot")
+    );
+}
+
+#[test]
+fn a_table_that_is_locked_again_and_again_is_loaded_all_the_same() {
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 5);
+    let mark = cluster.log_end();
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    // Longer than a relation that stays locked is waited for.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(5) {
+        wait_for_reading(&mut client, 1);
+        client.batch_execute("BEGIN; LOCK TABLE t; COMMIT").unwrap();
+    }
+    cluster.slow_reads(0);
+    let all = u64::from(BLOCKS);
+    assert_eq!(cluster.wait_for_load(mark), (all, all));
+}
+
+#[test]
+fn a_cancel_costs_no_block() {
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 20);
+    let mark = cluster.log_end();
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    for _ in 0..5 {
+        let pid = wait_for_reading(&mut client, 2);
+        client
+            .execute("SELECT pg_cancel_backend($1)", &[&pid])
+            .unwrap();
+    }
+    // Nor does one that comes while a worker waits for a lock.
+    client.batch_execute("BEGIN; LOCK TABLE t").unwrap();
+    for _ in 0..10 {
+        client
+            .execute(
+                "SELECT pg_cancel_backend(pid) FROM pg_stat_activity \
+                 WHERE backend_type = 'autoprewarm worker'",
+                &[],
+            )
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    client.batch_execute("COMMIT").unwrap();
+    cluster.slow_reads(0);
+    let all = u64::from(BLOCKS);
+    assert_eq!(cluster.wait_for_load(mark), (all, all));
+    let log = cluster.log_since(mark);
+    assert!(!log.contains("WARNING") && !log.contains("ERROR"), "{log}");
+}
+
+#[test]
+fn workers_read_one_table_side_by_side_and_hold_back_no_vacuum() {
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 5);
+    for method in io_methods(&cluster) {
+        cluster.configure(method);
+        cluster.start();
+        let mut client = cluster.connect("postgres");
+        wait_for_reading(&mut client, 2);
+        let locks = "SELECT count(DISTINCT pid) FROM pg_locks \
+                     WHERE relation = 't'::regclass AND mode = 'AccessShareLock' AND granted \
+                       AND pid <> pg_backend_pid()";
+        wait_until("two workers with a lock on the table", || {
+            value::<i64>(&mut client, locks) == 2
+        });
+        let mut seen = 0;
+        while seen < 200 {
+            let row = client
+                .query_one(
+                    &format!("SELECT count(*), count(backend_xmin), count(backend_xid) {READING}"),
+                    &[],
+                )
+                .unwrap();
+            seen += row.get::<_, i64>(0);
+            assert_eq!((row.get::<_, i64>(1), row.get::<_, i64>(2)), (0, 0));
+        }
+        cluster.stop(Shutdown::Immediate);
+    }
+}
+
+#[test]
+fn waiting_ddl_gets_its_lock_within_100_ms() {
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 10);
+    for method in io_methods(&cluster) {
+        cluster.configure(method);
+        let mark = cluster.log_end();
+        cluster.start();
+        let mut client = cluster.connect("postgres");
+        let mut times = Vec::new();
+        for _ in 0..TRIES {
+            wait_for_reading(&mut client, 2);
+            let start = Instant::now();
+            client.batch_execute("BEGIN; LOCK TABLE t; COMMIT").unwrap();
+            times.push(start.elapsed());
+        }
+        assert_short(times);
+        cluster.slow_reads(0);
+        // What was set aside meanwhile is not lost.
+        let all = u64::from(BLOCKS);
+        assert_eq!(cluster.wait_for_load(mark), (all, all));
+        cluster.stop(Shutdown::Immediate);
+        cluster.slow_reads(10);
+    }
+}
+
+#[test]
+fn a_database_that_is_dropped_by_force_in_mid_load_is_skipped() {
+    let cluster = Cluster::build().setting("shared_buffers = 64MB").start();
+    cluster.sql("CREATE DATABASE other");
+    let table = cluster.table_of_blocks("other", "t", BLOCKS);
+    cluster.stop(Shutdown::Fast);
+    make_slow(&cluster, table, 20);
+    let mark = cluster.log_end();
+    cluster.start();
+    wait_for_reading(&mut cluster.connect("postgres"), 2);
+    let leader = cluster.leader();
+    cluster.sql("DROP DATABASE other WITH (FORCE)");
+    assert_all_else_is_in_databases_that_are_gone(&cluster, mark);
+    assert_eq!(cluster.leader(), leader);
+    // Workers that were started before the database was quite gone.
+    let log = cluster.log_since(mark);
+    let line = "autoprewarm could not connect to the database with OID";
+    assert!(log.matches(line).count() <= 1, "{log}");
+    assert!(log.matches("FATAL").count() <= 4, "{log}");
+}
+
+/// A primary, and its standby, not started, whose list names a table of
+/// `database` that would take a minute to load.
+fn standby_with_slow_load(database: &str) -> (Cluster, Cluster) {
+    let primary = Cluster::build().setting("shared_buffers = 64MB").start();
+    if database != "postgres" {
+        primary.sql(&format!("CREATE DATABASE {database}"));
+    }
+    let table = primary.table_of_blocks(database, "t", BLOCKS);
+    // Later ones write, and so replay, only what has changed.
+    primary.sql_in(database, "VACUUM t");
+    let standby = primary.standby();
+    make_slow(&standby, table, 20);
+    (primary, standby)
+}
+
+fn wait_for_replay(primary: &Cluster, standby: &mut Client) {
+    let end: String = primary.value("SELECT pg_current_wal_lsn()::text");
+    wait_until("the standby", || {
+        value(
+            standby,
+            &format!("SELECT pg_last_wal_replay_lsn() >= '{end}'"),
+        )
+    });
+}
+
+#[test]
+fn a_table_that_is_dropped_on_the_primary_ends_its_load_on_a_standby() {
+    let (primary, standby) = standby_with_slow_load("postgres");
+    standby.configure("max_standby_streaming_delay = 0");
+    let mark = standby.log_end();
+    standby.start();
+    let mut client = standby.connect("postgres");
+    wait_for_reading(&mut client, 2);
+    primary.sql("DROP TABLE t");
+    wait_for_replay(&primary, &mut client);
+    let (loaded, total) = standby.wait_for_load(mark);
+    assert_eq!(
+        standby.wait_for_skipped(mark),
+        format!(
+            "{0} blocks: {0} of relations that are gone or were rewritten",
+            total - loaded
+        )
+    );
+}
+
+#[test]
+fn what_replay_needs_costs_a_load_on_a_standby_no_block() {
+    let (primary, standby) = standby_with_slow_load("postgres");
+    let list = standby.list();
+    for delay in ["0", "30s"] {
+        standby.configure(&format!("max_standby_streaming_delay = {delay}"));
+        standby.slow_reads(20);
+        let mark = standby.log_end();
+        standby.start();
+        let mut client = standby.connect("postgres");
+        wait_for_replay(&primary, &mut client);
+        for _ in 0..5 {
+            wait_for_reading(&mut client, 1);
+            primary.sql("BEGIN; LOCK TABLE t; COMMIT");
+            let start = Instant::now();
+            wait_for_replay(&primary, &mut client);
+            assert!(start.elapsed() < Duration::from_secs(2), "{delay}");
+        }
+        // Replay of this one waits for pins rather than for locks.
+        primary.sql("DELETE FROM t WHERE id IN (SELECT id FROM t ORDER BY id LIMIT 20)");
+        primary.sql("VACUUM t");
+        wait_for_replay(&primary, &mut client);
+        standby.slow_reads(0);
+        let all = u64::from(BLOCKS);
+        assert_eq!(standby.wait_for_load(mark), (all, all), "{delay}");
+        let log = standby.log_since(mark);
+        for sign in ["WARNING", "FATAL"] {
+            assert!(!log.contains(sign), "{log}");
+        }
+        standby.stop(Shutdown::Immediate);
+        standby.write_list(&list);
+    }
+}
+
+#[test]
+fn a_database_that_is_dropped_on_the_primary_is_skipped_on_a_standby() {
+    let (primary, standby) = standby_with_slow_load("other");
+    let mark = standby.log_end();
+    standby.start();
+    wait_for_reading(&mut standby.connect("postgres"), 2);
+    let leader = standby.leader();
+    primary.sql("DROP DATABASE other");
+    assert_all_else_is_in_databases_that_are_gone(&standby, mark);
+    assert_eq!(standby.leader(), leader);
+    // Only of the two workers that replay ended.
+    let log = standby.log_since(mark);
+    assert_eq!(log.matches("FATAL").count(), 2, "{log}");
+}

@@ -1,7 +1,92 @@
--- From contrib's last version. What acts on the whole server is no longer
--- everybody's to call.
+-- What 2.0 has beyond contrib's last version: the whole of it, since the script
+-- of a fresh 2.0 is 1.2's functions and this file.
 
 \echo Use "ALTER EXTENSION pg_prewarm UPDATE TO '2.0'" to load this file. \quit
 
+-- What acts on the whole server is no longer everybody's to call.
+
 REVOKE ALL ON FUNCTION autoprewarm_start_worker() FROM PUBLIC;
 REVOKE ALL ON FUNCTION autoprewarm_dump_now() FROM PUBLIC;
+
+CREATE FUNCTION autoprewarm_load_now()
+RETURNS void
+AS 'MODULE_PATHNAME', 'autoprewarm_load_now'
+LANGUAGE C STRICT;
+
+CREATE FUNCTION autoprewarm_cancel()
+RETURNS boolean
+AS 'MODULE_PATHNAME', 'autoprewarm_cancel'
+LANGUAGE C STRICT;
+
+CREATE FUNCTION autoprewarm_wait(timeout interval DEFAULT NULL)
+RETURNS boolean
+AS 'MODULE_PATHNAME', 'autoprewarm_wait'
+LANGUAGE C;
+
+REVOKE ALL ON FUNCTION autoprewarm_load_now() FROM PUBLIC;
+REVOKE ALL ON FUNCTION autoprewarm_cancel() FROM PUBLIC;
+REVOKE ALL ON FUNCTION autoprewarm_wait(interval) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION autoprewarm_wait(interval) TO pg_monitor;
+
+-- Statistics, for those who may see everybody's.
+
+CREATE FUNCTION pg_stat_get_autoprewarm(
+    OUT pid integer,
+    OUT state text,
+    OUT load_start_time timestamp with time zone,
+    OUT load_end_time timestamp with time zone,
+    OUT load_result text,
+    OUT blocks_total bigint,
+    OUT blocks_loaded bigint,
+    OUT blocks_cached bigint,
+    OUT blocks_skipped bigint,
+    OUT skipped_illegal bigint,
+    OUT skipped_template_database bigint,
+    OUT skipped_no_database bigint,
+    OUT skipped_no_relation bigint,
+    OUT skipped_no_block bigint,
+    OUT skipped_unreadable bigint,
+    OUT skipped_locked bigint,
+    OUT skipped_no_free_buffer bigint,
+    OUT skipped_interrupted bigint,
+    OUT skipped_cancelled bigint,
+    OUT last_dump_time timestamp with time zone,
+    OUT last_dump_blocks bigint,
+    OUT last_dump_duration interval,
+    OUT last_error text,
+    OUT last_error_time timestamp with time zone)
+RETURNS SETOF record
+AS 'MODULE_PATHNAME', 'pg_stat_get_autoprewarm'
+LANGUAGE C STRICT ROWS 1;
+
+CREATE FUNCTION pg_stat_get_progress_prewarm(
+    OUT pid integer,
+    OUT datid oid,
+    OUT kind text,
+    OUT relid oid,
+    OUT fork text,
+    OUT blocks_total bigint,
+    OUT blocks_done bigint,
+    OUT blocks_skipped bigint,
+    OUT start_time timestamp with time zone)
+RETURNS SETOF record
+AS 'MODULE_PATHNAME', 'pg_stat_get_progress_prewarm'
+LANGUAGE C STRICT ROWS 10;
+
+CREATE VIEW pg_stat_autoprewarm AS
+    SELECT * FROM pg_stat_get_autoprewarm();
+
+CREATE VIEW pg_stat_progress_prewarm AS
+    SELECT p.pid, p.datid, d.datname, p.kind, p.relid, p.fork,
+           p.blocks_total, p.blocks_done, p.blocks_skipped, p.start_time
+    FROM pg_stat_get_progress_prewarm() p
+    LEFT JOIN pg_catalog.pg_database d ON d.oid OPERATOR(pg_catalog.=) p.datid;
+
+REVOKE ALL ON FUNCTION pg_stat_get_autoprewarm() FROM PUBLIC;
+REVOKE ALL ON FUNCTION pg_stat_get_progress_prewarm() FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION pg_stat_get_autoprewarm() TO pg_monitor;
+GRANT EXECUTE ON FUNCTION pg_stat_get_progress_prewarm() TO pg_monitor;
+REVOKE ALL ON pg_stat_autoprewarm FROM PUBLIC;
+REVOKE ALL ON pg_stat_progress_prewarm FROM PUBLIC;
+GRANT SELECT ON pg_stat_autoprewarm TO pg_monitor;
+GRANT SELECT ON pg_stat_progress_prewarm TO pg_monitor;

@@ -1,10 +1,11 @@
-//! The C symbols that the catalogs of existing databases point at.
+//! The C symbols that the catalogs of databases point at.
 //!
 //! A database where somebody once said `CREATE EXTENSION pg_prewarm` holds the
 //! names of contrib's C functions, and must go on working when only the library
 //! changes. So the functions, which pgrx exports under names of its own, are
-//! exported here under contrib's; and so are the entry points of the workers,
-//! which the server finds by name as well.
+//! exported here under contrib's; new ones likewise, under the names that they
+//! have in SQL; and so are the entry points of the workers, which the server finds
+//! by name as well.
 
 use pgrx::{pg_guard, pg_sys};
 
@@ -42,6 +43,31 @@ export!(
     "autoprewarm_dump_now",
     "pg_finfo_autoprewarm_dump_now",
     crate::autoprewarm::sql::autoprewarm_dump_now_wrapper
+);
+export!(
+    "autoprewarm_load_now",
+    "pg_finfo_autoprewarm_load_now",
+    crate::autoprewarm::sql::autoprewarm_load_now_wrapper
+);
+export!(
+    "autoprewarm_cancel",
+    "pg_finfo_autoprewarm_cancel",
+    crate::autoprewarm::sql::autoprewarm_cancel_wrapper
+);
+export!(
+    "autoprewarm_wait",
+    "pg_finfo_autoprewarm_wait",
+    crate::autoprewarm::sql::autoprewarm_wait_wrapper
+);
+export!(
+    "pg_stat_get_autoprewarm",
+    "pg_finfo_pg_stat_get_autoprewarm",
+    crate::autoprewarm::stat::pg_stat_get_autoprewarm_wrapper
+);
+export!(
+    "pg_stat_get_progress_prewarm",
+    "pg_finfo_pg_stat_get_progress_prewarm",
+    crate::autoprewarm::stat::pg_stat_get_progress_prewarm_wrapper
 );
 
 /// Where the leader begins.

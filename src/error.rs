@@ -38,6 +38,13 @@ pub enum Error {
     /// Holds the process ID of who uses the file.
     #[error("could not perform block dump because dump file is being used by PID {0}")]
     DumpFileInUse(i32),
+    #[error("autoprewarm load is already in progress")]
+    LoadInProgress,
+    /// Holds the process ID of who uses the file.
+    #[error("could not load blocks because dump file is being used by PID {0}")]
+    ListInUse(i32),
+    #[error("timeout must not be negative")]
+    NegativeTimeout,
     #[error("could not {action} file \"{path}\": {}", pg::file::describe(source))]
     File {
         /// As in "could not write to".
@@ -59,8 +66,10 @@ impl Error {
             | Self::NullFork
             | Self::MissingFork(_)
             | Self::FirstBlockOutOfRange(_)
-            | Self::LastBlockOutOfRange(_) => ERRCODE_INVALID_PARAMETER_VALUE,
+            | Self::LastBlockOutOfRange(_)
+            | Self::NegativeTimeout => ERRCODE_INVALID_PARAMETER_VALUE,
             Self::Disabled | Self::AlreadyRunning(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            Self::LoadInProgress | Self::ListInUse(_) => ERRCODE_OBJECT_IN_USE,
             Self::NoWorkerSlot | Self::WorkerNotStarted => ERRCODE_INSUFFICIENT_RESOURCES,
             // What `ereport` gives an error without a code of its own, as
             // contrib's is.
@@ -76,6 +85,10 @@ impl Error {
                 Some("Valid prewarm types are \"prefetch\", \"read\", and \"buffer\".")
             }
             Self::NoWorkerSlot => Some("You may need to increase \"max_worker_processes\"."),
+            Self::LoadInProgress => Some(
+                "autoprewarm_wait() waits for the end of the load, and autoprewarm_cancel() ends \
+                 it.",
+            ),
             Self::WorkerNotStarted => Some("More details may be available in the server log."),
             _ => None,
         }

@@ -20,6 +20,13 @@ compile_error!("a PostgreSQL ERROR unwinds through Rust: build with panic = \"un
 
 pgrx::pg_module_magic!(name = c"pg_prewarm", version = pgrx::pg_sys::PG_VERSION);
 
+// A fresh 2.0 is what 1.2 had and what the update adds.
+pgrx::extension_sql_file!(
+    "../sql/pg_prewarm--1.2--2.0.sql",
+    name = "new_in_2_0",
+    finalize
+);
+
 /// PostgreSQL calls it when it loads the library: once in the postmaster, where
 /// `shared_preload_libraries` names it; in each process that uses it, otherwise.
 #[pg_guard]

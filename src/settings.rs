@@ -1,5 +1,6 @@
 //! The settings, as `postgresql.conf` names them.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
@@ -8,7 +9,12 @@ use crate::pg::process;
 
 static AUTOPREWARM: GucSetting<bool> = GucSetting::<bool>::new(true);
 static AUTOPREWARM_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(2);
+static AUTOPREWARM_MAX_RATE: GucSetting<i32> = GucSetting::<i32>::new(0);
 static AUTOPREWARM_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(300);
+
+/// `shared_preload_libraries` names the library: known to every process, since
+/// the postmaster has loaded it.
+static PRELOADED: AtomicBool = AtomicBool::new(false);
 
 /// Defines the settings. One that is fixed when the server starts can be defined
 /// while it starts only, so `pg_prewarm.autoprewarm` exists when preloaded.
@@ -33,9 +39,20 @@ pub fn define() {
         GucContext::Sighup,
         GucFlags::default(),
     );
+    GucRegistry::define_int_guc(
+        c"pg_prewarm.autoprewarm_max_rate",
+        c"Sets the maximum rate per second at which workers load blocks, all together.",
+        c"If set to zero, the rate is not limited.",
+        &AUTOPREWARM_MAX_RATE,
+        0,
+        i32::MAX,
+        GucContext::Sighup,
+        GucFlags::UNIT_KB,
+    );
     if !process::is_preloading() {
         return;
     }
+    PRELOADED.store(true, Relaxed);
     GucRegistry::define_bool_guc(
         c"pg_prewarm.autoprewarm",
         c"Starts the autoprewarm worker.",
@@ -52,9 +69,20 @@ pub fn autoprewarm() -> bool {
     AUTOPREWARM.get()
 }
 
+/// Whether the server itself starts a leader.
+pub fn leader_starts_with_server() -> bool {
+    PRELOADED.load(Relaxed) && autoprewarm()
+}
+
 /// `pg_prewarm.autoprewarm_workers`: the most workers of a load at once.
 pub fn autoprewarm_workers() -> usize {
     usize::try_from(AUTOPREWARM_WORKERS.get()).unwrap_or(1)
+}
+
+/// `pg_prewarm.autoprewarm_max_rate`: kB that may be loaded in a second; 0 where
+/// there is no limit.
+pub fn autoprewarm_max_rate() -> u32 {
+    u32::try_from(AUTOPREWARM_MAX_RATE.get()).unwrap_or(0)
 }
 
 /// `pg_prewarm.autoprewarm_interval`: how long the leader waits between two

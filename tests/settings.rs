@@ -26,13 +26,16 @@ const AUTOPREWARM: &str = "pg_prewarm.autoprewarm bool on postmaster on on defau
 const INTERVAL: &str = "pg_prewarm.autoprewarm_interval integer 300 s sighup 0..2147483 300 300 \
                         default Customized Options {}";
 
+const MAX_RATE: &str = "pg_prewarm.autoprewarm_max_rate integer 0 kB sighup 0..2147483647 0 0 \
+                        default Customized Options {}";
+
 const WORKERS: &str = "pg_prewarm.autoprewarm_workers integer 2 sighup 1..64 2 2 default \
                        Customized Options {}";
 
 #[test]
 fn each_setting_exists_where_it_can_have_an_effect() {
     let installations = [
-        (Some(Installation::ours()), &[WORKERS][..]),
+        (Some(Installation::ours()), &[MAX_RATE, WORKERS][..]),
         (Installation::contrib(), &[]),
     ];
     for (installation, only_ours) in installations {
@@ -318,13 +321,18 @@ fn the_leader_is_shown_without_a_database_and_does_not_hold_back_vacuum() {
         .setting("pg_prewarm.autoprewarm_interval = 1")
         .start();
     cluster.wait_for_log(0, DUMPED);
+    // Wait events of extensions have names on 17 and later.
+    let wait_event = match Installation::ours().major() {
+        17.. => "AutoprewarmLeaderMain",
+        _ => "Extension",
+    };
     wait_until("the leader's row", || {
         cluster.value::<Vec<String>>(
             "SELECT array_agg(concat_ws(' ', backend_type, datname, backend_xmin, \
                                         xact_start, NULLIF(query, ''), wait_event_type, \
                                         wait_event)) \
              FROM pg_stat_activity WHERE backend_type LIKE '%autoprewarm%'",
-        ) == ["autoprewarm leader Extension Extension"]
+        ) == [format!("autoprewarm leader Extension {wait_event}")]
     });
 }
 

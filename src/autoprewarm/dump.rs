@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io;
+use std::time::Instant;
 
 use pgrx::debug1;
 
+use super::stats::DumpStats;
 use super::{DUMP_FILE, DUMP_FILE_BEING_WRITTEN};
 use crate::blocks::writer::{ListWriter, WriteError};
 use crate::error::Error;
@@ -22,7 +24,8 @@ pub enum Unlogged {
 /// Writes the list, and returns how many records it has. The former list is
 /// replaced when the new one is complete and flushed, in one step. The caller
 /// has the right to use the file.
-pub fn write(unlogged: Unlogged) -> Result<u64, Error> {
+pub fn write(unlogged: Unlogged, stats: &DumpStats) -> Result<u64, Error> {
+    let start = Instant::now();
     let unfinished = RemoveOnDrop(DUMP_FILE_BEING_WRITTEN);
     let mut expected = buffer::count_cached(unlogged == Unlogged::LeftOut);
     let written = loop {
@@ -34,6 +37,7 @@ pub fn write(unlogged: Unlogged) -> Result<u64, Error> {
     };
     file::rename_durably(DUMP_FILE_BEING_WRITTEN, DUMP_FILE);
     std::mem::forget(unfinished);
+    stats.record(written, start.elapsed());
     debug1!("wrote block details for {written} blocks");
     Ok(written)
 }

@@ -11,7 +11,9 @@ use pgrx::log;
 
 use super::dump::{self, Unlogged};
 use super::load::{self, Outcome};
-use super::state::State;
+use super::state::{Phase, State};
+use super::stats::LoadResult;
+use crate::pg::activity::{self, WaitEvent};
 use crate::pg::{process, transaction};
 use crate::settings;
 
@@ -25,7 +27,7 @@ pub fn main() {
         return;
     }
 
-    if state.load_is_due() && state.begin_load() {
+    if state.phase() == Phase::Due {
         load(state);
     }
     // There is no point in a dump right after the load, so the interval begins
@@ -36,29 +38,38 @@ pub fn main() {
         let reloaded = process::reload_configuration_if_due();
         let wait = settings::autoprewarm_interval()
             .map(|interval| interval.saturating_sub(last.elapsed()));
-        if state.load_is_due() && (reloaded || wait == Some(Duration::ZERO)) {
+        let interval_is_over = wait == Some(Duration::ZERO);
+        let retry = state.phase() != Phase::Ended && (reloaded || interval_is_over);
+        if retry || state.load_is_requested() {
             load(state);
             last = Instant::now();
-        } else if wait == Some(Duration::ZERO) {
+        } else if interval_is_over {
             last = Instant::now();
             dump_and_survive(state, Unlogged::LeftOut);
         } else {
-            process::sleep(wait);
+            process::sleep(wait, WaitEvent::Leader);
         }
     }
     // Most likely the server shuts down, which unlogged relations survive. A
     // load that was cut short must not cut the list short.
-    if state.load_is_due() {
-        state.postpone_load();
-    } else {
+    if state.phase() == Phase::Ended {
         dump_and_survive(state, Unlogged::Included);
+    } else {
+        state.postpone_load();
     }
 }
 
-fn load(state: &State) {
-    if load::run(state) == Outcome::Ended {
-        state.end_load();
-    }
+fn load(state: &'static State) {
+    state.begin_load();
+    activity::report(b"loading".to_vec());
+    let (phase, result) = match load::run(state) {
+        Outcome::Completed => (Phase::Ended, LoadResult::Completed),
+        Outcome::Cancelled => (Phase::Ended, LoadResult::Cancelled),
+        Outcome::InUse => (Phase::Ended, LoadResult::Failed),
+        Outcome::StillDue => (Phase::Failed, LoadResult::Failed),
+    };
+    activity::report_idle();
+    state.end_load(phase, result);
 }
 
 /// Dumps, and goes on whatever happens: the list on disk stays until a new one
@@ -71,12 +82,20 @@ fn dump_and_survive(state: &State, unlogged: Unlogged) {
             return;
         }
     };
-    match transaction::run(|| dump::write(unlogged)) {
+    activity::report(b"dumping".to_vec());
+    match transaction::run(|| dump::write(unlogged, &state.dump)) {
         Ok(Ok(_)) => {}
-        Ok(Err(error)) => error.warn(
-            "The list of the last block dump stays in place; the next is tried after \
-             \"pg_prewarm.autoprewarm_interval\".",
-        ),
-        Err(caught) => caught.warn(),
+        Ok(Err(error)) => {
+            state.last_error.record(&error.to_string());
+            error.warn(
+                "The list of the last block dump stays in place; the next is tried after \
+                 \"pg_prewarm.autoprewarm_interval\".",
+            );
+        }
+        Err(caught) => {
+            state.last_error.record(&caught.message);
+            caught.warn();
+        }
     }
+    activity::report_idle();
 }

@@ -7,18 +7,20 @@
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, log};
 
 use super::shared::{Claim, Cursor, Load as SharedLoad, MAX_WORKERS, Stage, WorkerArgument};
 use super::state::State;
+use super::stats::LoadStats;
 use super::{DUMP_FILE, WORKER};
 use crate::blocks::list::{BlockList, ReadError};
 use crate::blocks::plan::{Plan, PlanView};
 use crate::blocks::trailer::Heats;
-use crate::blocks::{Oid, SkipCounts, SkipReason};
+use crate::blocks::{Oid, SkipReason};
 use crate::error::Error;
+use crate::pg::activity::{self, WaitEvent};
 use crate::pg::database::Database;
 use crate::pg::dsm::Segment;
 use crate::pg::error::new_report;
@@ -35,6 +37,9 @@ const RETRY: Duration = Duration::from_secs(1);
 const CONNECT_TRIES: u32 = 3;
 const START_TRIES: u32 = 10;
 
+/// How long workers have to end by themselves when a load is cancelled.
+const CANCEL_PATIENCE: Duration = Duration::from_millis(100);
+
 /// Free buffers that are left alone. Several blocks are read at once, and which
 /// buffers they take is settled later than that there are some: without a reserve
 /// the last of a load could evict others.
@@ -44,33 +49,45 @@ const RESERVE: usize = 64;
 const RETRIED: &str = "It is tried again after \"pg_prewarm.autoprewarm_interval\" and when the \
                        configuration is reloaded, and the list is not replaced before.";
 
-/// Whether the list may be replaced by a new one.
+/// How a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The load has ended: there is nothing more to be had from the list.
-    Ended,
+    /// There is nothing more to be had from the list.
+    Completed,
+    /// Somebody cancelled the load.
+    Cancelled,
+    /// The list is in use: a new one is being written.
+    InUse,
     /// The list is still to be loaded: the server shuts down in mid-load, or the
     /// list cannot be read as things are, which has been logged.
     StillDue,
 }
 
-/// Loads the list.
-pub fn run(state: &State) -> Outcome {
+/// Loads the list. The state says that a load has begun.
+pub fn run(state: &'static State) -> Outcome {
     let _in_use = match state.use_dump_file() {
         Ok(in_use) => in_use,
         Err(pid) => {
             log!("skipping prewarm because block dump file is being written by PID {pid}");
-            return Outcome::Ended;
+            return Outcome::InUse;
         }
     };
-    match transaction::run(Load::prepare) {
+    match transaction::run(|| Load::prepare(state)) {
         Ok(Ok(Some(mut load))) => load.run(),
-        Ok(Ok(None)) => Outcome::Ended,
+        Ok(Ok(None)) => Outcome::Completed,
+        // Reading the list was broken off.
+        Ok(Err(_)) if process::shutdown_requested() => Outcome::StillDue,
+        Ok(Err(_)) if state.cancel_is_requested() => {
+            log!("autoprewarm load was cancelled");
+            Outcome::Cancelled
+        }
         Ok(Err(error)) => {
+            state.last_error.record(&error.to_string());
             error.warn(&format!("{RETRIED} To go on without it, remove it."));
             Outcome::StillDue
         }
         Err(caught) => {
+            state.last_error.record(&caught.message);
             caught.warn();
             Outcome::StillDue
         }
@@ -79,6 +96,7 @@ pub fn run(state: &State) -> Outcome {
 
 /// A load under way.
 struct Load {
+    state: &'static State,
     segment: Segment<SharedLoad, Cursor>,
     databases: Vec<LoadedDatabase>,
     /// Chunks that a dead worker has left, each with the index of its database.
@@ -88,10 +106,6 @@ struct Load {
     workers: Vec<Worker>,
     /// Workers that died before they could do anything, one after another.
     failed_starts: u32,
-    /// What the leader itself had to skip.
-    skipped: SkipCounts,
-    /// Records in the list.
-    total: usize,
 }
 
 /// A database of the plan.
@@ -119,18 +133,21 @@ enum Halt {
 impl Load {
     /// Reads the list and puts its plan into shared memory; nothing where there
     /// is no list.
-    fn prepare() -> Result<Option<Self>, Error> {
-        let Some(list) = read_list()? else {
+    fn prepare(state: &'static State) -> Result<Option<Self>, Error> {
+        let is_to_stop = || process::shutdown_requested() || state.cancel_is_requested();
+        let Some(list) = read_list(is_to_stop)? else {
             return Ok(None);
         };
-        report_oddities(&list);
-        let total = list.entries.len();
+        report_oddities(&list, state);
+        let stats = &state.load;
+        stats.set_total(list.entries.len() as u64);
         let budget = buffer::count_free().saturating_sub(RESERVE);
         let plan = Plan::new(list, budget as u64)
             .map_err(|error| Error::ListTooLarge(error.to_string()))?;
-        let mut skipped = SkipCounts::default();
-        skipped.count(SkipReason::Illegal, plan.illegal());
-        skipped.count(SkipReason::NoFreeBuffer, plan.over_budget());
+        let number = stats.number();
+        let skip = |reason, blocks| stats.skip(number, reason, blocks);
+        skip(SkipReason::Illegal, plan.illegal());
+        skip(SkipReason::NoFreeBuffer, plan.over_budget());
 
         // Nothing is looked up, and so cached, for an empty list.
         let any = plan.databases().next();
@@ -142,7 +159,7 @@ impl Load {
                 // Shared catalogs can be read from any database.
                 shared = Some(database);
             } else if let Some(reason) = reason_to_skip(existing.get(&database.database)) {
-                skipped.count(reason, database.blocks);
+                skip(reason, database.blocks);
             } else {
                 databases.push(database);
             }
@@ -153,8 +170,9 @@ impl Load {
         });
         segment
             .header()
-            .set_work(shared.as_ref(), segment.cells(), &databases);
+            .set_work(number, shared.as_ref(), segment.cells(), &databases);
         Ok(Some(Self {
+            state,
             segment,
             databases: databases
                 .iter()
@@ -168,8 +186,6 @@ impl Load {
             second_tries: Vec::new(),
             workers: Vec::new(),
             failed_starts: 0,
-            skipped,
-            total,
         }))
     }
 
@@ -177,16 +193,19 @@ impl Load {
         match self.keep_workers_running() {
             Ok(()) => {
                 self.report();
-                Outcome::Ended
+                match self.segment.header().ended_for() {
+                    Some(SkipReason::Cancelled) => Outcome::Cancelled,
+                    _ => Outcome::Completed,
+                }
             }
             Err(halt) => {
-                for worker in &self.workers {
-                    worker.handle.terminate();
-                }
+                self.terminate_workers();
                 if let Halt::NoWorkerLives = halt {
+                    let message = "could not load blocks: autoprewarm workers do not come to work";
+                    self.state.last_error.record(message);
                     new_report(
                         PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
-                        "could not load blocks: autoprewarm workers do not come to work".to_owned(),
+                        message.to_owned(),
                         Some(format!("The server log may tell why. {RETRIED}")),
                     )
                     .report(PgLogLevel::WARNING);
@@ -196,22 +215,40 @@ impl Load {
         }
     }
 
+    fn terminate_workers(&self) {
+        for worker in &self.workers {
+            worker.handle.terminate();
+        }
+    }
+
     /// Starts workers, and looks after them, until nothing is left to do.
     fn keep_workers_running(&mut self) -> Result<(), Halt> {
         let mut waiting_was_logged = false;
+        let mut cancelled_since: Option<Instant> = None;
         loop {
+            let load = self.segment.header();
+            load.rate_limit.set(
+                settings::autoprewarm_max_rate(),
+                process::monotonic_micros(),
+            );
             let failed = self.reap();
             // One that ended because everything does is no failure, and what it
             // left is no loss.
             if process::shutdown_requested() {
                 return Err(Halt::ShuttingDown);
             }
-            if self.failed_starts >= START_TRIES {
+            if self.state.cancel_is_requested() {
+                self.segment.header().end_for(SkipReason::Cancelled);
+                let since = *cancelled_since.get_or_insert_with(Instant::now);
+                if since.elapsed() >= CANCEL_PATIENCE {
+                    self.terminate_workers();
+                }
+            } else if self.failed_starts >= START_TRIES {
                 return Err(Halt::NoWorkerLives);
             }
             let slots_are_short = !failed && self.start_workers();
             if self.workers.is_empty() {
-                if !failed && !slots_are_short {
+                if self.segment.header().has_ended() || !failed && !slots_are_short {
                     return Ok(());
                 }
                 if slots_are_short && !std::mem::replace(&mut waiting_was_logged, true) {
@@ -223,9 +260,12 @@ impl Load {
                     .report(PgLogLevel::LOG);
                 }
             }
-            // A worker that finishes, starts or ends sets the latch.
+            self.show_progress();
+            // A worker that finishes, starts or ends sets the latch, and so does
+            // whoever cancels the load or has the configuration reloaded.
+            let timeout = cancelled_since.map_or(RETRY, |_| CANCEL_PATIENCE);
+            process::sleep(Some(timeout), WaitEvent::Load);
             process::reload_configuration_if_due();
-            process::sleep(Some(RETRY));
         }
     }
 
@@ -323,14 +363,15 @@ impl Load {
     fn give_up(&mut self, index: usize, reason: SkipReason) {
         self.databases[index].given_up = true;
         let unclaimed = self.blocks_of(self.segment.cells()[index].close());
-        self.skipped.count(reason, unclaimed);
-        let plan = PlanView::new(self.segment.words());
-        for (_, claim) in self
+        self.skip(reason, unclaimed);
+        let left_behind: Vec<_> = self
             .left_behind
             .extract_if(.., |(database, _)| *database == index)
-        {
+            .collect();
+        let plan = PlanView::new(self.segment.words());
+        for (_, claim) in left_behind {
             let blocks = plan.chunk(claim.chunk).1.numbers().len() as u64;
-            self.skipped.count(reason, blocks - u64::from(claim.done));
+            self.skip(reason, blocks - u64::from(claim.done));
         }
     }
 
@@ -339,7 +380,7 @@ impl Load {
     fn start_workers(&mut self) -> bool {
         while self.workers.len() < settings::autoprewarm_workers().min(MAX_WORKERS) {
             if !buffer::have_free_buffer() {
-                self.segment.header().set_full();
+                self.segment.header().end_for(SkipReason::NoFreeBuffer);
             }
             let Some((database, first)) = self.next_database() else {
                 return false;
@@ -374,7 +415,7 @@ impl Load {
     /// to begin with, if one was left behind; nothing where no further worker
     /// would have anything to do.
     fn next_database(&self) -> Option<(usize, Option<Claim>)> {
-        if self.segment.header().is_full() {
+        if self.segment.header().has_ended() {
             return None;
         }
         if let Some(&(database, claim)) = self.left_behind.last() {
@@ -401,37 +442,53 @@ impl Load {
             .sum()
     }
 
-    /// The lines that end a load in the server's log.
+    fn stats(&self) -> &LoadStats {
+        &self.state.load
+    }
+
+    fn skip(&self, reason: SkipReason, blocks: u64) {
+        self.stats()
+            .skip(self.segment.header().number(), reason, blocks);
+    }
+
+    fn show_progress(&self) {
+        let counts = self.stats().counts();
+        let done = counts.total - counts.rest();
+        activity::report(format!("loading, {done} of {} blocks", counts.total).into_bytes());
+    }
+
+    /// Counts what nothing has become of, and writes the lines that end a load in
+    /// the server's log.
     fn report(&self) {
         let load = self.segment.header();
-        let counts = load.counts();
-        let mut skipped = self.skipped + counts.skipped;
-        let loaded = counts.loaded + counts.cached;
-        let mut rest = self.total as u64 - (loaded + skipped.total()).min(self.total as u64);
-        if load.is_full() {
-            skipped.count(SkipReason::NoFreeBuffer, rest);
+        let rest = self.stats().counts().rest();
+        if let Some(reason) = load.ended_for() {
+            self.skip(reason, rest);
         } else {
             let shared = self.blocks_of(load.shared_unclaimed()).min(rest);
-            skipped.count(SkipReason::NoDatabase, shared);
-            rest -= shared;
-            skipped.count(SkipReason::Interrupted, rest);
+            self.skip(SkipReason::NoDatabase, shared);
+            self.skip(SkipReason::Interrupted, rest - shared);
         }
+        let counts = self.stats().counts();
         log!(
-            "autoprewarm successfully prewarmed {loaded} of {} previously-loaded blocks",
-            self.total
+            "autoprewarm successfully prewarmed {} of {} previously-loaded blocks",
+            counts.loaded + counts.cached,
+            counts.total
         );
-        if skipped.total() > 0 {
-            log!("autoprewarm skipped {skipped}");
+        if counts.skipped.total() > 0 {
+            log!("autoprewarm skipped {}", counts.skipped);
         }
     }
 }
 
 /// Logs what is odd about a list, of which the rest is loaded.
-fn report_oddities(list: &BlockList) {
+fn report_oddities(list: &BlockList, state: &State) {
     if let Some(line) = list.first_bad_line {
+        let message = format!("autoprewarm block dump file is corrupted at line {line}");
+        state.last_error.record(&message);
         new_report(
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-            format!("autoprewarm block dump file is corrupted at line {line}"),
+            message,
             Some(format!(
                 "Whatever else \"{DUMP_FILE}\" lists is loaded, and the next block dump replaces \
                  it."
@@ -450,8 +507,8 @@ fn report_oddities(list: &BlockList) {
     }
 }
 
-/// Reads the list; nothing where there is no file.
-fn read_list() -> Result<Option<BlockList>, Error> {
+/// Reads the list, unless it is to stop; nothing where there is no file.
+fn read_list(is_to_stop: impl Fn() -> bool) -> Result<Option<BlockList>, Error> {
     let failed = |source| Error::File {
         action: "read",
         path: DUMP_FILE,
@@ -462,7 +519,11 @@ fn read_list() -> Result<Option<BlockList>, Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed(error)),
     };
-    match BlockList::read(file::Interruptible(file), size) {
+    let reader = file::Interruptible {
+        reader: file,
+        is_to_stop,
+    };
+    match BlockList::read(reader, size) {
         Ok(list) => Ok(Some(list)),
         Err(ReadError::Io(error)) => Err(failed(error)),
         Err(error) => Err(Error::ListTooLarge(error.to_string())),

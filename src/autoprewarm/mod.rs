@@ -10,9 +10,12 @@
 mod dump;
 pub mod leader;
 mod load;
+mod rate;
 mod shared;
 pub mod sql;
+pub mod stat;
 mod state;
+mod stats;
 pub mod worker;
 
 use crate::pg::worker::Kind;

@@ -9,17 +9,19 @@
 //! | --- | --- |
 //! | a slot's database, cursor and first chunk | the leader, before it starts the worker |
 //! | a slot's stage and current chunk | the worker that has it |
-//! | cursors, counters, `full` | any worker |
+//! | the rate limit's rate | the leader |
+//! | everything else | whoever comes to it |
 //!
 //! When a worker has died, its slot still tells the chunk it was at, and how many
 //! blocks of it were done: the leader gives the rest to another worker, once.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicU32, AtomicUsize};
 
+use super::rate::RateLimit;
 use crate::blocks::plan::DatabasePlan;
-use crate::blocks::{Oid, SkipCounts, SkipReason};
+use crate::blocks::{Oid, SkipReason};
 use crate::pg::shmem::Shared;
 
 /// The most workers of a load.
@@ -32,35 +34,38 @@ pub const BUFFERS_AT_ONCE: usize = 128;
 const NO_CHUNK: u32 = u32::MAX;
 
 pub struct Load {
+    /// Which load it is, by the numbers of [`super::stats::LoadStats`].
+    number: AtomicU32,
     /// The chunks of shared catalogs, which every worker can load.
     shared: Cursor,
     pub workers: [Slot; MAX_WORKERS],
-    /// There is no free buffer left, so that the load ends.
-    full: AtomicBool,
+    /// The [`SkipReason`] of all that is left, once there is one.
+    ended_for: AtomicU32,
+    pub rate_limit: RateLimit,
     /// Buffers before this one have their memory, or a worker is about to see
     /// to that.
     provided: AtomicUsize,
-    loaded: AtomicU64,
-    cached: AtomicU64,
-    skipped: [AtomicU64; SkipReason::ALL.len()],
 }
 
-// SAFETY: atomics only, each valid whatever its bits are but for the flag, into
-// which only bools are stored.
+/// No [`SkipReason`].
+const NO_REASON: u32 = u32::MAX;
+
+// SAFETY: atomics only, each valid whatever its bits are.
 unsafe impl Shared for Load {
     const INITIAL: Self = Self {
+        number: AtomicU32::new(0),
         shared: Cursor::INITIAL,
         workers: [const { Slot::new() }; MAX_WORKERS],
-        full: AtomicBool::new(false),
+        ended_for: AtomicU32::new(NO_REASON),
+        rate_limit: RateLimit::UNLIMITED,
         provided: AtomicUsize::new(0),
-        loaded: AtomicU64::new(0),
-        cached: AtomicU64::new(0),
-        skipped: [const { AtomicU64::new(0) }; SkipReason::ALL.len()],
     };
 }
 
-/// The chunks of one database: which is to be claimed next, and where they end.
+/// The chunks of one database: where they begin, which is to be claimed next, and
+/// where they end.
 pub struct Cursor {
+    start: AtomicU32,
     next: AtomicU32,
     end: AtomicU32,
 }
@@ -68,6 +73,7 @@ pub struct Cursor {
 // SAFETY: atomics only, each valid whatever its bits are.
 unsafe impl Shared for Cursor {
     const INITIAL: Self = Self {
+        start: AtomicU32::new(0),
         next: AtomicU32::new(0),
         end: AtomicU32::new(0),
     };
@@ -75,6 +81,7 @@ unsafe impl Shared for Cursor {
 
 impl Cursor {
     fn set(&self, database: &DatabasePlan) {
+        self.start.store(database.chunks.start, SeqCst);
         self.next.store(database.chunks.start, SeqCst);
         self.end.store(database.chunks.end, SeqCst);
     }
@@ -90,6 +97,14 @@ impl Cursor {
     pub fn unclaimed(&self) -> Range<u32> {
         let end = self.end.load(SeqCst);
         self.next.load(SeqCst).min(end)..end
+    }
+
+    /// How much of the database has been claimed, of 100.
+    pub fn percent_claimed(&self) -> u32 {
+        let start = self.start.load(SeqCst);
+        let all = u64::from(self.end.load(SeqCst).saturating_sub(start));
+        let claimed = u64::from(self.unclaimed().start.saturating_sub(start));
+        (claimed * 100).checked_div(all).unwrap_or(100) as u32
     }
 
     /// Claims all that is left, which nobody will load.
@@ -194,24 +209,17 @@ impl Slot {
     }
 }
 
-/// Blocks dealt with, by outcome.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub loaded: u64,
-    /// Blocks that were in shared buffers already.
-    pub cached: u64,
-    pub skipped: SkipCounts,
-}
-
 impl Load {
-    /// Puts down which chunks there are. A plan's shared catalogs are not among
-    /// the databases that have a cursor of their own.
+    /// Puts down which load it is and which chunks there are. A plan's shared
+    /// catalogs are not among the databases that have a cursor of their own.
     pub fn set_work(
         &self,
+        number: u32,
         shared: Option<&DatabasePlan>,
         cursors: &[Cursor],
         databases: &[DatabasePlan],
     ) {
+        self.number.store(number, SeqCst);
         if let Some(shared) = shared {
             self.shared.set(shared);
         }
@@ -220,14 +228,23 @@ impl Load {
         }
     }
 
+    pub fn number(&self) -> u32 {
+        self.number.load(SeqCst)
+    }
+
+    /// The cursor of the database of that slot.
+    pub fn cursor<'a>(&self, slot: &Slot, cursors: &'a [Cursor]) -> &'a Cursor {
+        &cursors[slot.cursor.load(SeqCst) as usize]
+    }
+
     /// The next chunk for the worker of that slot; nothing when there is none
     /// for its database, or the load ends.
     pub fn next_claim(&self, slot: &Slot, cursors: &[Cursor]) -> Option<Claim> {
-        if self.is_full() {
+        if self.has_ended() {
             return None;
         }
         let claim = slot.claim().or_else(|| {
-            let cursor = &cursors[slot.cursor.load(SeqCst) as usize];
+            let cursor = self.cursor(slot, cursors);
             let chunk = self.shared.claim().or_else(|| cursor.claim())?;
             Some(Claim { chunk, done: 0 })
         });
@@ -240,13 +257,23 @@ impl Load {
         self.shared.unclaimed()
     }
 
-    /// Ends the load for want of free buffers.
-    pub fn set_full(&self) {
-        self.full.store(true, SeqCst);
+    /// Ends the load: what is left is skipped for that reason, unless there was
+    /// another before.
+    pub fn end_for(&self, reason: SkipReason) {
+        let _ = self
+            .ended_for
+            .compare_exchange(NO_REASON, reason as u32, SeqCst, SeqCst);
     }
 
-    pub fn is_full(&self) -> bool {
-        self.full.load(SeqCst)
+    /// Whether nothing more is to be loaded.
+    pub fn has_ended(&self) -> bool {
+        self.ended_for.load(Relaxed) != NO_REASON
+    }
+
+    /// Why the load was ended before all was done, if it was.
+    pub fn ended_for(&self) -> Option<SkipReason> {
+        let reason = self.ended_for.load(SeqCst) as usize;
+        SkipReason::ALL.get(reason).copied()
     }
 
     /// The buffers whose memory is to be provided next, for a worker that uses
@@ -264,28 +291,6 @@ impl Load {
         let before = self.provided.fetch_update(Relaxed, Relaxed, next).ok()?;
         let start = before.max(buffer);
         Some(start..start + BUFFERS_AT_ONCE)
-    }
-
-    pub fn count(&self, loaded: u64, cached: u64) {
-        self.loaded.fetch_add(loaded, Relaxed);
-        self.cached.fetch_add(cached, Relaxed);
-    }
-
-    pub fn skip(&self, reason: SkipReason, blocks: usize) {
-        self.skipped[reason as usize].fetch_add(blocks as u64, Relaxed);
-    }
-
-    /// What all workers have done so far.
-    pub fn counts(&self) -> Counts {
-        let mut skipped = SkipCounts::default();
-        for reason in SkipReason::ALL {
-            skipped.count(reason, self.skipped[reason as usize].load(Relaxed));
-        }
-        Counts {
-            loaded: self.loaded.load(Relaxed),
-            cached: self.cached.load(Relaxed),
-            skipped,
-        }
     }
 }
 

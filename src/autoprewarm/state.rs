@@ -8,8 +8,9 @@
 //! all it has when it ends, so that no role outlives its holder.
 
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicBool, AtomicI32};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32};
 
+use super::stats::{DumpStats, LastError, LoadResult, LoadStats};
 use crate::pg::process;
 use crate::pg::shmem::{Shared, SharedStruct};
 
@@ -19,10 +20,16 @@ const NOBODY: i32 = -1;
 pub struct State {
     leader: AtomicI32,
     dump_file_user: AtomicI32,
-    /// A leader has set about loading the list since this state was made; and
-    /// the load has come to its end, so that the list may be replaced.
-    load_begun: AtomicBool,
-    load_ended: AtomicBool,
+    /// There has been a leader since this state was made.
+    had_leader: AtomicBool,
+    /// A [`Phase`].
+    phase: AtomicU32,
+    /// Somebody wants the list to be loaded now; or the load to end.
+    load_requested: AtomicBool,
+    cancel_requested: AtomicBool,
+    pub load: LoadStats,
+    pub dump: DumpStats,
+    pub last_error: LastError,
 }
 
 // SAFETY: atomics only, each valid whatever its bits are but for the flags, into
@@ -31,9 +38,27 @@ unsafe impl Shared for State {
     const INITIAL: Self = Self {
         leader: AtomicI32::new(NOBODY),
         dump_file_user: AtomicI32::new(NOBODY),
-        load_begun: AtomicBool::new(false),
-        load_ended: AtomicBool::new(false),
+        had_leader: AtomicBool::new(false),
+        phase: AtomicU32::new(Phase::Due as u32),
+        load_requested: AtomicBool::new(false),
+        cancel_requested: AtomicBool::new(false),
+        load: LoadStats::INITIAL,
+        dump: DumpStats::INITIAL,
+        last_error: LastError::INITIAL,
     };
+}
+
+/// How far the load of the list is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// The first leader that comes is to load it.
+    Due,
+    Loading,
+    /// It could not be loaded as things are, or its leader died: it is tried
+    /// again from time to time, and not replaced before.
+    Failed,
+    /// There is nothing more to be had from it, so that it may be replaced.
+    Ended,
 }
 
 static STATE: SharedStruct<State> = SharedStruct::new(c"pg_prewarm");
@@ -61,7 +86,12 @@ impl State {
 
     /// The leader's process ID, where there is one.
     pub fn leader(&self) -> Option<i32> {
-        Some(self.leader.load(SeqCst)).filter(|&pid| pid != NOBODY)
+        holder(&self.leader)
+    }
+
+    /// Whether there has ever been a leader.
+    pub fn had_leader(&self) -> bool {
+        self.had_leader.load(SeqCst)
     }
 
     /// Sets the leader's latch, where there is one.
@@ -74,7 +104,13 @@ impl State {
     /// Makes this process the leader, until it ends. `Err` has the process ID of
     /// the leader that there is.
     pub fn become_leader(&self) -> Result<(), i32> {
-        take(&self.leader)
+        take(&self.leader)?;
+        self.had_leader.store(true, SeqCst);
+        // What a former leader had begun has ended with it.
+        if self.phase() == Phase::Loading {
+            self.end_load(Phase::Failed, LoadResult::Failed);
+        }
+        Ok(())
     }
 
     /// Reserves the dump file for this process. `Err` has the process ID of who
@@ -83,27 +119,70 @@ impl State {
         take(&self.dump_file_user).map(|()| DumpFileInUse(self))
     }
 
-    /// Whether the list is still to be loaded. The load ends once in the life of
-    /// this state: after that, a load would only bring back what was dumped.
-    pub fn load_is_due(&self) -> bool {
-        !self.load_ended.load(SeqCst)
+    /// The process ID of who uses the dump file.
+    pub fn dump_file_user(&self) -> Option<i32> {
+        holder(&self.dump_file_user)
     }
 
-    /// True for the first leader that asks. It is to load at once; one that comes
-    /// after a leader that died in mid-load is not, lest it should die likewise
-    /// and be started again and again.
-    pub fn begin_load(&self) -> bool {
-        !self.load_begun.swap(true, SeqCst)
+    pub fn phase(&self) -> Phase {
+        match self.phase.load(SeqCst) {
+            0 => Phase::Due,
+            1 => Phase::Loading,
+            2 => Phase::Failed,
+            _ => Phase::Ended,
+        }
     }
 
-    /// The load has come to its end.
-    pub fn end_load(&self) {
-        self.load_ended.store(true, SeqCst);
+    /// A load begins.
+    pub fn begin_load(&self) {
+        self.load_requested.store(false, SeqCst);
+        self.cancel_requested.store(false, SeqCst);
+        self.load.begin();
+        self.phase.store(Phase::Loading as u32, SeqCst);
+    }
+
+    /// The load has ended like that, and what becomes of the list is `phase`.
+    pub fn end_load(&self, phase: Phase, result: LoadResult) {
+        self.load.end(result);
+        self.phase.store(phase as u32, SeqCst);
     }
 
     /// The load was cut short in good order: the next leader may begin anew.
     pub fn postpone_load(&self) {
-        self.load_begun.store(false, SeqCst);
+        self.phase.store(Phase::Due as u32, SeqCst);
+    }
+
+    /// Whether a load runs, or is about to be begun by a leader that is there.
+    pub fn load_is_pending(&self) -> bool {
+        self.leader().is_some()
+            && (matches!(self.phase(), Phase::Due | Phase::Loading) || self.load_is_requested())
+    }
+
+    pub fn load_is_requested(&self) -> bool {
+        self.load_requested.load(SeqCst)
+    }
+
+    /// Asks for a load; false where one is asked for already.
+    pub fn request_load(&self) -> bool {
+        !self.load_requested.swap(true, SeqCst)
+    }
+
+    pub fn withdraw_request(&self) {
+        self.load_requested.store(false, SeqCst);
+    }
+
+    /// Asks for the end of the load that runs. False where none does.
+    pub fn request_cancel(&self) -> bool {
+        let runs = self.leader().is_some() && self.phase() == Phase::Loading;
+        if runs {
+            self.cancel_requested.store(true, SeqCst);
+            self.wake_leader();
+        }
+        runs
+    }
+
+    pub fn cancel_is_requested(&self) -> bool {
+        self.cancel_requested.load(SeqCst)
     }
 }
 
@@ -114,6 +193,10 @@ impl Drop for DumpFileInUse<'_> {
     fn drop(&mut self) {
         release(&self.0.dump_file_user);
     }
+}
+
+fn holder(role: &AtomicI32) -> Option<i32> {
+    Some(role.load(SeqCst)).filter(|&pid| pid != NOBODY)
 }
 
 fn take(role: &AtomicI32) -> Result<(), i32> {

@@ -16,11 +16,12 @@ use std::time::{Duration, Instant};
 
 use super::shared::{BUFFERS_AT_ONCE, Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use super::state::State;
-use crate::blocks::SkipReason;
 use crate::blocks::plan::PlanView;
+use crate::blocks::{Fork, SkipReason};
+use crate::pg::activity::{self, Kind, Progress, WaitEvent};
 use crate::pg::error::catch;
 use crate::pg::relation::{Opened, Relation};
-use crate::pg::{buffer, dsm, process, transaction};
+use crate::pg::{buffer, database, dsm, process, transaction};
 
 /// How long a relation's lock is held before whoever waits for it has a turn.
 const TURN: Duration = Duration::from_millis(20);
@@ -29,6 +30,12 @@ const TURN: Duration = Duration::from_millis(20);
 /// are done, before they are skipped; and how long to wait between two tries.
 const LOCKED_PATIENCE: Duration = Duration::from_secs(3);
 const LOCKED_RETRY: Duration = Duration::from_millis(50);
+
+/// The longest sleep for the rate limit, after which it may be another.
+const RATE_PATIENCE: Duration = Duration::from_millis(100);
+
+/// How often a worker says anew how far it is, where that means to format a text.
+const REPORT_INTERVAL: Duration = Duration::from_millis(250);
 
 /// After a read has failed, so many blocks are read one by one: the server reads
 /// several at once, and says of all of them that they could not be read. No
@@ -49,32 +56,57 @@ pub fn main(argument: WorkerArgument) {
     slot.reach(Stage::Connected);
 
     let worker = Worker {
+        state: State::attach(),
         load,
         slot,
+        cursor: load.cursor(slot, segment.cells()),
         plan: PlanView::new(segment.words()),
         mapped: Cell::new(0),
         most_in_turn: Cell::new(usize::MAX),
+        database: database::name(slot.database()),
+        reported: Cell::new(None),
+        progress: Cell::new(Progress {
+            kind: Kind::LoadWorker,
+            relation: 0,
+            fork: Fork::Main,
+            total: 0,
+            done: 0,
+            skipped: 0,
+            start: process::now(),
+        }),
     };
     let mut locked = Vec::new();
     while let Some(claim) = load.next_claim(slot, segment.cells()) {
+        worker.count_claim(claim);
         if let ChunkEnd::Locked(rest) = worker.load_chunk(claim) {
             locked.push(rest);
         }
         slot.give_up_claim();
     }
     worker.retry(locked);
+    Progress::end();
+    activity::report_idle();
     slot.reach(Stage::Finished);
-    State::attach().wake_leader();
+    worker.state.wake_leader();
 }
 
 struct Worker<'a> {
+    state: &'static State,
     load: &'a Load,
     slot: &'a Slot,
+    /// Its database's.
+    cursor: &'a Cursor,
     plan: PlanView<'a>,
     /// Buffers before this one have been mapped into this process.
     mapped: Cell<usize>,
     /// How many blocks a turn may ask for.
     most_in_turn: Cell<usize>,
+    /// The database's name, in the server's encoding.
+    database: Vec<u8>,
+    /// When it last said how far it is.
+    reported: Cell<Option<Instant>>,
+    /// What `pg_stat_progress_prewarm` shows of it.
+    progress: Cell<Progress>,
 }
 
 /// How the work on a chunk ended.
@@ -84,7 +116,7 @@ enum ChunkEnd {
     Locked(Claim),
 }
 
-/// How a turn at a chunk ended, short of an error.
+/// How a turn ended, short of an error.
 enum TurnEnd {
     /// The blocks, or the time, are used up.
     Over,
@@ -96,11 +128,17 @@ enum TurnEnd {
 }
 
 impl Worker<'_> {
+    fn count_claim(&self, claim: Claim) {
+        let (_, blocks) = self.plan.chunk(claim.chunk);
+        let left = blocks.numbers().len() - claim.done as usize;
+        self.change_progress(|progress| progress.total += left as u64);
+    }
+
     /// Tries the chunks of locked relations again, until nothing has come of it
     /// for a while.
     fn retry(&self, mut locked: Vec<Claim>) {
         let mut last_progress = Instant::now();
-        while !locked.is_empty() && !self.load.is_full() {
+        while !locked.is_empty() && !self.load.has_ended() {
             let last_try = last_progress.elapsed() >= LOCKED_PATIENCE;
             let mut still_locked = Vec::new();
             for &claim in &locked {
@@ -114,15 +152,13 @@ impl Worker<'_> {
                 for claim in &still_locked {
                     let (_, blocks) = self.plan.chunk(claim.chunk);
                     let left = blocks.numbers().len() - claim.done as usize;
-                    self.load.skip(SkipReason::Locked, left);
+                    self.skip(SkipReason::Locked, left);
                 }
                 return;
             }
             locked = still_locked;
             if !locked.is_empty() {
-                // Before 17, a conflict with recovery may be raised after the
-                // transaction that it was meant for. There is nothing to undo.
-                let _ = catch(|| process::sleep(Some(LOCKED_RETRY)));
+                sleep(LOCKED_RETRY, WaitEvent::LockedRelation);
             }
         }
     }
@@ -135,14 +171,28 @@ impl Worker<'_> {
         // Blocks before this one are read one by one.
         let mut one_by_one = 0;
         let mut warned = false;
-        while done.get() < total {
-            let opened = Cell::new(false);
-            let turn = || self.load_turn(claim.chunk, &done, one_by_one, &opened);
-            let end = match transaction::run(turn) {
+        while done.get() < total && !self.load.has_ended() {
+            let wanted = total - done.get();
+            let allowed = match self.load.rate_limit.take(wanted, process::monotonic_micros) {
+                Ok(allowed) => allowed,
+                Err(wait) => {
+                    sleep(wait.min(RATE_PATIENCE), WaitEvent::RateLimit);
+                    continue;
+                }
+            };
+            self.report_now_and_then();
+            let turn = Turn {
+                done: &done,
+                most: if done.get() < one_by_one { 1 } else { allowed },
+                opened: Cell::new(false),
+                read: Cell::new(0),
+            };
+            let end = match transaction::run(|| self.load_turn(claim.chunk, &turn)) {
                 // The blocks are as readable as before, once replay has had its turn.
                 Err(caught) if caught.is_conflict_with_recovery() => Ok(TurnEnd::Locked),
                 end => end,
             };
+            self.load.rate_limit.give_back(allowed - turn.read.get());
             match end {
                 Ok(TurnEnd::Over) => {}
                 Ok(TurnEnd::Locked) => {
@@ -152,23 +202,24 @@ impl Worker<'_> {
                     });
                 }
                 Ok(TurnEnd::Full) => {
-                    self.load.set_full();
+                    self.load.end_for(SkipReason::NoFreeBuffer);
                     return ChunkEnd::Done;
                 }
                 Ok(TurnEnd::Skip(reason)) => {
-                    self.load.skip(reason, total - done.get());
+                    self.skip(reason, total - done.get());
                     return ChunkEnd::Done;
                 }
                 Err(caught) => {
                     // One line is enough: the counts tell the rest.
                     if !std::mem::replace(&mut warned, true) {
+                        self.state.last_error.record(&caught.message);
                         caught.warn();
                     }
-                    if !opened.get() {
-                        self.load.skip(SkipReason::Unreadable, total - done.get());
+                    if !turn.opened.get() {
+                        self.skip(SkipReason::Unreadable, total - done.get());
                         return ChunkEnd::Done;
                     } else if done.get() < one_by_one {
-                        self.load.skip(SkipReason::Unreadable, 1);
+                        self.skip(SkipReason::Unreadable, 1);
                         done.set(done.get() + 1);
                     } else {
                         one_by_one = done.get() + ONE_BY_ONE;
@@ -203,15 +254,9 @@ impl Worker<'_> {
         });
     }
 
-    /// Loads blocks from `done` on, under one lock on their relation, until the
-    /// turn is over. `opened` tells whether it came to reading.
-    fn load_turn(
-        &self,
-        chunk: u32,
-        done: &Cell<usize>,
-        one_by_one: usize,
-        opened: &Cell<bool>,
-    ) -> TurnEnd {
+    /// Loads blocks of a chunk, under one lock on their relation, until the turn
+    /// is over.
+    fn load_turn(&self, chunk: u32, turn: &Turn) -> TurnEnd {
         let start = Instant::now();
         let (chunk, blocks) = self.plan.chunk(chunk);
         let relation = match Relation::open_by_file_if_free(
@@ -227,69 +272,115 @@ impl Worker<'_> {
             return TurnEnd::Skip(SkipReason::NoBlock);
         }
         let relation_end = relation.blocks(chunk.fork);
-        opened.set(true);
+        turn.opened.set(true);
+        self.change_progress(|progress| {
+            progress.relation = relation.oid();
+            progress.fork = chunk.fork;
+        });
 
-        let first = done.get();
+        let first = turn.done.get();
         let numbers = &blocks.numbers()[first..];
-        let numbers = if first < one_by_one {
-            &numbers[..1]
-        } else {
-            numbers
-        };
         // Numbers are in ascending order.
         let existing = numbers.partition_point(|&block| block < relation_end);
         if existing == 0 {
             return TurnEnd::Skip(SkipReason::NoBlock);
         }
-        let wanted = existing.min(self.most_in_turn.get());
-        let tally = Tally::begin(self.load, done);
+        let wanted = existing.min(turn.most).min(self.most_in_turn.get());
+        let tally = Tally::begin(self, turn);
         let end =
             relation.read_into_free_buffers(chunk.fork, &numbers[..wanted], |index, buffer| {
                 buffer.restore_heat(blocks.heat(first + index));
                 self.provide_memory(buffer.index());
-                tally.one_more();
-                if start.elapsed() < TURN {
+                turn.done.set(turn.done.get() + 1);
+                if start.elapsed() < TURN && !self.load.has_ended() {
                     Continue(())
                 } else {
                     Break(())
                 }
             });
-        self.adapt_to_disk(start.elapsed(), done.get() - first);
+        drop(tally);
+        self.adapt_to_disk(start.elapsed(), turn.done.get() - first);
         match end {
             buffer::ReadEnd::Over => TurnEnd::Over,
             buffer::ReadEnd::Full => TurnEnd::Full,
         }
     }
+
+    fn skip(&self, reason: SkipReason, blocks: usize) {
+        self.state
+            .load
+            .skip(self.load.number(), reason, blocks as u64);
+        self.change_progress(|progress| progress.skipped += blocks as u64);
+    }
+
+    fn change_progress(&self, change: impl FnOnce(&mut Progress)) {
+        let mut progress = self.progress.get();
+        change(&mut progress);
+        self.progress.set(progress);
+        progress.show();
+    }
+
+    /// Says what this worker is doing and how far it is, if that is due.
+    fn report_now_and_then(&self) {
+        let reported = self.reported.get();
+        if reported.is_none_or(|reported| reported.elapsed() >= REPORT_INTERVAL) {
+            self.reported.set(Some(Instant::now()));
+            let percent = format!(", {} %", self.cursor.percent_claimed());
+            activity::report([b"loading ", &*self.database, percent.as_bytes()].concat());
+        }
+    }
 }
 
-/// Counts the blocks of a turn, and adds them to the load's when the turn ends,
-/// however it ends: so the counters that all workers share are seldom touched.
-struct Tally<'a> {
-    load: &'a Load,
+/// Sleeps, or until the latch is set. Before 17, a conflict with recovery may be
+/// raised then, after the transaction that it was meant for: there is nothing to
+/// undo.
+fn sleep(time: Duration, what_for: WaitEvent) {
+    let _ = catch(|| process::sleep(Some(time), what_for));
+}
+
+/// One turn at a chunk.
+struct Turn<'a> {
+    /// How many of the chunk's blocks are done.
     done: &'a Cell<usize>,
+    /// The most blocks that may be read.
+    most: usize,
+    /// Whether it came to reading.
+    opened: Cell<bool>,
+    /// How many blocks have been read that were not in shared buffers already.
+    read: Cell<usize>,
+}
+
+/// Counts the blocks of a turn when it ends, however it ends: so the counters that
+/// all workers share are seldom touched.
+struct Tally<'a> {
+    worker: &'a Worker<'a>,
+    turn: &'a Turn<'a>,
     first: usize,
     hits: u64,
 }
 
 impl<'a> Tally<'a> {
-    fn begin(load: &'a Load, done: &'a Cell<usize>) -> Self {
+    fn begin(worker: &'a Worker, turn: &'a Turn) -> Self {
         Self {
-            load,
-            done,
-            first: done.get(),
+            worker,
+            turn,
+            first: turn.done.get(),
             hits: buffer::hits(),
         }
-    }
-
-    fn one_more(&self) {
-        self.done.set(self.done.get() + 1);
     }
 }
 
 impl Drop for Tally<'_> {
     fn drop(&mut self) {
-        let blocks = (self.done.get() - self.first) as u64;
+        let blocks = (self.turn.done.get() - self.first) as u64;
         let cached = (buffer::hits() - self.hits).min(blocks);
-        self.load.count(blocks - cached, cached);
+        let loaded = blocks - cached;
+        self.turn.read.set(loaded as usize);
+        let worker = self.worker;
+        worker
+            .state
+            .load
+            .count(worker.load.number(), loaded, cached);
+        worker.change_progress(|progress| progress.done += blocks);
     }
 }

@@ -24,11 +24,13 @@ pub enum SkipReason {
     NoFreeBuffer,
     /// The worker that was to load it ended before.
     Interrupted,
+    /// Somebody cancelled the load.
+    Cancelled,
 }
 
 impl SkipReason {
     /// Every reason, in the order of their counters.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Illegal,
         Self::TemplateDatabase,
         Self::NoDatabase,
@@ -38,6 +40,7 @@ impl SkipReason {
         Self::Locked,
         Self::NoFreeBuffer,
         Self::Interrupted,
+        Self::Cancelled,
     ];
 
     fn describe(self) -> &'static str {
@@ -51,6 +54,7 @@ impl SkipReason {
             Self::Locked => "of locked relations",
             Self::NoFreeBuffer => "for want of a free buffer",
             Self::Interrupted => "because their worker was interrupted",
+            Self::Cancelled => "because the load was cancelled",
         }
     }
 }
@@ -63,6 +67,11 @@ impl SkipCounts {
     /// Counts `blocks` more as skipped for `reason`.
     pub fn count(&mut self, reason: SkipReason, blocks: u64) {
         self.0[reason as usize] += blocks;
+    }
+
+    /// Blocks skipped for that reason.
+    pub fn of(&self, reason: SkipReason) -> u64 {
+        self.0[reason as usize]
     }
 
     /// All blocks skipped, whatever the reason.
@@ -89,7 +98,7 @@ impl fmt::Display for SkipCounts {
         write!(f, "{total} block{}", if total == 1 { "" } else { "s" })?;
         let mut separator = ": ";
         for reason in SkipReason::ALL {
-            let blocks = self.0[reason as usize];
+            let blocks = self.of(reason);
             if blocks > 0 {
                 write!(f, "{separator}{blocks} {}", reason.describe())?;
                 separator = ", ";

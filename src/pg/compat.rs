@@ -82,6 +82,34 @@ pub unsafe fn signal(number: c_int, handler: unsafe extern "C-unwind" fn(c_int))
     }
 }
 
+/// The number of a wait event of that name.
+pub fn wait_event(name: &CStr) -> u32 {
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    {
+        let _ = name;
+        pg_sys::PG_WAIT_EXTENSION
+    }
+    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+    // SAFETY: a C string, which the server copies.
+    unsafe {
+        pg_sys::WaitEventExtensionNew(name.as_ptr())
+    }
+}
+
+/// What a server process shows of itself, counted from 1.
+///
+/// # Safety
+/// There are that many.
+pub unsafe fn backend_entry(index: c_int) -> *mut pg_sys::LocalPgBackendStatus {
+    // SAFETY: the caller's promise.
+    unsafe {
+        #[cfg(feature = "pg15")]
+        return pg_sys::pgstat_fetch_stat_local_beentry(index);
+        #[cfg(not(feature = "pg15"))]
+        pg_sys::pgstat_get_local_beentry_by_index(index)
+    }
+}
+
 /// The most blocks that [`read_blocks`] reads at once: every version's limit
 /// for one vectored read is at least that.
 pub const READ_BLOCKS_MAX: u32 = 32;

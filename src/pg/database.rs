@@ -1,6 +1,7 @@
 //! What `pg_database` says of the databases.
 
 use std::collections::HashMap;
+use std::ffi::CStr;
 
 use pgrx::pg_sys;
 
@@ -48,4 +49,19 @@ impl Database {
         transaction::release_catalog_snapshot();
         databases
     }
+}
+
+/// A database's name, in the server's encoding; its OID where it has none. In no
+/// transaction.
+pub fn name(database: Oid) -> Vec<u8> {
+    let name = transaction::run(|| {
+        // SAFETY: a catalog look-up, in a transaction; the name is copied.
+        unsafe {
+            let name = pg_sys::get_database_name(pg_sys::Oid::from(database));
+            (!name.is_null()).then(|| CStr::from_ptr(name).to_bytes().to_vec())
+        }
+    });
+    name.ok()
+        .flatten()
+        .unwrap_or_else(|| database.to_string().into_bytes())
 }

@@ -51,6 +51,17 @@ pub fn new_report(sqlstate: PgSqlErrorCode, message: String, hint: Option<String
     }
 }
 
+/// A message of this server's that is shown as data. It is UTF-8 here; in a
+/// database of another encoding only its ASCII characters are sure to be right.
+pub fn in_server_encoding(message: &str) -> String {
+    // SAFETY: a number that is set when the process connects.
+    if unsafe { pg_sys::GetDatabaseEncoding() } == pg_sys::pg_enc::PG_UTF8 as i32 {
+        return message.to_owned();
+    }
+    let ascii = |c: char| if c.is_ascii() { c } else { '?' };
+    message.chars().map(ascii).collect()
+}
+
 impl Caught {
     /// Whether it was raised because the transaction stood in the way of replay,
     /// on a standby.

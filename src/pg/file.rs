@@ -56,13 +56,20 @@ pub fn rename_durably(from: &str, to: &str) {
     unsafe { pg_sys::durable_rename(from.as_ptr(), to.as_ptr(), PgLogLevel::ERROR as i32) };
 }
 
-/// A reader that serves interrupts between two pieces.
-pub struct Interruptible<R>(pub R);
+/// A reader that serves interrupts between two pieces, and fails where it is to
+/// stop.
+pub struct Interruptible<R, S> {
+    pub reader: R,
+    pub is_to_stop: S,
+}
 
-impl<R: Read> Read for Interruptible<R> {
+impl<R: Read, S: Fn() -> bool> Read for Interruptible<R, S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         check_for_interrupts();
-        self.0.read(buffer)
+        if (self.is_to_stop)() {
+            return Err(io::Error::other("interrupted"));
+        }
+        self.reader.read(buffer)
     }
 }
 

@@ -10,6 +10,7 @@
 //! nothing while a panic unwinds: the end of the transaction lets go of what they
 //! held.
 
+pub mod activity;
 pub mod buffer;
 mod compat;
 pub mod database;

@@ -5,12 +5,30 @@ use std::time::Duration;
 
 use pgrx::{pg_guard, pg_sys};
 
+use super::activity::WaitEvent;
 use super::{compat, ffi};
 
 /// This process's ID, as the log and `pg_stat_activity` show it.
 pub fn my_pid() -> i32 {
     // SAFETY: set when the process started, and never again.
     unsafe { pg_sys::MyProcPid }
+}
+
+/// The server's timestamp of this moment.
+pub fn now() -> i64 {
+    // SAFETY: it asks the system's clock.
+    unsafe { pg_sys::GetCurrentTimestamp() }
+}
+
+/// Microseconds of a clock that nobody sets and all processes read alike.
+pub fn monotonic_micros() -> i64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: a clock that Linux has, and room for its answer.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec * 1_000_000 + time.tv_nsec / 1000
 }
 
 /// Acts on what other processes asked for: a cancel or a termination, which do
@@ -68,7 +86,7 @@ pub fn reload_configuration_if_due() -> bool {
 /// Sleeps until somebody sets this process's latch, or `timeout` is over
 /// (without one: for as long as it takes), then serves interrupts. Ends the
 /// process when the postmaster is gone.
-pub fn sleep(timeout: Option<Duration>) {
+pub fn sleep(timeout: Option<Duration>, what_for: WaitEvent) {
     let (events, milliseconds) = match timeout {
         Some(timeout) => (
             pg_sys::WL_TIMEOUT,
@@ -84,7 +102,7 @@ pub fn sleep(timeout: Option<Duration>) {
             pg_sys::MyLatch,
             (pg_sys::WL_LATCH_SET | pg_sys::WL_EXIT_ON_PM_DEATH | events) as i32,
             milliseconds,
-            pg_sys::PG_WAIT_EXTENSION,
+            what_for.id(),
         );
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }

@@ -195,6 +195,11 @@ impl Relation {
         }
     }
 
+    pub fn oid(&self) -> Oid {
+        // SAFETY: open.
+        unsafe { (*self.relation).rd_id }.to_u32()
+    }
+
     pub fn has_fork(&self, fork: Fork) -> bool {
         // SAFETY: open, and the fork's number is legal.
         unsafe { pg_sys::smgrexists(self.storage(), fork as i32) }
@@ -207,9 +212,16 @@ impl Relation {
     }
 
     /// Reads the blocks from `first` to before `end` into shared buffers (a
-    /// temporary relation's: into local ones). Reads ahead, and serves interrupts.
-    /// Raises the server's ERROR where a block cannot be read.
-    pub fn read_into_buffers(&self, fork: Fork, first: BlockNumber, end: BlockNumber) {
+    /// temporary relation's: into local ones), and tells `done` of each so many.
+    /// Reads ahead, and serves interrupts. Raises the server's ERROR where a block
+    /// cannot be read.
+    pub fn read_into_buffers(
+        &self,
+        fork: Fork,
+        first: BlockNumber,
+        end: BlockNumber,
+        mut done: impl FnMut(u32),
+    ) {
         const AT_ONCE: u32 = 8192;
         let mut next = first;
         while next < end {
@@ -218,6 +230,7 @@ impl Relation {
             // SAFETY: open.
             unsafe {
                 compat::read_into_buffers(self.relation, fork, &blocks, false, &mut |_, _| {
+                    done(1);
                     ControlFlow::Continue(())
                 });
             }
@@ -245,9 +258,15 @@ impl Relation {
         unsafe { pg_sys::PrefetchBuffer(self.relation, fork as i32, block) };
     }
 
-    /// Reads the blocks from `first` to before `end`, not into shared buffers.
-    /// Serves interrupts.
-    pub fn read(&self, fork: Fork, first: BlockNumber, end: BlockNumber) {
+    /// Reads the blocks from `first` to before `end`, not into shared buffers, and
+    /// tells `done` of each so many. Serves interrupts.
+    pub fn read(
+        &self,
+        fork: Fork,
+        first: BlockNumber,
+        end: BlockNumber,
+        mut done: impl FnMut(u32),
+    ) {
         let mut memory = Box::new(IoAligned([0; READ_BYTES]));
         let mut block = first;
         while block < end {
@@ -267,6 +286,7 @@ impl Relation {
                 );
             }
             block += count;
+            done(count);
         }
     }
 

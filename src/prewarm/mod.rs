@@ -1,12 +1,14 @@
 //! `pg_prewarm()`: reads one relation's blocks into one of three caches.
 
+use std::cell::Cell;
 use std::ffi::CString;
 
 use pgrx::prelude::*;
 
 use crate::blocks::{BlockNumber, Fork};
 use crate::error::Error;
-use crate::pg::process::check_for_interrupts;
+use crate::pg::activity::{Kind, Progress};
+use crate::pg::process::{check_for_interrupts, now};
 use crate::pg::relation::{self, Relation};
 
 /// How far blocks are brought.
@@ -104,14 +106,57 @@ fn within(
 
 /// Brings the blocks from `first` to before `end` where `mode` says.
 fn run(relation: &Relation, mode: Mode, fork: Fork, first: BlockNumber, end: BlockNumber) {
+    let shown = Shown::begin(relation, fork, u64::from(end - first));
     match mode {
-        Mode::Read => relation.read(fork, first, end),
+        Mode::Read => relation.read(fork, first, end, |blocks| shown.count(blocks)),
         Mode::Prefetch => {
             for block in first..end {
                 check_for_interrupts();
                 relation.prefetch(fork, block);
+                shown.count(1);
             }
         }
-        Mode::Buffer => relation.read_into_buffers(fork, first, end),
+        Mode::Buffer => relation.read_into_buffers(fork, first, end, |blocks| shown.count(blocks)),
+    }
+}
+
+/// The call's row of `pg_stat_progress_prewarm`.
+struct Shown(Cell<Progress>);
+
+impl Shown {
+    /// So many blocks more, and the row is written anew.
+    const STEP: u64 = 128;
+
+    fn begin(relation: &Relation, fork: Fork, total: u64) -> Self {
+        let progress = Progress {
+            kind: Kind::Prewarm,
+            relation: relation.oid(),
+            fork,
+            total,
+            done: 0,
+            skipped: 0,
+            start: now(),
+        };
+        progress.show();
+        Self(Cell::new(progress))
+    }
+
+    fn count(&self, blocks: u32) {
+        let mut progress = self.0.get();
+        let before = progress.done;
+        progress.done += u64::from(blocks);
+        self.0.set(progress);
+        if before / Self::STEP != progress.done / Self::STEP {
+            progress.show();
+        }
+    }
+}
+
+impl Drop for Shown {
+    fn drop(&mut self) {
+        // An ERROR takes the row away with the transaction.
+        if !std::thread::panicking() {
+            Progress::end();
+        }
     }
 }

@@ -1,0 +1,142 @@
+//! The functions behind the views `pg_stat_autoprewarm` and
+//! `pg_stat_progress_prewarm`, whose columns the README describes.
+
+use pgrx::prelude::*;
+
+use super::state::{Phase, State};
+use super::stats::LoadResult;
+use crate::blocks::{Fork, SkipReason};
+use crate::pg::activity;
+use crate::pg::error::in_server_encoding;
+
+/// The one row of `pg_stat_autoprewarm`.
+#[pg_extern(sql = false)]
+#[allow(clippy::type_complexity)]
+fn pg_stat_get_autoprewarm() -> TableIterator<
+    'static,
+    (
+        name!(pid, Option<i32>),
+        name!(state, &'static str),
+        name!(load_start_time, Option<TimestampWithTimeZone>),
+        name!(load_end_time, Option<TimestampWithTimeZone>),
+        name!(load_result, Option<&'static str>),
+        name!(blocks_total, i64),
+        name!(blocks_loaded, i64),
+        name!(blocks_cached, i64),
+        name!(blocks_skipped, i64),
+        name!(skipped_illegal, i64),
+        name!(skipped_template_database, i64),
+        name!(skipped_no_database, i64),
+        name!(skipped_no_relation, i64),
+        name!(skipped_no_block, i64),
+        name!(skipped_unreadable, i64),
+        name!(skipped_locked, i64),
+        name!(skipped_no_free_buffer, i64),
+        name!(skipped_interrupted, i64),
+        name!(skipped_cancelled, i64),
+        name!(last_dump_time, Option<TimestampWithTimeZone>),
+        name!(last_dump_blocks, Option<i64>),
+        name!(last_dump_duration, Option<Interval>),
+        name!(last_error, Option<String>),
+        name!(last_error_time, Option<TimestampWithTimeZone>),
+    ),
+> {
+    let state = State::attach();
+    let load = &state.load;
+    let counts = load.counts();
+    let skipped = |reason| counts.skipped.of(reason) as i64;
+    let (dump_time, dump_blocks, dump_duration) = state.dump.last();
+    let dump_time = time(dump_time);
+    let was_dumped = dump_time.is_some();
+    let error = state.last_error.last();
+    TableIterator::once((
+        state.leader(),
+        state_name(state),
+        time(load.start_time()),
+        time(load.end_time()),
+        load.result().map(LoadResult::name),
+        counts.total as i64,
+        counts.loaded as i64,
+        counts.cached as i64,
+        counts.skipped.total() as i64,
+        skipped(SkipReason::Illegal),
+        skipped(SkipReason::TemplateDatabase),
+        skipped(SkipReason::NoDatabase),
+        skipped(SkipReason::NoRelation),
+        skipped(SkipReason::NoBlock),
+        skipped(SkipReason::Unreadable),
+        skipped(SkipReason::Locked),
+        skipped(SkipReason::NoFreeBuffer),
+        skipped(SkipReason::Interrupted),
+        skipped(SkipReason::Cancelled),
+        dump_time,
+        was_dumped.then_some(dump_blocks as i64),
+        was_dumped.then(|| Interval::from_micros(dump_duration.as_micros() as i64)),
+        error
+            .as_ref()
+            .map(|(message, _)| in_server_encoding(message)),
+        error.and_then(|(_, when)| time(when)),
+    ))
+}
+
+fn state_name(state: &State) -> &'static str {
+    let leads = state.leader().is_some();
+    match state.phase() {
+        Phase::Loading if leads => "loading",
+        _ if state.dump_file_user().is_some() => "dumping",
+        _ if !leads => "not running",
+        _ if state.load_is_pending() => "load pending",
+        Phase::Failed => "load failed",
+        _ => "idle",
+    }
+}
+
+/// The rows of `pg_stat_progress_prewarm`, but for the names of databases.
+#[pg_extern(sql = false)]
+#[allow(clippy::type_complexity)]
+fn pg_stat_get_progress_prewarm() -> TableIterator<
+    'static,
+    (
+        name!(pid, i32),
+        name!(datid, pg_sys::Oid),
+        name!(kind, &'static str),
+        name!(relid, Option<pg_sys::Oid>),
+        name!(fork, Option<&'static str>),
+        name!(blocks_total, i64),
+        name!(blocks_done, i64),
+        name!(blocks_skipped, i64),
+        name!(start_time, Option<TimestampWithTimeZone>),
+    ),
+> {
+    let rows = activity::all_progress();
+    TableIterator::new(rows.into_iter().map(|(pid, database, progress)| {
+        let reads = progress.relation != 0;
+        (
+            pid,
+            pg_sys::Oid::from(database),
+            progress.kind.name(),
+            reads.then_some(pg_sys::Oid::from(progress.relation)),
+            reads.then_some(fork_name(progress.fork)),
+            progress.total as i64,
+            progress.done as i64,
+            progress.skipped as i64,
+            time(progress.start),
+        )
+    }))
+}
+
+fn fork_name(fork: Fork) -> &'static str {
+    match fork {
+        Fork::Main => "main",
+        Fork::FreeSpaceMap => "fsm",
+        Fork::VisibilityMap => "vm",
+        Fork::Init => "init",
+    }
+}
+
+/// A timestamp of the server's; nothing for 0.
+fn time(timestamp: i64) -> Option<TimestampWithTimeZone> {
+    Some(timestamp)
+        .filter(|&timestamp| timestamp != 0)
+        .and_then(|timestamp| timestamp.try_into().ok())
+}

@@ -1,0 +1,277 @@
+//! What is kept of loads and dumps for those who ask: numbers and times in shared
+//! memory, written as things happen. Times are the server's timestamps, 0 for none.
+
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicU64};
+use std::time::Duration;
+
+use crate::blocks::{SkipCounts, SkipReason};
+use crate::pg::process;
+
+/// The load that runs, or the last one.
+pub struct LoadStats {
+    /// Which load it is. A worker whose leader has died may go on while the next
+    /// load has begun: what it does is not counted any more.
+    number: AtomicU32,
+    start: AtomicI64,
+    end: AtomicI64,
+    /// A [`LoadResult`], plus one; 0 while it runs, or where there was none.
+    result: AtomicU32,
+    total: AtomicU64,
+    loaded: AtomicU64,
+    cached: AtomicU64,
+    skipped: [AtomicU64; SkipReason::ALL.len()],
+}
+
+/// How a load ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadResult {
+    /// All that could be loaded is.
+    Completed,
+    /// Somebody called `autoprewarm_cancel()`.
+    Cancelled,
+    /// The list could not be read, the load's leader ended, or no worker could
+    /// do its work.
+    Failed,
+}
+
+impl LoadResult {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Blocks dealt with, by outcome.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub total: u64,
+    pub loaded: u64,
+    /// Blocks that were in shared buffers already.
+    pub cached: u64,
+    pub skipped: SkipCounts,
+}
+
+impl Counts {
+    /// Blocks that nothing has become of so far.
+    pub fn rest(&self) -> u64 {
+        let done = self.loaded + self.cached + self.skipped.total();
+        self.total.saturating_sub(done)
+    }
+}
+
+impl LoadStats {
+    pub const INITIAL: Self = Self {
+        number: AtomicU32::new(0),
+        start: AtomicI64::new(0),
+        end: AtomicI64::new(0),
+        result: AtomicU32::new(0),
+        total: AtomicU64::new(0),
+        loaded: AtomicU64::new(0),
+        cached: AtomicU64::new(0),
+        skipped: [const { AtomicU64::new(0) }; SkipReason::ALL.len()],
+    };
+
+    /// A new load begins.
+    pub(super) fn begin(&self) {
+        self.number.fetch_add(1, SeqCst);
+        self.result.store(0, SeqCst);
+        self.end.store(0, SeqCst);
+        for counter in [&self.total, &self.loaded, &self.cached] {
+            counter.store(0, SeqCst);
+        }
+        for counter in &self.skipped {
+            counter.store(0, SeqCst);
+        }
+        self.start.store(process::now(), SeqCst);
+    }
+
+    pub(super) fn end(&self, result: LoadResult) {
+        self.end.store(process::now(), SeqCst);
+        self.result.store(result as u32 + 1, SeqCst);
+    }
+
+    pub fn number(&self) -> u32 {
+        self.number.load(SeqCst)
+    }
+
+    pub fn set_total(&self, records: u64) {
+        self.total.store(records, SeqCst);
+    }
+
+    /// Counts blocks of the load of that number.
+    pub fn count(&self, number: u32, loaded: u64, cached: u64) {
+        if self.number.load(Relaxed) == number {
+            self.loaded.fetch_add(loaded, Relaxed);
+            self.cached.fetch_add(cached, Relaxed);
+        }
+    }
+
+    pub fn skip(&self, number: u32, reason: SkipReason, blocks: u64) {
+        if self.number.load(Relaxed) == number {
+            self.skipped[reason as usize].fetch_add(blocks, Relaxed);
+        }
+    }
+
+    pub fn counts(&self) -> Counts {
+        let mut skipped = SkipCounts::default();
+        for reason in SkipReason::ALL {
+            skipped.count(reason, self.skipped[reason as usize].load(SeqCst));
+        }
+        Counts {
+            total: self.total.load(SeqCst),
+            loaded: self.loaded.load(SeqCst),
+            cached: self.cached.load(SeqCst),
+            skipped,
+        }
+    }
+
+    pub fn start_time(&self) -> i64 {
+        self.start.load(SeqCst)
+    }
+
+    pub fn end_time(&self) -> i64 {
+        self.end.load(SeqCst)
+    }
+
+    pub fn result(&self) -> Option<LoadResult> {
+        match self.result.load(SeqCst) {
+            1 => Some(LoadResult::Completed),
+            2 => Some(LoadResult::Cancelled),
+            3 => Some(LoadResult::Failed),
+            _ => None,
+        }
+    }
+}
+
+/// The last dump that was written.
+pub struct DumpStats {
+    time: AtomicI64,
+    blocks: AtomicU64,
+    microseconds: AtomicU64,
+}
+
+impl DumpStats {
+    pub const INITIAL: Self = Self {
+        time: AtomicI64::new(0),
+        blocks: AtomicU64::new(0),
+        microseconds: AtomicU64::new(0),
+    };
+
+    /// So many blocks were listed, which took so long. By who uses the dump file.
+    pub fn record(&self, blocks: u64, took: Duration) {
+        self.blocks.store(blocks, SeqCst);
+        let microseconds = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.microseconds.store(microseconds, SeqCst);
+        self.time.store(process::now(), SeqCst);
+    }
+
+    /// When it ended, how many blocks it lists, and how long it took.
+    pub fn last(&self) -> (i64, u64, Duration) {
+        (
+            self.time.load(SeqCst),
+            self.blocks.load(SeqCst),
+            Duration::from_micros(self.microseconds.load(SeqCst)),
+        )
+    }
+}
+
+/// The last error that the leader or a worker has logged.
+///
+/// A text is more than one word, so it has a version, which is odd while the text
+/// is being written; a reader that finds it odd, or changed, reads once more.
+pub struct LastError {
+    version: AtomicU32,
+    time: AtomicI64,
+    length: AtomicU32,
+    bytes: [AtomicU8; LastError::ROOM],
+}
+
+impl LastError {
+    /// The most bytes of a message that are kept.
+    const ROOM: usize = 256;
+
+    pub const INITIAL: Self = Self {
+        version: AtomicU32::new(0),
+        time: AtomicI64::new(0),
+        length: AtomicU32::new(0),
+        bytes: [const { AtomicU8::new(0) }; Self::ROOM],
+    };
+
+    /// Keeps an error's message, or as much of it as there is room for; but not
+    /// where another process is just doing that, since the two happened at the
+    /// same time.
+    pub fn record(&self, message: &str) {
+        let version = self.version.load(SeqCst);
+        let mine = |version: &u32| {
+            self.version
+                .compare_exchange(*version, version + 1, SeqCst, SeqCst)
+                .is_ok()
+        };
+        let Some(version) = Some(version).filter(|version| version % 2 == 0 && mine(version))
+        else {
+            return;
+        };
+        let length = message.floor_char_boundary(Self::ROOM);
+        for (to, from) in self.bytes.iter().zip(&message.as_bytes()[..length]) {
+            to.store(*from, SeqCst);
+        }
+        self.length.store(length as u32, SeqCst);
+        self.time.store(process::now(), SeqCst);
+        self.version.store(version.wrapping_add(2), SeqCst);
+    }
+
+    /// The message and when it was logged; nothing where there was none.
+    pub fn last(&self) -> Option<(String, i64)> {
+        loop {
+            let version = self.version.load(SeqCst);
+            let length = self.length.load(SeqCst) as usize;
+            let bytes: Vec<u8> = self.bytes[..length.min(Self::ROOM)]
+                .iter()
+                .map(|byte| byte.load(SeqCst))
+                .collect();
+            let time = self.time.load(SeqCst);
+            if version % 2 == 0 && self.version.load(SeqCst) == version {
+                let message = String::from_utf8_lossy(&bytes).into_owned();
+                return (time != 0).then_some((message, time));
+            }
+            process::check_for_interrupts();
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_result_is_read_back_as_itself() {
+        let stats = LoadStats::INITIAL;
+        assert_eq!(stats.result(), None);
+        for result in [
+            LoadResult::Completed,
+            LoadResult::Cancelled,
+            LoadResult::Failed,
+        ] {
+            stats.result.store(result as u32 + 1, SeqCst);
+            assert_eq!(stats.result(), Some(result));
+        }
+    }
+
+    #[test]
+    fn workers_of_a_former_load_count_no_more() {
+        let stats = LoadStats::INITIAL;
+        stats.count(0, 2, 1);
+        stats.number.store(1, SeqCst);
+        stats.count(0, 100, 100);
+        stats.skip(0, SkipReason::Locked, 100);
+        stats.count(1, 3, 0);
+        let counts = stats.counts();
+        assert_eq!((counts.loaded, counts.cached), (5, 1));
+        assert_eq!(counts.skipped.total(), 0);
+    }
+}

@@ -247,7 +247,7 @@ impl Worker<'_> {
     /// Has the next turn ask for fewer blocks than this one has read, if that took
     /// too long: what is being read ahead when the time is over is read to its end.
     fn adapt_to_disk(&self, time: Duration, blocks: usize) {
-        self.most_in_turn.set(if time > 2 * TURN {
+        self.most_in_turn.set(if time > 3 * TURN {
             (blocks / 2).max(1)
         } else {
             self.most_in_turn.get().saturating_mul(2)

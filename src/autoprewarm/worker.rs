@@ -31,6 +31,12 @@ const TURN: Duration = Duration::from_millis(20);
 const LOCKED_PATIENCE: Duration = Duration::from_secs(3);
 const LOCKED_RETRY: Duration = Duration::from_millis(50);
 
+/// How long to wait before the next chunk is claimed after one whose relation was
+/// locked, and how often in all. Most locks are held for a moment, in which one
+/// worker would set aside the whole of a large relation.
+const LOCKED_PAUSE: Duration = Duration::from_millis(10);
+const LOCKED_PAUSES: usize = 50;
+
 /// The longest sleep for the rate limit, after which it may be another.
 const RATE_PATIENCE: Duration = Duration::from_millis(100);
 
@@ -76,10 +82,14 @@ pub fn main(argument: WorkerArgument) {
         }),
     };
     let mut locked = Vec::new();
+    let mut pauses = 0..LOCKED_PAUSES;
     while let Some(claim) = load.next_claim(slot, segment.cells()) {
         worker.count_claim(claim);
         if let ChunkEnd::Locked(rest) = worker.load_chunk(claim) {
             locked.push(rest);
+            if pauses.next().is_some() {
+                sleep(LOCKED_PAUSE, WaitEvent::LockedRelation);
+            }
         }
         slot.give_up_claim();
     }

@@ -216,15 +216,51 @@ pub unsafe fn reserve_shared_memory(size: usize) {
     let _ = size;
 }
 
-/// Reads blocks, in ascending order, into buffers, of which each is handed to
-/// `each` with its place among the blocks; into free buffers only, if wanted.
+/// Reads blocks, in ascending order, into free buffers, of which each is handed to
+/// `each` with its place among the blocks. Reads ahead by asking the operating
+/// system, and reads in this process: where the server has I/O workers, they would
+/// only compete with several processes that load at once.
+///
 /// Holds no snapshot of catalogs meanwhile, not even that of looking up how far
 /// to read ahead in the tablespace.
 ///
 /// # Safety
+/// `relation` is open and permanent, and the blocks are there.
+pub unsafe fn read_into_free_buffers(
+    relation: pg_sys::Relation,
+    fork: Fork,
+    blocks: &[BlockNumber],
+    each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
+) -> ReadEnd {
+    // SAFETY: the caller's promise.
+    unsafe { read_in_runs(relation, fork, blocks, true, each) }
+}
+
+/// Reads blocks, in ascending order, into buffers, of which each is handed to
+/// `each` with its place among the blocks. Reads ahead as the server's own
+/// commands do, through a read stream on 17 and later.
+///
+/// # Safety
 /// `relation` is open, and the blocks are there.
-#[cfg(any(feature = "pg15", feature = "pg16"))]
 pub unsafe fn read_into_buffers(
+    relation: pg_sys::Relation,
+    fork: Fork,
+    blocks: &[BlockNumber],
+    each: &mut dyn FnMut(usize, &Pinned),
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        #[cfg(any(feature = "pg15", feature = "pg16"))]
+        read_in_runs(relation, fork, blocks, false, &mut |index, buffer| {
+            each(index, buffer);
+            ControlFlow::Continue(())
+        });
+        #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+        read_through_stream(relation, fork, blocks, each);
+    }
+}
+
+unsafe fn read_in_runs(
     relation: pg_sys::Relation,
     fork: Fork,
     blocks: &[BlockNumber],
@@ -234,51 +270,153 @@ pub unsafe fn read_into_buffers(
     // SAFETY: the caller's promise.
     let mut ahead = unsafe { ReadAhead::new(relation, fork) };
     release_catalog_snapshot();
-    for (index, &block) in blocks.iter().enumerate() {
+    let most = most_in_run();
+    let mut index = 0;
+    while index < blocks.len() {
         check_for_interrupts();
         if only_free && !buffer::have_free_buffer() {
             return ReadEnd::Full;
         }
         ahead.advance(blocks, index);
-        // SAFETY: the caller's promise; the pin that reading takes is handed over.
-        let buffer = unsafe {
-            Pinned::new(pg_sys::ReadBufferExtended(
-                relation,
-                fork as i32,
-                block,
-                pg_sys::ReadBufferMode::RBM_NORMAL,
-                std::ptr::null_mut(),
-            ))
-        };
-        if each(index, &buffer).is_break() {
+        let run = run_length(&blocks[index..], most);
+        let mut end = ControlFlow::Continue(());
+        // SAFETY: the caller's promise.
+        unsafe {
+            read_run(relation, fork, blocks[index], run, &mut |buffer| {
+                // What is read is taken, whatever was said of the block before.
+                if each(index, buffer).is_break() {
+                    end = ControlFlow::Break(());
+                }
+                index += 1;
+            });
+        }
+        if end.is_break() {
             break;
         }
     }
     ReadEnd::Over
 }
 
-/// Reads blocks, in ascending order, into buffers, of which each is handed to
-/// `each` with its place among the blocks; into free buffers only, if wanted.
-/// Holds no snapshot of catalogs meanwhile, not even that of looking up how far
-/// to read ahead in the tablespace.
-///
-/// # Safety
-/// `relation` is open, and the blocks are there.
+/// How many blocks follow one another at the beginning, up to `most`.
+fn run_length(blocks: &[BlockNumber], most: usize) -> usize {
+    blocks
+        .iter()
+        .zip(blocks[0]..)
+        .take(most)
+        .take_while(|&(&block, expected)| block == expected)
+        .count()
+}
+
+/// How many blocks the server reads at once.
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+fn most_in_run() -> usize {
+    1
+}
+
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+unsafe fn read_run(
+    relation: pg_sys::Relation,
+    fork: Fork,
+    first: BlockNumber,
+    count: usize,
+    each: &mut dyn FnMut(&Pinned),
+) {
+    debug_assert_eq!(count, 1);
+    // SAFETY: the caller's promise; the pin that reading takes is handed over.
+    let buffer = unsafe {
+        Pinned::new(pg_sys::ReadBufferExtended(
+            relation,
+            fork as i32,
+            first,
+            pg_sys::ReadBufferMode::RBM_NORMAL,
+            std::ptr::null_mut(),
+        ))
+    };
+    each(&buffer);
+}
+
 #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-pub unsafe fn read_into_buffers(
+const RUN: usize = READ_BLOCKS_MAX as usize;
+
+/// How many blocks the server reads at once, and this process may pin at once.
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+fn most_in_run() -> usize {
+    // SAFETY: a setting, and this process's own count of pins.
+    unsafe {
+        let mut pins = RUN.min(pg_sys::io_combine_limit as usize) as u32;
+        pg_sys::LimitAdditionalPins(&mut pins);
+        pins as usize
+    }
+}
+
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+unsafe fn read_run(
+    relation: pg_sys::Relation,
+    fork: Fork,
+    first: BlockNumber,
+    count: usize,
+    each: &mut dyn FnMut(&Pinned),
+) {
+    #[cfg(feature = "pg17")]
+    const FLAGS: u32 = 0;
+    #[cfg(feature = "pg18")]
+    const FLAGS: u32 = pg_sys::READ_BUFFERS_SYNCHRONOUSLY;
+
+    let mut buffers = [pg_sys::InvalidBuffer as pg_sys::Buffer; RUN];
+    let mut done = 0;
+    while done < count {
+        let rest = &mut buffers[done..count];
+        let mut started = rest.len() as c_int;
+        // SAFETY: the caller's promise. The server may start fewer reads than it
+        // is asked for, and on 18 have pinned more: what it left in `buffers` is
+        // given to it again. Pins of what was read are handed over.
+        unsafe {
+            let mut operation = pg_sys::ReadBuffersOperation {
+                rel: relation,
+                smgr: pg_sys::RelationGetSmgr(relation),
+                forknum: fork as i32,
+                ..Default::default()
+            };
+            let persistence = (*(*relation).rd_rel).relpersistence;
+            #[cfg(feature = "pg17")]
+            {
+                operation.smgr_persistence = persistence;
+            }
+            #[cfg(feature = "pg18")]
+            {
+                operation.persistence = persistence;
+            }
+            if pg_sys::StartReadBuffers(
+                &mut operation,
+                rest.as_mut_ptr(),
+                first + done as u32,
+                &mut started,
+                FLAGS as c_int,
+            ) {
+                pg_sys::WaitReadBuffers(&mut operation);
+            }
+            for &buffer in &rest[..started as usize] {
+                each(&Pinned::new(buffer));
+            }
+        }
+        done += started as usize;
+    }
+}
+
+/// # Safety
+/// As of [`read_into_buffers`].
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+unsafe fn read_through_stream(
     relation: pg_sys::Relation,
     fork: Fork,
     blocks: &[BlockNumber],
-    only_free: bool,
-    each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
-) -> ReadEnd {
+    each: &mut dyn FnMut(usize, &Pinned),
+) {
     /// What the stream asks its callback for. It lies on the stack below the
     /// stream's calls, and holds nothing that unwinding would have to drop.
     struct Source {
         blocks: *const BlockNumber,
         left: usize,
-        only_free: bool,
-        full: bool,
     }
 
     unsafe extern "C-unwind" fn next(
@@ -290,11 +428,6 @@ pub unsafe fn read_into_buffers(
         unsafe {
             let source = &mut *source.cast::<Source>();
             if source.left == 0 {
-                return pg_sys::InvalidBlockNumber;
-            }
-            if source.only_free && !buffer::have_free_buffer() {
-                source.full = true;
-                source.left = 0;
                 return pg_sys::InvalidBlockNumber;
             }
             let block = *source.blocks;
@@ -313,10 +446,7 @@ pub unsafe fn read_into_buffers(
     let mut source = Source {
         blocks: blocks.as_ptr(),
         left: blocks.len(),
-        only_free,
-        full: false,
     };
-    let source = &raw mut source;
     // SAFETY: the caller's promise; blocks and source outlive the stream, which
     // the end of the transaction frees where an ERROR is raised.
     unsafe {
@@ -326,7 +456,7 @@ pub unsafe fn read_into_buffers(
             relation,
             fork as i32,
             Some(next),
-            source.cast(),
+            (&raw mut source).cast(),
             0,
         );
         release_catalog_snapshot();
@@ -336,31 +466,19 @@ pub unsafe fn read_into_buffers(
             if buffer == pg_sys::InvalidBuffer as pg_sys::Buffer {
                 break;
             }
-            if each(index, &Pinned::new(buffer)).is_break() {
-                // What is being read already is taken as well.
-                (*source).left = 0;
-            }
+            each(index, &Pinned::new(buffer));
         }
         pg_sys::read_stream_end(stream);
-        if (*source).full {
-            ReadEnd::Full
-        } else {
-            ReadEnd::Over
-        }
     }
 }
 
-/// Tells the operating system which blocks will be read next: where the server
-/// itself reads one block at a time and waits for it.
+/// Tells the operating system which blocks will be read next, for a process that
+/// waits for what it reads.
 ///
 /// Blocks that follow one another are asked for together, as far as one request
 /// reaches: Linux cuts a larger one to the device's read-ahead size.
-#[cfg(any(feature = "pg15", feature = "pg16"))]
 struct ReadAhead {
-    /// The path of the fork's first segment file.
-    path: String,
-    /// The segment file that is open, and which it is.
-    file: Option<(u32, std::io::Result<std::fs::File>)>,
+    fork: ForkFiles,
     /// Where, among the blocks, the requests end that have been made and whose
     /// blocks have not been read.
     requests: std::collections::VecDeque<usize>,
@@ -369,11 +487,55 @@ struct ReadAhead {
     most_requests: usize,
 }
 
-#[cfg(any(feature = "pg15", feature = "pg16"))]
 impl ReadAhead {
     /// The most blocks of a request.
     const REQUEST_BLOCKS: usize = 16;
 
+    /// # Safety
+    /// `relation` is open for as long as this is used.
+    unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (_, tablespace, _) = locator(relation);
+            let concurrency =
+                pg_sys::get_tablespace_maintenance_io_concurrency(pg_sys::Oid::from(tablespace));
+            Self {
+                fork: ForkFiles::new(relation, fork),
+                requests: std::collections::VecDeque::new(),
+                next: 0,
+                most_requests: usize::try_from(concurrency).unwrap_or(0),
+            }
+        }
+    }
+
+    /// Makes as many requests ahead of `blocks[index]`, which is about to be
+    /// read, as are allowed.
+    fn advance(&mut self, blocks: &[BlockNumber], index: usize) {
+        while self.requests.front().is_some_and(|&end| end <= index) {
+            self.requests.pop_front();
+        }
+        while self.requests.len() < self.most_requests && self.next < blocks.len() {
+            let start = self.next.max(index);
+            let run = run_length(&blocks[start..], Self::REQUEST_BLOCKS);
+            self.fork.request(blocks[start], run as u32);
+            self.next = start + run;
+            self.requests.push_back(self.next);
+        }
+    }
+}
+
+/// The files of a relation's fork, of which the operating system is asked to read
+/// parts.
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+struct ForkFiles {
+    /// The path of the first segment file.
+    path: String,
+    /// The segment file that is open, and which it is.
+    file: Option<(u32, std::io::Result<std::fs::File>)>,
+}
+
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+impl ForkFiles {
     /// A temporary relation has its files elsewhere, and goes without.
     ///
     /// # Safety
@@ -391,45 +553,20 @@ impl ReadAhead {
                 pg_sys::InvalidBackendId,
                 fork as i32,
             );
-            let concurrency = pg_sys::get_tablespace_maintenance_io_concurrency(tablespace);
-            let ahead = Self {
+            let files = Self {
                 path: CStr::from_ptr(path).to_string_lossy().into_owned(),
                 file: None,
-                requests: std::collections::VecDeque::new(),
-                next: 0,
-                most_requests: usize::try_from(concurrency).unwrap_or(0),
             };
             pg_sys::pfree(path.cast());
-            ahead
+            files
         }
     }
 
-    /// Makes as many requests ahead of `blocks[index]`, which is about to be
-    /// read, as are allowed.
-    fn advance(&mut self, blocks: &[BlockNumber], index: usize) {
-        while self.requests.front().is_some_and(|&end| end <= index) {
-            self.requests.pop_front();
-        }
-        while self.requests.len() < self.most_requests && self.next < blocks.len() {
-            let start = self.next.max(index);
-            let first = blocks[start];
-            let segment = first / pg_sys::RELSEG_SIZE;
-            let run = blocks[start..]
-                .iter()
-                .zip(first..)
-                .take(Self::REQUEST_BLOCKS)
-                .take_while(|&(&block, expected)| {
-                    block == expected && block / pg_sys::RELSEG_SIZE == segment
-                })
-                .count();
-            self.request(segment, first % pg_sys::RELSEG_SIZE, run);
-            self.next = start + run;
-            self.requests.push_back(self.next);
-        }
-    }
-
-    fn request(&mut self, segment: u32, first: BlockNumber, count: usize) {
+    /// Asks for blocks that follow one another; for those of the first one's
+    /// segment file, at least.
+    fn request(&mut self, first: BlockNumber, count: u32) {
         use std::os::fd::AsRawFd;
+        let segment = first / pg_sys::RELSEG_SIZE;
         if self.file.as_ref().is_none_or(|(open, _)| *open != segment) {
             let path = match segment {
                 0 => self.path.clone(),
@@ -444,10 +581,41 @@ impl ReadAhead {
             unsafe {
                 libc::posix_fadvise(
                     file.as_raw_fd(),
-                    i64::from(first) * block_size,
-                    count as i64 * block_size,
+                    i64::from(first % pg_sys::RELSEG_SIZE) * block_size,
+                    i64::from(count) * block_size,
                     libc::POSIX_FADV_WILLNEED,
                 );
+            }
+        }
+    }
+}
+
+/// The files of a relation's fork, of which the operating system is asked to read
+/// parts.
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+struct ForkFiles {
+    relation: pg_sys::Relation,
+    fork: Fork,
+}
+
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+impl ForkFiles {
+    /// # Safety
+    /// `relation` is open for as long as this is used.
+    unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
+        Self { relation, fork }
+    }
+
+    /// Asks for blocks that follow one another.
+    fn request(&mut self, first: BlockNumber, count: u32) {
+        /// `IO_DIRECT_DATA`: what is read goes past the operating system's cache.
+        const DIRECT_DATA: c_int = 1;
+        // SAFETY: the relation is open. Its storage is asked for each time: an
+        // interrupt may have closed it.
+        unsafe {
+            if pg_sys::io_direct_flags & DIRECT_DATA == 0 {
+                let storage = pg_sys::RelationGetSmgr(self.relation);
+                pg_sys::smgrprefetch(storage, self.fork as i32, first, count as c_int);
             }
         }
     }

@@ -229,10 +229,7 @@ impl Relation {
             next += blocks.len() as u32;
             // SAFETY: open.
             unsafe {
-                compat::read_into_buffers(self.relation, fork, &blocks, false, &mut |_, _| {
-                    done(1);
-                    ControlFlow::Continue(())
-                });
+                compat::read_into_buffers(self.relation, fork, &blocks, &mut |_, _| done(1));
             }
         }
     }
@@ -248,7 +245,7 @@ impl Relation {
         mut each: impl FnMut(usize, &Pinned) -> ControlFlow<()>,
     ) -> ReadEnd {
         // SAFETY: open.
-        unsafe { compat::read_into_buffers(self.relation, fork, blocks, true, &mut each) }
+        unsafe { compat::read_into_free_buffers(self.relation, fork, blocks, &mut each) }
     }
 
     /// Asks the operating system to read a block, unless it is in shared

@@ -7,7 +7,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
-use crate::common::{Block, list_of};
+use crate::common::{Block, Cluster, list_of};
 use crate::report::{Report, Samples};
 use crate::side::{self, Side, SystemCache};
 use crate::{Options, machine};
@@ -97,6 +97,26 @@ pub fn run(options: &Options, report: &mut Report) {
                 }
             }
             report.compare(&format!("load: {name}, {}", cache.name()), "s", &samples);
+            if (*name, cache) == ("sparse", SystemCache::Cold) {
+                compare_with_disk(report, &cluster, &sparse, f64::from(count) / samples.ours());
+            }
         }
+    }
+}
+
+/// Reports what part ours was of the random reads that the disk can do.
+fn compare_with_disk(report: &mut Report, cluster: &Cluster, table: &Block, ours: f64) {
+    let first = cluster.data(&format!("base/{}/{}", table.database, table.filenumber));
+    let segments = (1..).map(|number| first.with_extension(number.to_string()));
+    let files: Vec<_> = std::iter::once(first.clone())
+        .chain(segments)
+        .take_while(|file| file.exists())
+        .collect();
+    match machine::random_reads_per_second(&files) {
+        Some(disk) => {
+            report.figure("load: sparse, cold: fio, blocks", disk, "/s");
+            report.figure("load: sparse, cold: ours, of fio", ours / disk, "");
+        }
+        None => eprintln!("   no fio to compare with"),
     }
 }

@@ -1,7 +1,8 @@
 //! The machine that is measured on: its caches, and what is known of it.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The disk's read-ahead that most servers have. Some virtual disks come with
 /// far more, which helps whoever reads block by block.
@@ -53,6 +54,24 @@ pub fn touch_memory(megabytes: u32) {
         *page = 1;
     }
     std::hint::black_box(&memory);
+}
+
+/// How many random blocks of these files the disk can read in a second, by fio
+/// with 32 requests at a time from each of two processes, past the operating
+/// system's cache; nothing where there is no fio.
+pub fn random_reads_per_second(files: &[PathBuf]) -> Option<f64> {
+    let names: Vec<_> = files.iter().map(|file| file.display().to_string()).collect();
+    let output = Command::new("fio")
+        .arg("--name=random")
+        .arg(format!("--filename={}", names.join(":")))
+        .args(["--rw=randread", "--bs=8k", "--iodepth=32", "--numjobs=2"])
+        .args(["--direct=1", "--ioengine=libaio", "--readonly"])
+        .args(["--time_based", "--runtime=4", "--group_reporting"])
+        .arg("--output-format=json")
+        .output()
+        .ok()?;
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
+    result["jobs"][0]["read"]["iops"].as_f64()
 }
 
 /// A field of a process's status, in kB.

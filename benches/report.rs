@@ -25,6 +25,13 @@ impl Samples {
     }
 }
 
+impl Samples {
+    /// The median of ours.
+    pub fn ours(&self) -> f64 {
+        median(&self.ours)
+    }
+}
+
 fn median(samples: &[f64]) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);

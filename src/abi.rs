@@ -43,6 +43,11 @@ export!(
     "pg_finfo_autoprewarm_dump_now",
     crate::autoprewarm::sql::autoprewarm_dump_now_wrapper
 );
+export!(
+    "autoprewarm_blocks",
+    "pg_finfo_autoprewarm_blocks",
+    crate::autoprewarm::list::autoprewarm_blocks_wrapper
+);
 
 /// Where the leader begins.
 #[pg_guard]

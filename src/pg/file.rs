@@ -4,7 +4,8 @@ use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::IntoRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::rc::Rc;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
@@ -63,6 +64,20 @@ impl<R: Read> Read for Interruptible<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         check_for_interrupts();
         self.0.read(buffer)
+    }
+}
+
+/// A place in a file that may have several readers.
+pub struct At {
+    pub file: Rc<File>,
+    pub offset: u64,
+}
+
+impl Read for At {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.file.read_at(buffer, self.offset)?;
+        self.offset += length as u64;
+        Ok(length)
     }
 }
 

@@ -60,7 +60,10 @@ pub fn touch_memory(megabytes: u32) {
 /// with 32 requests at a time from each of two processes, past the operating
 /// system's cache; nothing where there is no fio.
 pub fn random_reads_per_second(files: &[PathBuf]) -> Option<f64> {
-    let names: Vec<_> = files.iter().map(|file| file.display().to_string()).collect();
+    let names: Vec<_> = files
+        .iter()
+        .map(|file| file.display().to_string())
+        .collect();
     let output = Command::new("fio")
         .arg("--name=random")
         .arg(format!("--filename={}", names.join(":")))

@@ -90,3 +90,15 @@ REVOKE ALL ON pg_stat_autoprewarm FROM PUBLIC;
 REVOKE ALL ON pg_stat_progress_prewarm FROM PUBLIC;
 GRANT SELECT ON pg_stat_autoprewarm TO pg_monitor;
 GRANT SELECT ON pg_stat_progress_prewarm TO pg_monitor;
+
+-- The list on disk.
+
+CREATE FUNCTION autoprewarm_blocks()
+RETURNS TABLE (database oid, tablespace oid, filenumber oid,
+               fork int2, block int8, heat int2)
+STRICT
+AS 'MODULE_PATHNAME', 'autoprewarm_blocks'
+LANGUAGE C PARALLEL RESTRICTED ROWS 10000;
+
+REVOKE ALL ON FUNCTION autoprewarm_blocks() FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION autoprewarm_blocks() TO pg_monitor;

@@ -69,6 +69,11 @@ export!(
     "pg_finfo_pg_stat_get_progress_prewarm",
     crate::autoprewarm::stat::pg_stat_get_progress_prewarm_wrapper
 );
+export!(
+    "autoprewarm_blocks",
+    "pg_finfo_autoprewarm_blocks",
+    crate::autoprewarm::list::autoprewarm_blocks_wrapper
+);
 
 /// Where the leader begins.
 #[pg_guard]

@@ -5,6 +5,7 @@ use std::io;
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use crate::autoprewarm::DUMP_FILE;
+use crate::blocks::list::ReadError;
 use crate::pg;
 use crate::pg::error::new_report;
 
@@ -90,7 +91,31 @@ impl Error {
                  it.",
             ),
             Self::WorkerNotStarted => Some("More details may be available in the server log."),
+            Self::File { path, source, .. }
+                if *path == DUMP_FILE && source.kind() == io::ErrorKind::NotFound =>
+            {
+                Some(
+                    "autoprewarm_dump_now() writes it, and so does the autoprewarm leader, at \
+                     intervals and at shutdown.",
+                )
+            }
             _ => None,
+        }
+    }
+}
+
+/// Why the list could not be read.
+impl From<ReadError> for Error {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Io(source) => Self::File {
+                action: "read",
+                path: DUMP_FILE,
+                source,
+            },
+            ReadError::OutOfMemory(_) | ReadError::TooManyFiles => {
+                Self::ListTooLarge(error.to_string())
+            }
         }
     }
 }

@@ -672,7 +672,7 @@ fn is_space(byte: u8) -> bool {
 
 /// What may stand in the list's place and cannot be read.
 #[derive(Clone, Copy, Debug)]
-enum Unreadable {
+pub enum Unreadable {
     NoRights,
     Folder,
     Pipe,
@@ -680,7 +680,7 @@ enum Unreadable {
 }
 
 impl Unreadable {
-    fn put(self, cluster: &Cluster, path: &Path) {
+    pub fn put(self, cluster: &Cluster, path: &Path) {
         let _ = fs::remove_file(path);
         match self {
             Self::NoRights => {
@@ -711,14 +711,14 @@ impl Unreadable {
         }
     }
 
-    fn remove(self, path: &Path) {
+    pub fn remove(self, path: &Path) {
         match self {
             Self::Folder => fs::remove_dir(path).unwrap(),
             _ => fs::remove_file(path).unwrap(),
         }
     }
 
-    fn reason(self) -> &'static str {
+    pub fn reason(self) -> &'static str {
         match self {
             Self::NoRights => "Permission denied",
             Self::Folder => "Is a directory",

@@ -8,6 +8,7 @@ mod common;
 mod bad_files;
 mod functions;
 mod heat;
+mod list;
 mod load;
 mod neighbour;
 mod resources;

@@ -15,7 +15,7 @@ use super::shared::{Claim, Cursor, Load as SharedLoad, MAX_WORKERS, Stage, Worke
 use super::state::State;
 use super::stats::LoadStats;
 use super::{DUMP_FILE, WORKER};
-use crate::blocks::list::{BlockList, ReadError};
+use crate::blocks::list::BlockList;
 use crate::blocks::plan::{Plan, PlanView};
 use crate::blocks::trailer::Heats;
 use crate::blocks::{Oid, SkipReason};
@@ -509,24 +509,17 @@ fn report_oddities(list: &BlockList, state: &State) {
 
 /// Reads the list, unless it is to stop; nothing where there is no file.
 fn read_list(is_to_stop: impl Fn() -> bool) -> Result<Option<BlockList>, Error> {
-    let failed = |source| Error::File {
-        action: "read",
-        path: DUMP_FILE,
-        source,
-    };
-    let (file, size) = match file::open(DUMP_FILE) {
-        Ok(opened) => opened,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(failed(error)),
-    };
-    let reader = file::Interruptible {
-        reader: file,
-        is_to_stop,
-    };
-    match BlockList::read(reader, size) {
-        Ok(list) => Ok(Some(list)),
-        Err(ReadError::Io(error)) => Err(failed(error)),
-        Err(error) => Err(Error::ListTooLarge(error.to_string())),
+    match file::open(DUMP_FILE) {
+        Ok((reader, size)) => {
+            let reader = file::Interruptible { reader, is_to_stop };
+            Ok(Some(BlockList::read(reader, size)?))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::File {
+            action: "read",
+            path: DUMP_FILE,
+            source,
+        }),
     }
 }
 

@@ -4,11 +4,13 @@
 //! One background worker, the [`leader`], lives as long as the server. It
 //! [`load`]s the list with the help of [`worker`]s, each in one database, since a
 //! process can read relations of one database only; after that it [`dump`]s the
-//! list from time to time, and once more at shutdown. What several processes must
+//! list from time to time, and once more at shutdown. SQL callers can look at the
+//! [`list`], and act on the rest through [`sql`]. What several processes must
 //! agree on is their shared [`state`], and during a load, what is [`shared`].
 
 mod dump;
 pub mod leader;
+pub mod list;
 mod load;
 mod rate;
 mod shared;

@@ -40,8 +40,9 @@ pub enum Heats {
 pub(super) struct TrailerReader {
     line: Vec<u8>,
     lines: usize,
-    /// The digits so far.
+    /// The digits so far, and the bytes before the line of the first.
     digits: u64,
+    before_digits: u64,
     outcome: Option<Heats>,
 }
 
@@ -67,6 +68,9 @@ impl TrailerReader {
             if piece.ends_with(b"\n") {
                 self.line(*checksum, &mut heat);
                 *checksum = crc32c::crc32c_append(*checksum, &self.line);
+                if self.digits == 0 {
+                    self.before_digits += self.line.len() as u64;
+                }
                 self.line.clear();
             }
         }
@@ -75,6 +79,11 @@ impl TrailerReader {
     /// Whether nothing that follows could belong to it.
     pub fn has_ended(&self) -> bool {
         self.outcome.is_some()
+    }
+
+    /// How many of the bytes so far stand before the line of the first digit.
+    pub fn before_digits(&self) -> u64 {
+        self.before_digits
     }
 
     /// What came of it, for a list of that many records.

@@ -4,7 +4,8 @@ use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::IntoRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::rc::Rc;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
@@ -70,6 +71,20 @@ impl<R: Read, S: Fn() -> bool> Read for Interruptible<R, S> {
             return Err(io::Error::other("interrupted"));
         }
         self.reader.read(buffer)
+    }
+}
+
+/// A place in a file that may have several readers.
+pub struct At {
+    pub file: Rc<File>,
+    pub offset: u64,
+}
+
+impl Read for At {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.file.read_at(buffer, self.offset)?;
+        self.offset += length as u64;
+        Ok(length)
     }
 }
 

@@ -1,12 +1,28 @@
+use std::cell::Cell;
+use std::io;
+
 use proptest::prelude::*;
 
+use super::super::parser::CHUNK;
+use super::super::reader::ListReader;
 use super::super::trailer::NOT_ONE_EACH;
 use super::super::writer::ListWriter;
 use super::*;
 
 fn read(text: impl AsRef<[u8]>) -> BlockList {
     let text = text.as_ref();
-    BlockList::read(text, text.len() as u64).unwrap()
+    read_in_steps(text, text.len() + 1)
+}
+
+/// Reads a text that comes a few bytes at a time, both ways: there must be no
+/// difference between the list in memory and its records one by one.
+fn read_in_steps(text: &[u8], step: usize) -> BlockList {
+    let list = BlockList::read(Trickle(text, step), text.len() as u64).unwrap();
+    let reader = ListReader::new(|at| Trickle(&text[at as usize..], step)).unwrap();
+    assert_eq!(reader.first_bad_line(), list.first_bad_line);
+    let one_by_one: Vec<_> = reader.map(|record| record.unwrap()).collect();
+    assert!(one_by_one.into_iter().eq(list.records()));
+    list
 }
 
 /// The records' last fields, which the cases below number them by, and the first bad line.
@@ -164,16 +180,49 @@ fn a_claim_asks_for_no_memory() {
     }
 }
 
+struct Broken;
+
+impl Read for Broken {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::Error::from_raw_os_error(5))
+    }
+}
+
 #[test]
 fn an_error_of_the_input_is_passed_on() {
-    struct Broken;
-    impl Read for Broken {
-        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
-            Err(io::Error::from_raw_os_error(5))
-        }
+    let input = || b"<<2>>\n1,2,3,0,4\n".chain(Broken);
+    let list = BlockList::read(input(), 100);
+    assert!(matches!(list, Err(ReadError::Io(_))));
+    let reader = ListReader::new(|_| input());
+    assert!(matches!(reader, Err(ReadError::Io(_))));
+}
+
+#[test]
+fn an_error_at_the_second_reading_takes_the_place_of_a_record() {
+    let text = write(&records_with(&[5, 0]));
+    // Opened once to be checked, then for the records and for their heat.
+    for broken in [1, 2] {
+        let opened = Cell::new(0);
+        let from = |at| -> Box<dyn Read> {
+            match opened.replace(opened.get() + 1) {
+                number if number == broken => Box::new(Broken),
+                _ => Box::new(&text[at as usize..]),
+            }
+        };
+        let mut reader = ListReader::new(from).unwrap();
+        assert!(matches!(reader.next(), Some(Err(ReadError::Io(_)))));
     }
-    let input = b"<<2>>\n1,2,3,0,4\n".chain(Broken);
-    assert!(matches!(BlockList::read(input, 100), Err(ReadError::Io(_))));
+}
+
+#[test]
+fn a_list_of_many_chunks_is_read_whole() {
+    let heats: Vec<_> = (0..100_000).map(|record| record % 6).collect();
+    let records = records_with(&heats);
+    let text = write(&records);
+    assert!(text.len() > 3 * CHUNK);
+    let list = read(text);
+    assert_eq!(list.heats, Heats::Saved);
+    assert!(list.records().eq(records));
 }
 
 /// An input that hands out a few bytes at a time.
@@ -327,7 +376,7 @@ proptest! {
     #[test]
     fn what_is_written_is_read(records in records(), step in 1usize..50) {
         let text = write(&records);
-        let list = BlockList::read(Trickle(&text, step), text.len() as u64).unwrap();
+        let list = read_in_steps(&text, step);
         prop_assert_eq!(list.records().collect::<Vec<_>>(), records);
         prop_assert_eq!(list.first_bad_line, None);
     }
@@ -365,6 +414,21 @@ proptest! {
         prop_assert_eq!(read, rest);
         prop_assert_eq!(list.first_bad_line, Some(which as u64 + 2));
         prop_assert_ne!(list.heats, Heats::Saved);
+    }
+
+    #[test]
+    fn an_edited_list_makes_it_neither_panic_nor_ask_for_much(
+        records in records(), at in any::<prop::sample::Index>(), removed in 0usize..30,
+        inserted in "[0-9,#\n\r ]{0,30}", signed in any::<bool>()
+    ) {
+        let mut text = String::from_utf8(write(&records)).unwrap();
+        let at = at.index(text.len());
+        text.replace_range(at..text.len().min(at + removed), &inserted);
+        if signed && text.contains("# crc32c") {
+            text = sign(&text);
+        }
+        let list = read(&text);
+        prop_assert!(list.entries.capacity() <= text.len() / SHORTEST_RECORD + 1);
     }
 
     #[test]

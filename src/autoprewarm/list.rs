@@ -1,0 +1,82 @@
+//! The list on disk as an SQL function, for those who want to look at it.
+//!
+//! It reads the file while rows are asked for, and holds no more of it than a
+//! chunk, so that a list of any length can be looked at. The file stays open
+//! meanwhile: a dump that replaces it does no harm.
+
+use std::io::Read;
+use std::rc::Rc;
+
+use pgrx::prelude::*;
+
+use super::DUMP_FILE;
+use crate::blocks::reader::ListReader;
+use crate::error::Error;
+use crate::pg::error::new_report;
+use crate::pg::file::{self, At, Interruptible};
+
+/// An `oid` of a row. pgrx's own type makes a null of 0, the database of shared
+/// catalogs; an integer of the same bits is stored in the same way.
+type OidBits = i32;
+
+/// The blocks in the list, in its order, as a load would take them: without bad
+/// lines, and with a heat of 1 where the trailer does not fit.
+///
+/// Parallel restricted, so that only one process reads the file for a query: for
+/// the next, a dump might have replaced it. Rows tell nothing of what the blocks
+/// hold, so whoever may monitor the server may look.
+#[pg_extern(sql = false)]
+#[allow(clippy::type_complexity)]
+fn autoprewarm_blocks() -> TableIterator<
+    'static,
+    (
+        name!(database, OidBits),
+        name!(tablespace, OidBits),
+        name!(filenumber, OidBits),
+        name!(fork, Option<i16>),
+        name!(block, i64),
+        name!(heat, i16),
+    ),
+> {
+    let reader = open().unwrap_or_else(|error| error.raise());
+    if let Some(line) = reader.first_bad_line() {
+        new_report(
+            PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+            format!("autoprewarm block dump file is corrupted at line {line}"),
+            Some(format!(
+                "Whatever else \"{DUMP_FILE}\" lists is returned, and the next block dump \
+                 replaces it."
+            )),
+        )
+        .report(PgLogLevel::WARNING);
+    }
+    TableIterator::new(reader.map(|record| match record {
+        Ok((record, heat)) => (
+            record.database.cast_signed(),
+            record.tablespace.cast_signed(),
+            record.filenumber.cast_signed(),
+            // A number that is too large for the column, and so no fork's, is null.
+            record.fork.try_into().ok(),
+            record.block.into(),
+            heat.usage_count() as i16,
+        ),
+        Err(error) => Error::from(error).raise(),
+    }))
+}
+
+fn open() -> Result<ListReader<impl Read>, Error> {
+    let (file, _) = file::open(DUMP_FILE).map_err(|source| Error::File {
+        action: "open",
+        path: DUMP_FILE,
+        source,
+    })?;
+    let file = Rc::new(file);
+    let from = |offset| {
+        let file = Rc::clone(&file);
+        Interruptible {
+            reader: At { file, offset },
+            is_to_stop: || false,
+        }
+    };
+    Ok(ListReader::new(from)?)
+}

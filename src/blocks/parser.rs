@@ -1,0 +1,389 @@
+//! Reading the text of a block list, whoever it is for.
+//!
+//! ```text
+//! <<N>>
+//! database,tablespace,filenumber,fork,block      (N records, unsigned decimal)
+//! ```
+//!
+//! and, after the records, a trailer with their heat (see [`super::trailer`]).
+//!
+//! The file outlives the server that wrote it, may be edited, and may have been
+//! cut short by a full disk, so nothing in it is believed: N is only a claim, and
+//! a line that is no record costs that line alone. Any white space separates
+//! records (so CRLF will do), blanks may stand before a number, and what follows
+//! the Nth record is left alone unless it is a trailer that fits. Records go to a
+//! [`Sink`] as they are read; nothing of them is held here.
+
+use std::collections::TryReserveError;
+use std::io::{self, Read};
+
+use super::trailer::{Heats, TrailerReader};
+use super::{Heat, Record};
+
+/// How much of the file is looked at in one go.
+pub(super) const CHUNK: usize = 256 * 1024;
+
+/// The bytes of the shortest record, `0,0,0,0,0` and what separates it from the
+/// next: no text holds more records than its size divided by this.
+pub(super) const SHORTEST_RECORD: usize = 10;
+
+/// The most bytes of a record without leading zeros, and its line break.
+const LONGEST_RECORD: usize = 5 * 11;
+
+/// Why no list could be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("out of memory")]
+    OutOfMemory(#[from] TryReserveError),
+    #[error("too many relations")]
+    TooManyFiles,
+}
+
+/// What takes the records of a list, in the file's order.
+pub(super) trait Sink {
+    /// The header claims that many.
+    fn expect(&mut self, _records: u64) -> Result<(), ReadError> {
+        Ok(())
+    }
+
+    fn record(&mut self, record: Record) -> Result<(), ReadError>;
+}
+
+/// What is known of a list when all of it has been read.
+pub(super) struct Summary {
+    /// See [`BlockList::first_bad_line`](super::list::BlockList::first_bad_line).
+    pub first_bad_line: Option<u64>,
+    pub heats: Heats,
+    /// Where in the file the digits of a trailer begin.
+    pub digits_at: u64,
+}
+
+/// Reads a list to its end. `heat` is told the heat of each record, by the number
+/// of the record, and returns whether there is such a record; only the summary
+/// tells whether any of it is to be believed.
+pub(super) fn read_all<S: Sink>(
+    mut input: impl Read,
+    sink: S,
+    mut heat: impl FnMut(&mut S, u64, Heat) -> bool,
+) -> Result<(S, Summary), ReadError> {
+    let mut parser = Parser::new(sink);
+    let mut trailer = TrailerReader::default();
+    let mut checksum = 0;
+    let mut list_length = 0;
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        let filled = fill(&mut input, &mut chunk)?;
+        let bytes = &chunk[..filled];
+        let at = parser.read(bytes)?;
+        list_length += at as u64;
+        checksum = crc32c::crc32c_append(checksum, &bytes[..at]);
+        trailer.read(&bytes[at..], &mut checksum, |index, digit| {
+            Heat::from_digit(digit).is_some_and(|digit| heat(&mut parser.sink, index, digit))
+        });
+        if filled < CHUNK || trailer.has_ended() {
+            break;
+        }
+    }
+    parser.end()?;
+    let summary = Summary {
+        first_bad_line: parser.first_bad_line,
+        digits_at: list_length + trailer.before_digits(),
+        heats: trailer.finish(checksum, parser.seen),
+    };
+    Ok((parser.sink, summary))
+}
+
+/// Fills `buffer`; less only at the end of the input.
+pub(super) fn fill(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match input.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+/// Where the parser stands. A record may lie across two chunks, so all of it
+/// survives the end of one.
+pub(super) struct Parser<S> {
+    pub sink: S,
+    /// The header has been read, if there is one.
+    begun: bool,
+    /// How many records the header claims; none where there is no header that
+    /// could be believed, and then everything up to a trailer is read.
+    claimed: Option<u64>,
+    /// Records and bad lines so far: both use up the claim.
+    seen: u64,
+    /// Line breaks so far.
+    breaks: u64,
+    first_bad_line: Option<u64>,
+    ended: bool,
+    state: State,
+    /// The fields of the record begun, and which of them is next.
+    fields: [u32; 5],
+    field: usize,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum State {
+    /// Before a record.
+    #[default]
+    Between,
+    /// Within a record, before the digits of a field.
+    BeforeField,
+    /// Within the digits of a field.
+    InField,
+    /// Within a line that is no record, up to its end.
+    BadLine,
+}
+
+impl<S: Sink> Parser<S> {
+    pub fn new(sink: S) -> Self {
+        Self {
+            sink,
+            begun: false,
+            claimed: None,
+            seen: 0,
+            breaks: 0,
+            first_bad_line: None,
+            ended: false,
+            state: State::Between,
+            fields: [0; 5],
+            field: 0,
+        }
+    }
+
+    /// Reads the file's next bytes, and returns how many of them are the list's.
+    /// The header must lie within the first of them.
+    pub fn read(&mut self, bytes: &[u8]) -> Result<usize, ReadError> {
+        let header = match std::mem::replace(&mut self.begun, true) {
+            false => self.header(bytes)?,
+            true => 0,
+        };
+        Ok(header + self.records(&bytes[header..])?)
+    }
+
+    /// Whether nothing that follows belongs to the list.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Reads the header at the start of the file's first `bytes`, and returns
+    /// where the records begin.
+    fn header(&mut self, bytes: &[u8]) -> Result<usize, ReadError> {
+        let Some((claimed, length)) = parse_header(bytes) else {
+            self.first_bad_line = Some(1);
+            return Ok(0);
+        };
+        // The number may stand on a line below.
+        let breaks = bytes[..length].iter().filter(|&&byte| byte == b'\n');
+        self.breaks = breaks.count() as u64;
+        self.claimed = u64::try_from(claimed).ok();
+        match self.claimed {
+            None => self.first_bad_line = Some(1),
+            Some(0) => self.ended = true,
+            Some(claimed) => self.sink.expect(claimed)?,
+        }
+        Ok(length)
+    }
+
+    /// Reads records up to the end of the bytes or of the list, and returns how
+    /// many bytes that were.
+    fn records(&mut self, bytes: &[u8]) -> Result<usize, ReadError> {
+        let mut at = 0;
+        while at < bytes.len() && !self.ended {
+            if self.state == State::Between
+                && let Some(length) = self.plain_record(&bytes[at..])
+            {
+                at += length;
+                self.breaks += 1;
+                self.record()?;
+            } else {
+                self.byte(bytes[at])?;
+                // A trailer begins with the byte that ends the list.
+                at += usize::from(bytes[at] != b'#' || !self.ended);
+            }
+        }
+        Ok(at)
+    }
+
+    /// The length of a record as the server writes it, at the start of the
+    /// bytes; nothing where there is none, or something else, which is then left
+    /// to [`Parser::byte`].
+    fn plain_record(&mut self, bytes: &[u8]) -> Option<usize> {
+        // Nine digits fit into 32 bits whatever they are.
+        const DIGITS: usize = 9;
+        if bytes.len() < LONGEST_RECORD {
+            return None;
+        }
+        let mut at = 0;
+        for (index, field) in self.fields.iter_mut().enumerate() {
+            let start = at;
+            let mut value = 0;
+            while let digit @ 0..=9 = bytes[at].wrapping_sub(b'0')
+                && at - start < DIGITS
+            {
+                value = value * 10 + u32::from(digit);
+                at += 1;
+            }
+            let separator = if index < 4 { b',' } else { b'\n' };
+            if at == start || bytes[at] != separator {
+                return None;
+            }
+            at += 1;
+            *field = value;
+        }
+        Some(at)
+    }
+
+    fn byte(&mut self, byte: u8) -> Result<(), ReadError> {
+        match self.state {
+            State::Between => match byte {
+                b'\n' => self.breaks += 1,
+                b'0'..=b'9' => {
+                    self.fields[0] = u32::from(byte - b'0');
+                    self.field = 0;
+                    self.state = State::InField;
+                }
+                // A trailer: nothing that a record could begin with.
+                b'#' => self.list_ends(),
+                _ if is_space(byte) => {}
+                _ => self.bad_line(byte),
+            },
+            State::InField => match byte {
+                b'0'..=b'9' => {
+                    let value = self.fields[self.field]
+                        .checked_mul(10)
+                        .and_then(|value| value.checked_add(u32::from(byte - b'0')));
+                    match value {
+                        Some(value) => self.fields[self.field] = value,
+                        None => self.bad_line(byte),
+                    }
+                }
+                b',' if self.field < 4 => {
+                    self.field += 1;
+                    self.state = State::BeforeField;
+                }
+                _ if self.field == 4 && is_space(byte) => {
+                    self.record()?;
+                    if byte == b'\n' {
+                        self.breaks += 1;
+                    }
+                }
+                _ => self.bad_line(byte),
+            },
+            State::BeforeField => match byte {
+                b'0'..=b'9' => {
+                    self.fields[self.field] = u32::from(byte - b'0');
+                    self.state = State::InField;
+                }
+                b' ' | b'\t' => {}
+                _ => self.bad_line(byte),
+            },
+            State::BadLine => {
+                if byte == b'\n' {
+                    self.breaks += 1;
+                    self.state = State::Between;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The end of the file.
+    pub fn end(&mut self) -> Result<(), ReadError> {
+        if self.ended {
+            return Ok(());
+        }
+        match self.state {
+            // The last record needs no line break after it.
+            State::InField if self.field == 4 => self.record()?,
+            State::InField | State::BeforeField => self.bad_line(0),
+            State::Between | State::BadLine => {}
+        }
+        self.list_ends();
+        Ok(())
+    }
+
+    /// Nothing that follows belongs to the list, which may be shorter than it
+    /// claims to be.
+    fn list_ends(&mut self) {
+        if self.claimed.is_some_and(|claimed| self.seen < claimed) {
+            self.first_bad_line.get_or_insert(self.breaks + 1);
+        }
+        self.ended = true;
+    }
+
+    /// The record whose fields have been read.
+    fn record(&mut self) -> Result<(), ReadError> {
+        let [database, tablespace, filenumber, fork, block] = self.fields;
+        self.sink.record(Record {
+            database,
+            tablespace,
+            filenumber,
+            fork,
+            block,
+        })?;
+        self.state = State::Between;
+        self.saw_one();
+        Ok(())
+    }
+
+    /// The current line is no record is no record; `byte` is what gave it away.
+    fn bad_line(&mut self, byte: u8) {
+        self.first_bad_line.get_or_insert(self.breaks + 1);
+        if byte == b'\n' {
+            self.breaks += 1;
+            self.state = State::Between;
+        } else {
+            self.state = State::BadLine;
+        }
+        self.saw_one();
+    }
+
+    fn saw_one(&mut self) {
+        self.seen += 1;
+        self.ended = self.claimed == Some(self.seen);
+    }
+}
+
+/// `<<N>>`: the number claimed and the header's length; nothing where the bytes
+/// do not begin with a header.
+fn parse_header(bytes: &[u8]) -> Option<(i128, usize)> {
+    let mut rest = bytes.strip_prefix(b"<<")?;
+    while let [byte, tail @ ..] = rest
+        && is_space(*byte)
+    {
+        rest = tail;
+    }
+    let negative = rest.first() == Some(&b'-');
+    if let [b'+' | b'-', tail @ ..] = rest {
+        rest = tail;
+    }
+    let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    if digits == 0 || !rest[digits..].starts_with(b">>") {
+        return None;
+    }
+    // A number of more digits than any file has records is as good as none.
+    let claimed = rest[..digits]
+        .iter()
+        .fold(0i128, |value, digit| {
+            value
+                .saturating_mul(10)
+                .saturating_add(i128::from(digit - b'0'))
+        })
+        .min(i128::from(u64::MAX));
+    let length = bytes.len() - rest.len() + digits + 2;
+    Some((if negative { -claimed } else { claimed }, length))
+}
+
+/// White space as C's `isspace` knows it, which is what contrib separates by.
+fn is_space(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\t' | b'\n' | 0x0b | 0x0c | b'\r')
+}

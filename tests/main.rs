@@ -15,4 +15,5 @@ mod restart;
 mod settings;
 mod slow_disk;
 mod standby;
+mod steer;
 mod upgrade;

@@ -75,6 +75,44 @@ fn cached_blocks(client: &mut Client, table: &str) -> i64 {
 }
 
 #[test]
+fn a_load_on_demand_brings_in_what_is_listed_and_counts_what_is_cached_already() {
+    for builder in [Cluster::build(), Cluster::build().not_preloaded()] {
+        let (cluster, _) = cluster_with_list(builder);
+        let list = cluster.list();
+        let mut client = cluster.connect("postgres");
+        assert_eq!(cached_blocks(&mut client, "t"), 0);
+        client
+            .batch_execute("SELECT pg_prewarm('t', 'buffer', 'main', 100, 599)")
+            .unwrap();
+        let mark = cluster.log_end();
+        client.batch_execute(LOAD).unwrap();
+        let stats = LoadStats::wait_for_end(&mut client);
+        assert_eq!(
+            stats,
+            LoadStats {
+                state: "idle".to_owned(),
+                result: Some("completed".to_owned()),
+                total: 1000,
+                loaded: 500,
+                cached: 500,
+                skipped: 0,
+            }
+        );
+        assert_eq!(cached_blocks(&mut client, "t"), 1000);
+        assert_eq!(cluster.wait_for_load(mark), (1000, 1000));
+        assert_eq!(cluster.list(), list);
+
+        // Once more, of another list: the numbers begin anew.
+        client.batch_execute("TRUNCATE t").unwrap();
+        client.batch_execute(LOAD).unwrap();
+        let stats = LoadStats::wait_for_end(&mut client);
+        assert_eq!((stats.total, stats.loaded + stats.cached), (1000, 0));
+        let reason = "SELECT skipped_no_relation FROM pg_stat_autoprewarm";
+        assert_eq!(value::<i64>(&mut client, reason), 1000);
+    }
+}
+
+#[test]
 fn a_load_is_refused_while_another_runs_or_the_list_is_written() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut client = cluster.connect("postgres");

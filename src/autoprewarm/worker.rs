@@ -286,6 +286,7 @@ impl Worker<'_> {
             return TurnEnd::Skip(SkipReason::NoBlock);
         }
         let wanted = existing.min(turn.most).min(self.most_in_turn.get());
+        relation.look_up_tablespace();
         let tally = Tally::begin(self, turn);
         let end =
             relation.read_into_free_buffers(chunk.fork, &numbers[..wanted], |index, buffer| {

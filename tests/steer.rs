@@ -544,6 +544,38 @@ fn nobody_is_told_that_a_starting_server_is_warm_before_it_has_loaded() {
 }
 
 #[test]
+fn ending_the_leader_in_mid_load_ends_the_wait_and_the_next_one_begins_anew() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let list = cluster.list();
+    let mut client = cluster.connect("postgres");
+    begin_load(&mut client);
+    let leader = cluster.leader().unwrap();
+    let mut waiter = cluster.connect("postgres");
+    let waiting = thread::spawn(move || value::<bool>(&mut waiter, WAIT));
+    assert!(value::<bool>(
+        &mut client,
+        &format!("SELECT pg_terminate_backend({leader}, 60000)")
+    ));
+    assert!(waiting.join().unwrap());
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!((&*stats.state, stats.result()), ("not running", "failed"));
+    assert_eq!(stats.total, 1000);
+    assert!(!value::<bool>(&mut client, CANCEL));
+    let rows = "SELECT count(*) FROM pg_stat_progress_prewarm";
+    wait_until("no rows", || value::<i64>(&mut client, rows) == 0);
+    assert_eq!(cluster.list(), list);
+
+    begin_load(&mut client);
+    assert_ne!(cluster.leader().unwrap(), leader);
+    set_rate(&cluster, 0);
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!(
+        (stats.result(), stats.loaded + stats.cached),
+        ("completed", 1000)
+    );
+}
+
+#[test]
 fn a_shutdown_in_a_load_on_demand_keeps_the_list() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let list = cluster.list();

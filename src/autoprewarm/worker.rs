@@ -382,6 +382,9 @@ impl Drop for Tally<'_> {
             .state
             .load
             .count(worker.load.number(), loaded, cached);
+        // Should this worker be ended before the chunk's next turn, the one that
+        // takes over must not count them again.
+        worker.slot.set_done(self.turn.done.get());
         worker.change_progress(|progress| progress.done += blocks);
     }
 }

@@ -113,6 +113,33 @@ fn a_load_on_demand_brings_in_what_is_listed_and_counts_what_is_cached_already()
 }
 
 #[test]
+fn of_many_sessions_that_ask_at_once_one_starts_the_load() {
+    for builder in [Cluster::build(), Cluster::build().not_preloaded()] {
+        let (cluster, _) = slow_cluster(builder);
+        for _ in 0..3 {
+            let mut clients: Vec<_> = (0..8).map(|_| cluster.connect("postgres")).collect();
+            let barrier = std::sync::Barrier::new(clients.len());
+            let results: Vec<_> = thread::scope(|scope| {
+                let calls: Vec<_> = clients
+                    .iter_mut()
+                    .map(|client| {
+                        scope.spawn(|| {
+                            barrier.wait();
+                            client.batch_execute(LOAD).map_err(SqlError::from)
+                        })
+                    })
+                    .collect();
+                calls.into_iter().map(|call| call.join().unwrap()).collect()
+            });
+            let refused: Vec<_> = results.into_iter().filter_map(Result::err).collect();
+            assert_eq!(refused, vec![in_progress(); 7]);
+            wait_for_load_to_run(&mut clients[0]);
+            assert!(value::<bool>(&mut clients[1], CANCEL));
+        }
+    }
+}
+
+#[test]
 fn a_load_is_refused_while_another_runs_or_the_list_is_written() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut client = cluster.connect("postgres");

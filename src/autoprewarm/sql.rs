@@ -86,14 +86,26 @@ fn load_now() -> Result<(), Error> {
     if let Some(pid) = state.dump_file_user() {
         return Err(Error::ListInUse(pid));
     }
-    state.request_load();
-    if state.leader().is_some() {
-        state.wake_leader();
-        return Ok(());
+    let request = state.request_load().ok_or(Error::LoadInProgress)?;
+    if state.leader().is_none() {
+        let started = start_leader();
+        // One that somebody else started will do as well.
+        if state.leader().is_none() {
+            wait_for_leader(state, &started?)?;
+        }
     }
-    let leader = start_leader().inspect_err(|_| state.withdraw_request())?;
-    // Who asks next whether a load is pending is to hear of this one.
-    while state.leader().is_none() && leader.status() != Status::Stopped {
+    state.wake_leader();
+    request.leave();
+    Ok(())
+}
+
+/// Who asks next whether a load is pending is to hear of the one asked for, which
+/// takes a leader.
+fn wait_for_leader(state: &State, leader: &Handle) -> Result<(), Error> {
+    while state.leader().is_none() {
+        if leader.status() == Status::Stopped {
+            return Err(Error::WorkerNotStarted);
+        }
         process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
     }
     Ok(())

@@ -77,7 +77,10 @@ impl State {
         let state = STATE.get();
         process::at_exit(|| {
             if let Some(state) = STATE.get_if_mapped() {
-                release(&state.leader);
+                if release(&state.leader) {
+                    // Whoever comes next is not to be told that a load is coming.
+                    state.load_requested.store(false, SeqCst);
+                }
                 release(&state.dump_file_user);
             }
         });
@@ -162,13 +165,10 @@ impl State {
         self.load_requested.load(SeqCst)
     }
 
-    /// Asks for a load; false where one is asked for already.
-    pub fn request_load(&self) -> bool {
-        !self.load_requested.swap(true, SeqCst)
-    }
-
-    pub fn withdraw_request(&self) {
-        self.load_requested.store(false, SeqCst);
+    /// Asks for a load; nothing where one is asked for already.
+    pub fn request_load(&self) -> Option<LoadRequest<'_>> {
+        let requested_before = self.load_requested.swap(true, SeqCst);
+        (!requested_before).then(|| LoadRequest(self))
     }
 
     /// Asks for the end of the load that runs. False where none does.
@@ -195,6 +195,22 @@ impl Drop for DumpFileInUse<'_> {
     }
 }
 
+/// A load that was asked for; dropping it withdraws that.
+pub struct LoadRequest<'a>(&'a State);
+
+impl LoadRequest<'_> {
+    /// Leaves it to the leader.
+    pub fn leave(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for LoadRequest<'_> {
+    fn drop(&mut self) {
+        self.0.load_requested.store(false, SeqCst);
+    }
+}
+
 fn holder(role: &AtomicI32) -> Option<i32> {
     Some(role.load(SeqCst)).filter(|&pid| pid != NOBODY)
 }
@@ -205,6 +221,7 @@ fn take(role: &AtomicI32) -> Result<(), i32> {
 }
 
 /// Gives a role back, if this process has it.
-fn release(role: &AtomicI32) {
-    let _ = role.compare_exchange(process::my_pid(), NOBODY, SeqCst, SeqCst);
+fn release(role: &AtomicI32) -> bool {
+    role.compare_exchange(process::my_pid(), NOBODY, SeqCst, SeqCst)
+        .is_ok()
 }

@@ -321,6 +321,24 @@ fn a_cancel_ends_the_load_at_once_and_leaves_the_list_and_what_is_loaded() {
 }
 
 #[test]
+fn a_load_that_has_not_begun_yet_is_cancelled_as_well() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let mut client = cluster.connect("postgres");
+    for _ in 0..10 {
+        let row = client
+            .query_one(
+                "SELECT autoprewarm_load_now()::text, autoprewarm_cancel()",
+                &[],
+            )
+            .unwrap();
+        assert!(row.get::<_, bool>(1));
+        let stats = LoadStats::wait_for_end(&mut client);
+        assert_eq!(stats.result(), "cancelled");
+    }
+    assert!(!value::<bool>(&mut client, CANCEL));
+}
+
+#[test]
 fn two_sessions_may_cancel_one_load() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut clients = [(); 2].map(|()| cluster.connect("postgres"));

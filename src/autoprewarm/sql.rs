@@ -111,11 +111,14 @@ fn wait_for_leader(state: &State, leader: &Handle) -> Result<(), Error> {
     Ok(())
 }
 
-/// Ends the load that runs, and returns when it has ended; false where none runs.
-/// What is loaded stays.
+/// Ends the load that runs or is about to, and returns when it has ended; false
+/// where there is none. What is loaded stays.
 #[pg_extern(sql = false)]
 fn autoprewarm_cancel() -> bool {
     let state = State::attach();
+    while state.load_is_pending() && state.phase() != Phase::Loading {
+        process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
+    }
     let number = state.load.number();
     if !state.request_cancel() {
         return false;

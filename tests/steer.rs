@@ -589,6 +589,22 @@ fn nobody_is_told_that_a_starting_server_is_warm_before_it_has_loaded() {
 }
 
 #[test]
+fn a_server_without_a_slot_for_the_leader_is_not_waited_for_forever() {
+    let cluster = Cluster::build().setting("max_worker_processes = 0").start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let mut client = cluster.connect("postgres");
+    assert_eq!(LoadStats::get(&mut client).state, "not running");
+    // A probe that does not wait for long hears so in the end, too.
+    assert!(!value::<bool>(&mut client, "SELECT autoprewarm_wait('0')"));
+    let start = Instant::now();
+    wait_until("the answer", || {
+        value(&mut client, "SELECT autoprewarm_wait('100ms')")
+    });
+    assert!(start.elapsed() < Duration::from_secs(40));
+    assert!(value::<bool>(&mut client, "SELECT autoprewarm_wait('0')"));
+}
+
+#[test]
 fn ending_the_leader_in_mid_load_ends_the_wait_and_the_next_one_begins_anew() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let list = cluster.list();

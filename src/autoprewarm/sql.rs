@@ -22,7 +22,7 @@ const SHORT_POLL: Duration = Duration::from_millis(10);
 
 /// How long a leader that the server is to start is waited for. It comes within
 /// moments of the first connection, unless there was no slot left for it.
-const LEADER_PATIENCE: Duration = Duration::from_secs(30);
+const LEADER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Starts the leader, where none runs. It lasts until the server stops; where
 /// the library was not preloaded, nobody starts it again then.
@@ -146,9 +146,8 @@ fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
     let state = State::attach();
     let start = Instant::now();
     loop {
-        let leader_is_coming = settings::leader_starts_with_server()
-            && !state.had_leader()
-            && start.elapsed() < LEADER_PATIENCE;
+        let leader_is_coming =
+            settings::leader_starts_with_server() && state.leader_may_come(LEADER_PATIENCE);
         if !leader_is_coming && !state.load_is_pending() {
             return Ok(true);
         }

@@ -8,7 +8,8 @@
 //! all it has when it ends, so that no role outlives its holder.
 
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32};
+use std::time::Duration;
 
 use super::stats::{DumpStats, LastError, LoadResult, LoadStats};
 use crate::pg::process;
@@ -22,6 +23,8 @@ pub struct State {
     dump_file_user: AtomicI32,
     /// There has been a leader since this state was made.
     had_leader: AtomicBool,
+    /// Since when somebody waits for the first leader; 0 for nobody.
+    awaited_since: AtomicI64,
     /// A [`Phase`].
     phase: AtomicU32,
     /// Somebody wants the list to be loaded now; or the load to end.
@@ -39,6 +42,7 @@ unsafe impl Shared for State {
         leader: AtomicI32::new(NOBODY),
         dump_file_user: AtomicI32::new(NOBODY),
         had_leader: AtomicBool::new(false),
+        awaited_since: AtomicI64::new(0),
         phase: AtomicU32::new(Phase::Due as u32),
         load_requested: AtomicBool::new(false),
         cancel_requested: AtomicBool::new(false),
@@ -92,9 +96,15 @@ impl State {
         holder(&self.leader)
     }
 
-    /// Whether there has ever been a leader.
-    pub fn had_leader(&self) -> bool {
-        self.had_leader.load(SeqCst)
+    /// Whether the first leader may still come: there has been none, and it has not
+    /// been waited for any longer than that, by all who waited for it.
+    pub fn leader_may_come(&self, patience: Duration) -> bool {
+        let now = process::monotonic_micros();
+        let since = self
+            .awaited_since
+            .compare_exchange(0, now, SeqCst, SeqCst)
+            .map_or_else(|since| since, |_| now);
+        !self.had_leader.load(SeqCst) && i128::from(now - since) < patience.as_micros() as i128
     }
 
     /// Sets the leader's latch, where there is one.

@@ -188,6 +188,7 @@ fn a_load_that_cannot_be_begun_is_an_error_and_not_made_up_for_later() {
         assert_eq!(
             error(&mut client, LOAD),
             SqlError::new("55000", "autoprewarm is disabled")
+                .hint("Set \"pg_prewarm.autoprewarm\" to on, and restart the server.")
         );
     }
     assert!(value::<bool>(&mut client, WAIT));

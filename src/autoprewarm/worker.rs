@@ -31,8 +31,9 @@ const TURN: Duration = Duration::from_millis(20);
 const LOCKED_PATIENCE: Duration = Duration::from_secs(3);
 const LOCKED_RETRY: Duration = Duration::from_millis(50);
 
-/// The longest sleep for the rate limit, after which it may be another.
-const RATE_PATIENCE: Duration = Duration::from_millis(100);
+/// The longest sleep for the rate limit, after which it may be another, or the
+/// load be cancelled.
+const RATE_PATIENCE: Duration = Duration::from_millis(50);
 
 /// How often a worker says anew how far it is, where that means to format a text.
 const REPORT_INTERVAL: Duration = Duration::from_millis(250);

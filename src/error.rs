@@ -85,6 +85,7 @@ impl Error {
             Self::InvalidMode => {
                 Some("Valid prewarm types are \"prefetch\", \"read\", and \"buffer\".")
             }
+            Self::Disabled => Some("Set \"pg_prewarm.autoprewarm\" to on, and restart the server."),
             Self::NoWorkerSlot => Some("You may need to increase \"max_worker_processes\"."),
             Self::LoadInProgress => Some(
                 "autoprewarm_wait() waits for the end of the load, and autoprewarm_cancel() ends \

@@ -948,7 +948,8 @@ fn of_two_leaders_started_at_once_one_stays() {
 fn a_leader_that_is_not_wanted_or_has_no_slot_is_not_started() {
     let no_slot = SqlError::new("53000", "could not register background process")
         .hint("You may need to increase \"max_worker_processes\".");
-    let disabled = SqlError::new("55000", "autoprewarm is disabled");
+    let disabled = SqlError::new("55000", "autoprewarm is disabled")
+        .hint("Set \"pg_prewarm.autoprewarm\" to on, and restart the server.");
     for (builder, expected) in [
         (
             Cluster::build()

@@ -16,4 +16,6 @@ mod restart;
 mod settings;
 mod slow_disk;
 mod standby;
+mod stat;
+mod steer;
 mod upgrade;

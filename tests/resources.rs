@@ -328,6 +328,11 @@ fn workers_that_do_not_come_to_work_end_the_load_and_the_list_is_kept() {
     assert_eq!(cluster.leader(), leader);
 
     search("$libdir");
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    assert_eq!(
+        cluster.value::<String>("SELECT last_error FROM pg_stat_autoprewarm"),
+        "could not load blocks: autoprewarm workers do not come to work"
+    );
     assert_eq!(cluster.wait_for_load(0), (12, 12));
     assert_eq!(cluster.leader(), leader);
 }

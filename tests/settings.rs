@@ -97,7 +97,7 @@ fn a_session_cannot_change_a_setting() {
 }
 
 /// Values that each setting must refuse, and what the server's message begins with.
-const BAD_VALUES: [(&str, &str, &str); 5] = [
+const BAD_VALUES: [(&str, &str, &str); 10] = [
     (
         "autoprewarm_interval",
         "-1",
@@ -122,6 +122,31 @@ const BAD_VALUES: [(&str, &str, &str); 5] = [
         "autoprewarm",
         "maybe",
         "parameter \"pg_prewarm.autoprewarm\" requires a Boolean value",
+    ),
+    (
+        "autoprewarm_max_rate",
+        "-1",
+        "-1 kB is outside the valid range for parameter \"pg_prewarm.autoprewarm_max_rate\" (0 ",
+    ),
+    (
+        "autoprewarm_max_rate",
+        "3TB",
+        "invalid value for parameter \"pg_prewarm.autoprewarm_max_rate\": \"3TB\"",
+    ),
+    (
+        "autoprewarm_max_rate",
+        "1s",
+        "invalid value for parameter \"pg_prewarm.autoprewarm_max_rate\": \"1s\"",
+    ),
+    (
+        "autoprewarm_workers",
+        "0",
+        "0 is outside the valid range for parameter \"pg_prewarm.autoprewarm_workers\" (1 ",
+    ),
+    (
+        "autoprewarm_workers",
+        "65",
+        "65 is outside the valid range for parameter \"pg_prewarm.autoprewarm_workers\" (1 ",
     ),
 ];
 
@@ -188,12 +213,18 @@ fn bad_values_in_the_configuration_are_reported_and_the_former_ones_stay() {
     let mark = cluster.log_end();
     cluster.restart();
     let mut client = cluster.connect("postgres");
-    for (setting, default) in [("autoprewarm_interval", "5min"), ("autoprewarm", "on")] {
+    for (setting, default) in [
+        ("autoprewarm_interval", "5min"),
+        ("autoprewarm", "on"),
+        ("autoprewarm_max_rate", "0"),
+        ("autoprewarm_workers", "2"),
+    ] {
         let show = format!("SHOW pg_prewarm.{setting}");
         assert_eq!(value::<String>(&mut client, &show), default);
     }
     let log = cluster.log_since(mark);
-    for (_, _, message) in [BAD_VALUES[3], BAD_VALUES[4]] {
+    for last in [3, 4, 7, 9] {
+        let (_, _, message) = BAD_VALUES[last];
         let warning = format!("WARNING:  {message}");
         assert!(log.contains(&warning), "no {warning}:\n{log}");
     }

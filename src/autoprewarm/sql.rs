@@ -22,7 +22,7 @@ const SHORT_POLL: Duration = Duration::from_millis(10);
 
 /// How long a leader that the server is to start is waited for. It comes within
 /// moments of the first connection, unless there was no slot left for it.
-const LEADER_PATIENCE: Duration = Duration::from_secs(30);
+const LEADER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Starts the leader, where none runs. It lasts until the server stops; where
 /// the library was not preloaded, nobody starts it again then.
@@ -86,24 +86,39 @@ fn load_now() -> Result<(), Error> {
     if let Some(pid) = state.dump_file_user() {
         return Err(Error::ListInUse(pid));
     }
-    state.request_load();
-    if state.leader().is_some() {
-        state.wake_leader();
-        return Ok(());
+    let request = state.request_load().ok_or(Error::LoadInProgress)?;
+    if state.leader().is_none() {
+        let started = start_leader();
+        // One that somebody else started will do as well.
+        if state.leader().is_none() {
+            wait_for_leader(state, &started?)?;
+        }
     }
-    let leader = start_leader().inspect_err(|_| state.withdraw_request())?;
-    // Who asks next whether a load is pending is to hear of this one.
-    while state.leader().is_none() && leader.status() != Status::Stopped {
+    state.wake_leader();
+    request.leave();
+    Ok(())
+}
+
+/// Who asks next whether a load is pending is to hear of the one asked for, which
+/// takes a leader.
+fn wait_for_leader(state: &State, leader: &Handle) -> Result<(), Error> {
+    while state.leader().is_none() {
+        if leader.status() == Status::Stopped {
+            return Err(Error::WorkerNotStarted);
+        }
         process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
     }
     Ok(())
 }
 
-/// Ends the load that runs, and returns when it has ended; false where none runs.
-/// What is loaded stays.
+/// Ends the load that runs or is about to, and returns when it has ended; false
+/// where there is none. What is loaded stays.
 #[pg_extern(sql = false)]
 fn autoprewarm_cancel() -> bool {
     let state = State::attach();
+    while state.load_is_pending() && state.phase() != Phase::Loading {
+        process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
+    }
     let number = state.load.number();
     if !state.request_cancel() {
         return false;
@@ -131,9 +146,8 @@ fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
     let state = State::attach();
     let start = Instant::now();
     loop {
-        let leader_is_coming = settings::leader_starts_with_server()
-            && !state.had_leader()
-            && start.elapsed() < LEADER_PATIENCE;
+        let leader_is_coming =
+            settings::leader_starts_with_server() && state.leader_may_come(LEADER_PATIENCE);
         if !leader_is_coming && !state.load_is_pending() {
             return Ok(true);
         }

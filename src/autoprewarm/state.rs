@@ -8,7 +8,8 @@
 //! all it has when it ends, so that no role outlives its holder.
 
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32};
+use std::time::Duration;
 
 use super::stats::{DumpStats, LastError, LoadResult, LoadStats};
 use crate::pg::process;
@@ -22,6 +23,8 @@ pub struct State {
     dump_file_user: AtomicI32,
     /// There has been a leader since this state was made.
     had_leader: AtomicBool,
+    /// Since when somebody waits for the first leader; 0 for nobody.
+    awaited_since: AtomicI64,
     /// A [`Phase`].
     phase: AtomicU32,
     /// Somebody wants the list to be loaded now; or the load to end.
@@ -39,6 +42,7 @@ unsafe impl Shared for State {
         leader: AtomicI32::new(NOBODY),
         dump_file_user: AtomicI32::new(NOBODY),
         had_leader: AtomicBool::new(false),
+        awaited_since: AtomicI64::new(0),
         phase: AtomicU32::new(Phase::Due as u32),
         load_requested: AtomicBool::new(false),
         cancel_requested: AtomicBool::new(false),
@@ -77,7 +81,10 @@ impl State {
         let state = STATE.get();
         process::at_exit(|| {
             if let Some(state) = STATE.get_if_mapped() {
-                release(&state.leader);
+                if release(&state.leader) {
+                    // Whoever comes next is not to be told that a load is coming.
+                    state.load_requested.store(false, SeqCst);
+                }
                 release(&state.dump_file_user);
             }
         });
@@ -89,9 +96,15 @@ impl State {
         holder(&self.leader)
     }
 
-    /// Whether there has ever been a leader.
-    pub fn had_leader(&self) -> bool {
-        self.had_leader.load(SeqCst)
+    /// Whether the first leader may still come: there has been none, and it has not
+    /// been waited for any longer than that, by all who waited for it.
+    pub fn leader_may_come(&self, patience: Duration) -> bool {
+        let now = process::monotonic_micros();
+        let since = self
+            .awaited_since
+            .compare_exchange(0, now, SeqCst, SeqCst)
+            .map_or_else(|since| since, |_| now);
+        !self.had_leader.load(SeqCst) && i128::from(now - since) < patience.as_micros() as i128
     }
 
     /// Sets the leader's latch, where there is one.
@@ -162,13 +175,10 @@ impl State {
         self.load_requested.load(SeqCst)
     }
 
-    /// Asks for a load; false where one is asked for already.
-    pub fn request_load(&self) -> bool {
-        !self.load_requested.swap(true, SeqCst)
-    }
-
-    pub fn withdraw_request(&self) {
-        self.load_requested.store(false, SeqCst);
+    /// Asks for a load; nothing where one is asked for already.
+    pub fn request_load(&self) -> Option<LoadRequest<'_>> {
+        let requested_before = self.load_requested.swap(true, SeqCst);
+        (!requested_before).then(|| LoadRequest(self))
     }
 
     /// Asks for the end of the load that runs. False where none does.
@@ -195,6 +205,22 @@ impl Drop for DumpFileInUse<'_> {
     }
 }
 
+/// A load that was asked for; dropping it withdraws that.
+pub struct LoadRequest<'a>(&'a State);
+
+impl LoadRequest<'_> {
+    /// Leaves it to the leader.
+    pub fn leave(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for LoadRequest<'_> {
+    fn drop(&mut self) {
+        self.0.load_requested.store(false, SeqCst);
+    }
+}
+
 fn holder(role: &AtomicI32) -> Option<i32> {
     Some(role.load(SeqCst)).filter(|&pid| pid != NOBODY)
 }
@@ -205,6 +231,7 @@ fn take(role: &AtomicI32) -> Result<(), i32> {
 }
 
 /// Gives a role back, if this process has it.
-fn release(role: &AtomicI32) {
-    let _ = role.compare_exchange(process::my_pid(), NOBODY, SeqCst, SeqCst);
+fn release(role: &AtomicI32) -> bool {
+    role.compare_exchange(process::my_pid(), NOBODY, SeqCst, SeqCst)
+        .is_ok()
 }

@@ -10,8 +10,9 @@ use crate::pg::process;
 
 /// The load that runs, or the last one.
 pub struct LoadStats {
-    /// Which load it is. A worker whose leader has died may go on while the next
-    /// load has begun: what it does is not counted any more.
+    /// Another one as soon as a load begins, and as soon as it ends. A worker may
+    /// go on when its load has ended without it, or when the next one has begun:
+    /// what it does is not counted any more.
     number: AtomicU32,
     start: AtomicI64,
     end: AtomicI64,
@@ -91,7 +92,10 @@ impl LoadStats {
         self.start.store(process::now(), SeqCst);
     }
 
+    /// It has ended. Blocks that nothing became of are skipped ones.
     pub(super) fn end(&self, result: LoadResult) {
+        let number = self.number.fetch_add(1, SeqCst) + 1;
+        self.skip(number, SkipReason::Interrupted, self.counts().rest());
         self.end.store(process::now(), SeqCst);
         self.result.store(result as u32 + 1, SeqCst);
     }

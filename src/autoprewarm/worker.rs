@@ -37,8 +37,9 @@ const LOCKED_RETRY: Duration = Duration::from_millis(50);
 const LOCKED_PAUSE: Duration = Duration::from_millis(10);
 const LOCKED_PAUSES: usize = 50;
 
-/// The longest sleep for the rate limit, after which it may be another.
-const RATE_PATIENCE: Duration = Duration::from_millis(100);
+/// The longest sleep for the rate limit, after which it may be another, or the
+/// load be cancelled.
+const RATE_PATIENCE: Duration = Duration::from_millis(50);
 
 /// How often a worker says anew how far it is, where that means to format a text.
 const REPORT_INTERVAL: Duration = Duration::from_millis(250);
@@ -296,6 +297,7 @@ impl Worker<'_> {
             return TurnEnd::Skip(SkipReason::NoBlock);
         }
         let wanted = existing.min(turn.most).min(self.most_in_turn.get());
+        relation.look_up_tablespace();
         let tally = Tally::begin(self, turn);
         let end =
             relation.read_into_free_buffers(chunk.fork, &numbers[..wanted], |index, buffer| {
@@ -391,6 +393,9 @@ impl Drop for Tally<'_> {
             .state
             .load
             .count(worker.load.number(), loaded, cached);
+        // Should this worker be ended before the chunk's next turn, the one that
+        // takes over must not count them again.
+        worker.slot.set_done(self.turn.done.get());
         worker.change_progress(|progress| progress.done += blocks);
     }
 }

@@ -234,6 +234,16 @@ impl Relation {
         }
     }
 
+    /// Looks up how far to read ahead in the relation's tablespace, so that reading
+    /// its blocks reads no catalog besides.
+    pub fn look_up_tablespace(&self) {
+        // SAFETY: open.
+        unsafe {
+            let tablespace = (*(*self.relation).rd_rel).reltablespace;
+            pg_sys::get_tablespace_maintenance_io_concurrency(tablespace);
+        }
+    }
+
     /// Reads blocks of a permanent relation into shared buffers, in ascending
     /// order, and hands each to `each` with its place among `blocks`, until that
     /// breaks off. Reads ahead, and never evicts a block that is in a buffer.

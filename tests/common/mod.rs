@@ -793,6 +793,61 @@ impl From<postgres::Error> for SqlError {
     }
 }
 
+/// What `pg_stat_autoprewarm` says of a load.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadStats {
+    pub state: String,
+    pub result: Option<String>,
+    pub total: i64,
+    pub loaded: i64,
+    pub cached: i64,
+    pub skipped: i64,
+}
+
+impl LoadStats {
+    pub fn get(client: &mut Client) -> Self {
+        let row = client
+            .query_one("SELECT * FROM pg_stat_autoprewarm", &[])
+            .unwrap();
+        Self {
+            state: row.get("state"),
+            result: row.get("load_result"),
+            total: row.get("blocks_total"),
+            loaded: row.get("blocks_loaded"),
+            cached: row.get("blocks_cached"),
+            skipped: row.get("blocks_skipped"),
+        }
+    }
+
+    /// Waits until they are as they should be.
+    pub fn wait_for(client: &mut Client, mut condition: impl FnMut(&Self) -> bool) -> Self {
+        let mut stats = Self::get(client);
+        let start = Instant::now();
+        while !condition(&stats) {
+            assert!(start.elapsed() < PATIENCE, "waited in vain: {stats:?}");
+            std::thread::sleep(Duration::from_millis(5));
+            stats = Self::get(client);
+        }
+        stats
+    }
+
+    /// Waits for the end of the load that runs, or was asked for.
+    pub fn wait_for_end(client: &mut Client) -> Self {
+        assert!(value::<bool>(client, "SELECT autoprewarm_wait('1 min')"));
+        let stats = Self::get(client);
+        assert_eq!(
+            stats.loaded + stats.cached + stats.skipped,
+            stats.total,
+            "{stats:?}"
+        );
+        stats
+    }
+
+    pub fn result(&self) -> &str {
+        self.result.as_deref().unwrap_or("none")
+    }
+}
+
 /// Kills a process, or asks it for something.
 pub fn signal(pid: i32, signal: i32) {
     // SAFETY: a process of this test's own cluster.

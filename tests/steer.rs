@@ -1,0 +1,827 @@
+//! A load can be asked for, waited for, cancelled, and slowed down.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use postgres::Client;
+
+use crate::common::{
+    Block, Builder, Cluster, LIST, LoadStats, Shutdown, SqlError, error, list_of, signal, value,
+    wait_until,
+};
+
+const BLOCKS: u32 = 1000;
+
+/// In kB/s: ten blocks a second.
+const SLOW: u32 = 80;
+
+const LOAD: &str = "SELECT autoprewarm_load_now()";
+const CANCEL: &str = "SELECT autoprewarm_cancel()";
+const WAIT: &str = "SELECT autoprewarm_wait()";
+
+/// A running cluster with a table `t` that is not cached, and a list of its blocks
+/// that has not been loaded.
+fn cluster_with_list(builder: Builder) -> (Cluster, Block) {
+    let cluster = builder.start();
+    cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
+    let table = cluster.table("t", BLOCKS);
+    cluster.stop(Shutdown::Fast);
+    cluster.write_list("<<0>>\n");
+    cluster.start();
+    cluster.sql(WAIT);
+    cluster.write_list(list_of(table.first(BLOCKS)));
+    (cluster, table)
+}
+
+/// The same; a load of the list would take minutes.
+fn slow_cluster(builder: Builder) -> (Cluster, Block) {
+    cluster_with_list(builder.setting(&format!("pg_prewarm.autoprewarm_max_rate = {SLOW}")))
+}
+
+fn set_rate(cluster: &Cluster, rate: u32) {
+    cluster.configure(&format!("pg_prewarm.autoprewarm_max_rate = {rate}"));
+    cluster.reload();
+}
+
+/// Waits until some blocks are loaded, and the load goes on.
+fn wait_for_load_to_run(client: &mut Client) -> LoadStats {
+    LoadStats::wait_for(client, |stats| {
+        stats.state == "loading" && stats.loaded + stats.cached > 0
+    })
+}
+
+/// Asks for a load, and waits until it runs.
+fn begin_load(client: &mut Client) {
+    client.batch_execute(LOAD).unwrap();
+    wait_for_load_to_run(client);
+}
+
+fn in_progress() -> SqlError {
+    SqlError::new("55006", "autoprewarm load is already in progress")
+        .hint("autoprewarm_wait() waits for the end of the load, and autoprewarm_cancel() ends it.")
+}
+
+fn cached_blocks(client: &mut Client, table: &str) -> i64 {
+    value(
+        client,
+        &format!(
+            "SELECT count(*) FROM pg_buffercache b, pg_database d \
+             WHERE d.datname = current_database() AND b.reldatabase = d.oid \
+               AND relfilenode = pg_relation_filenode('{table}') AND relforknumber = 0"
+        ),
+    )
+}
+
+#[test]
+fn a_load_on_demand_brings_in_what_is_listed_and_counts_what_is_cached_already() {
+    for builder in [Cluster::build(), Cluster::build().not_preloaded()] {
+        let (cluster, _) = cluster_with_list(builder);
+        let list = cluster.list();
+        let mut client = cluster.connect("postgres");
+        assert_eq!(cached_blocks(&mut client, "t"), 0);
+        client
+            .batch_execute("SELECT pg_prewarm('t', 'buffer', 'main', 100, 599)")
+            .unwrap();
+        let mark = cluster.log_end();
+        client.batch_execute(LOAD).unwrap();
+        let stats = LoadStats::wait_for_end(&mut client);
+        assert_eq!(
+            stats,
+            LoadStats {
+                state: "idle".to_owned(),
+                result: Some("completed".to_owned()),
+                total: 1000,
+                loaded: 500,
+                cached: 500,
+                skipped: 0,
+            }
+        );
+        assert_eq!(cached_blocks(&mut client, "t"), 1000);
+        assert_eq!(cluster.wait_for_load(mark), (1000, 1000));
+        assert_eq!(cluster.list(), list);
+
+        // Once more, of another list: the numbers begin anew.
+        client.batch_execute("TRUNCATE t").unwrap();
+        client.batch_execute(LOAD).unwrap();
+        let stats = LoadStats::wait_for_end(&mut client);
+        assert_eq!((stats.total, stats.loaded + stats.cached), (1000, 0));
+        let reason = "SELECT skipped_no_relation FROM pg_stat_autoprewarm";
+        assert_eq!(value::<i64>(&mut client, reason), 1000);
+    }
+}
+
+#[test]
+fn of_many_sessions_that_ask_at_once_one_starts_the_load() {
+    for builder in [Cluster::build(), Cluster::build().not_preloaded()] {
+        let (cluster, _) = slow_cluster(builder);
+        for _ in 0..3 {
+            let mut clients: Vec<_> = (0..8).map(|_| cluster.connect("postgres")).collect();
+            let barrier = std::sync::Barrier::new(clients.len());
+            let results: Vec<_> = thread::scope(|scope| {
+                let calls: Vec<_> = clients
+                    .iter_mut()
+                    .map(|client| {
+                        scope.spawn(|| {
+                            barrier.wait();
+                            client.batch_execute(LOAD).map_err(SqlError::from)
+                        })
+                    })
+                    .collect();
+                calls.into_iter().map(|call| call.join().unwrap()).collect()
+            });
+            let refused: Vec<_> = results.into_iter().filter_map(Result::err).collect();
+            assert_eq!(refused, vec![in_progress(); 7]);
+            wait_for_load_to_run(&mut clients[0]);
+            assert!(value::<bool>(&mut clients[1], CANCEL));
+        }
+    }
+}
+
+#[test]
+fn a_load_is_refused_while_another_runs_or_the_list_is_written() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let mut client = cluster.connect("postgres");
+    begin_load(&mut client);
+    let leader = cluster.leader().unwrap();
+    assert_eq!(error(&mut client, LOAD), in_progress());
+    assert_eq!(
+        error(&mut client, "SELECT autoprewarm_dump_now()").message,
+        format!("could not perform block dump because dump file is being used by PID {leader}")
+    );
+    assert!(value::<bool>(&mut client, CANCEL));
+
+    // A session that writes the list again and again.
+    let mut writer = cluster.connect("postgres");
+    let pid: i32 = value(&mut writer, "SELECT pg_backend_pid()");
+    let cancel = writer.cancel_token();
+    let writing = thread::spawn(move || {
+        writer.batch_execute(
+            "DO $$ BEGIN LOOP BEGIN PERFORM autoprewarm_dump_now(); \
+                                    EXCEPTION WHEN internal_error THEN NULL; END; END LOOP; END $$",
+        )
+    });
+    let expected = SqlError::new(
+        "55006",
+        format!("could not load blocks because dump file is being used by PID {pid}"),
+    );
+    wait_until("a refusal", || match client.simple_query(LOAD) {
+        Ok(_) => {
+            client.batch_execute(CANCEL).unwrap();
+            false
+        }
+        Err(error) => SqlError::from(error) == expected,
+    });
+    LoadStats::wait_for(&mut client, |stats| stats.state == "dumping");
+    cancel.cancel_query(postgres::NoTls).unwrap();
+    assert!(writing.join().unwrap().is_err());
+}
+
+#[test]
+fn a_load_that_cannot_be_begun_is_an_error_and_not_made_up_for_later() {
+    let (cluster, _) = cluster_with_list(Cluster::build());
+    cluster.configure("pg_prewarm.autoprewarm = off");
+    cluster.restart();
+    let mut client = cluster.connect("postgres");
+    for _ in 0..2 {
+        assert_eq!(
+            error(&mut client, LOAD),
+            SqlError::new("55000", "autoprewarm is disabled")
+                .hint("Set \"pg_prewarm.autoprewarm\" to on, and restart the server.")
+        );
+    }
+    assert!(value::<bool>(&mut client, WAIT));
+    assert!(!value::<bool>(&mut client, CANCEL));
+    assert_eq!(LoadStats::get(&mut client).state, "not running");
+
+    cluster.configure(
+        "pg_prewarm.autoprewarm = on\nshared_preload_libraries = ''\nmax_worker_processes = 0",
+    );
+    cluster.restart();
+    let mut client = cluster.connect("postgres");
+    for _ in 0..2 {
+        assert_eq!(
+            error(&mut client, LOAD),
+            SqlError::new("53000", "could not register background process")
+                .hint("You may need to increase \"max_worker_processes\".")
+        );
+    }
+    assert!(value::<bool>(&mut client, WAIT));
+    assert!(!value::<bool>(&mut client, CANCEL));
+}
+
+#[test]
+fn a_list_that_is_missing_corrupted_or_unreadable_is_told_from_one_that_is_loaded() {
+    let (cluster, table) = cluster_with_list(Cluster::build());
+    let mut client = cluster.connect("postgres");
+    let error_of = |client: &mut Client| -> Option<String> {
+        value(client, "SELECT last_error FROM pg_stat_autoprewarm")
+    };
+    let load = |client: &mut Client| {
+        client.batch_execute(LOAD).unwrap();
+        let stats = LoadStats::wait_for_end(client);
+        (stats.result().to_owned(), stats.total, stats.skipped)
+    };
+    fs::remove_file(cluster.data(LIST)).unwrap();
+    assert_eq!(load(&mut client), ("completed".to_owned(), 0, 0));
+    assert_eq!(error_of(&mut client), None);
+
+    cluster.write_list(format!(
+        "<<3>>\nnonsense\n{}\n1,1663,1,0,99999999999\n",
+        table.record()
+    ));
+    assert_eq!(load(&mut client).0, "completed");
+    assert_eq!(
+        error_of(&mut client).unwrap(),
+        "autoprewarm block dump file is corrupted at line 2"
+    );
+
+    cluster.write_list(list_of(table.first(BLOCKS)));
+    fs::set_permissions(cluster.data(LIST), fs::Permissions::from_mode(0o0)).unwrap();
+    for _ in 0..2 {
+        assert_eq!(load(&mut client), ("failed".to_owned(), 0, 0));
+        assert_eq!(LoadStats::get(&mut client).state, "load failed");
+        assert_eq!(
+            error_of(&mut client).unwrap(),
+            "could not read file \"autoprewarm.blocks\": Permission denied"
+        );
+    }
+    let recent = "SELECT last_error_time BETWEEN now() - interval '1 min' AND clock_timestamp() \
+                  FROM pg_stat_autoprewarm";
+    assert!(value::<bool>(&mut client, recent));
+    fs::set_permissions(cluster.data(LIST), fs::Permissions::from_mode(0o600)).unwrap();
+    assert_eq!(load(&mut client), ("completed".to_owned(), 1000, 0));
+    assert_eq!(LoadStats::get(&mut client).state, "idle");
+}
+
+/// Cancels the load that runs, which must end it; returns how long that took.
+fn cancel(client: &mut Client) -> Duration {
+    let start = Instant::now();
+    assert!(value::<bool>(client, CANCEL));
+    let took = start.elapsed();
+    let stats = LoadStats::wait_for_end(client);
+    assert_eq!((&*stats.state, stats.result()), ("idle", "cancelled"));
+    took
+}
+
+/// Most must be as short as promised; a busy test machine may add to some.
+fn assert_short(mut times: Vec<Duration>) {
+    times.sort();
+    assert!(
+        times[times.len() / 2] < Duration::from_millis(200),
+        "{times:?}"
+    );
+    assert!(times[times.len() - 1] < Duration::from_secs(2), "{times:?}");
+}
+
+#[test]
+fn a_cancel_ends_the_load_at_once_and_leaves_the_list_and_what_is_loaded() {
+    let (cluster, table) = slow_cluster(Cluster::build());
+    let list = cluster.list();
+    let mut client = cluster.connect("postgres");
+    assert!(!value::<bool>(&mut client, CANCEL));
+    let mut times = Vec::new();
+    for rate in [SLOW, SLOW, 1, SLOW, SLOW] {
+        set_rate(&cluster, rate);
+        begin_load(&mut client);
+        let mark = cluster.log_end();
+        times.push(cancel(&mut client));
+        let stats = LoadStats::get(&mut client);
+        assert_eq!(stats.total, 1000);
+        let cancelled = "SELECT skipped_cancelled FROM pg_stat_autoprewarm";
+        assert_eq!(value::<i64>(&mut client, cancelled), stats.skipped);
+        assert_eq!(cached_blocks(&mut client, "t"), stats.loaded + stats.cached);
+        let (loaded, total) = cluster.wait_for_load(mark);
+        assert_eq!(loaded as i64, stats.loaded + stats.cached);
+        assert_eq!(total, 1000);
+        assert_eq!(
+            cluster.wait_for_skipped(mark),
+            format!(
+                "{0} blocks: {0} because the load was cancelled",
+                stats.skipped
+            )
+        );
+        assert!(!value::<bool>(&mut client, CANCEL));
+    }
+    assert_short(times);
+    assert_eq!(cluster.list(), list);
+    let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'";
+    wait_until("the workers' end", || {
+        value::<i64>(&mut client, workers) == 0
+    });
+
+    // What is asked for next is not affected.
+    set_rate(&cluster, 0);
+    client.batch_execute(LOAD).unwrap();
+    assert_eq!(LoadStats::wait_for_end(&mut client).result(), "completed");
+    let cached = cluster.cached();
+    assert!(table.first(BLOCKS).all(|block| cached.contains(&block)));
+    let log = cluster.log();
+    assert!(!log.contains("WARNING"), "{log}");
+}
+
+#[test]
+fn a_load_that_has_not_begun_yet_is_cancelled_as_well() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let mut client = cluster.connect("postgres");
+    for _ in 0..10 {
+        let row = client
+            .query_one(
+                "SELECT autoprewarm_load_now()::text, autoprewarm_cancel()",
+                &[],
+            )
+            .unwrap();
+        assert!(row.get::<_, bool>(1));
+        let stats = LoadStats::wait_for_end(&mut client);
+        assert_eq!(stats.result(), "cancelled");
+    }
+    assert!(!value::<bool>(&mut client, CANCEL));
+}
+
+#[test]
+fn two_sessions_may_cancel_one_load() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let mut clients = [(); 2].map(|()| cluster.connect("postgres"));
+    begin_load(&mut clients[0]);
+    // The leader notices none before both have asked.
+    let leader = cluster.leader().unwrap();
+    signal(leader, libc::SIGSTOP);
+    let results = thread::scope(|scope| {
+        let calls = clients
+            .each_mut()
+            .map(|client| scope.spawn(|| value::<bool>(client, CANCEL)));
+        thread::sleep(Duration::from_millis(300));
+        signal(leader, libc::SIGCONT);
+        calls.map(|call| call.join().unwrap())
+    });
+    assert_eq!(results, [true; 2]);
+    assert_eq!(
+        LoadStats::wait_for_end(&mut clients[0]).result(),
+        "cancelled"
+    );
+}
+
+#[test]
+fn a_cancel_that_is_cancelled_itself_ends_the_load_all_the_same() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let mut client = cluster.connect("postgres");
+    begin_load(&mut client);
+    let leader = cluster.leader().unwrap();
+    signal(leader, libc::SIGSTOP);
+    client
+        .batch_execute("SET statement_timeout = '200ms'")
+        .unwrap();
+    assert_eq!(error(&mut client, CANCEL).sqlstate, "57014");
+    client.batch_execute("RESET statement_timeout").unwrap();
+    signal(leader, libc::SIGCONT);
+    assert_eq!(LoadStats::wait_for_end(&mut client).result(), "cancelled");
+}
+
+#[test]
+fn a_load_that_waits_for_a_slow_disk_is_cancelled() {
+    let (cluster, _) = cluster_with_list(Cluster::build());
+    if cluster.major() >= 17 {
+        cluster.configure("io_combine_limit = 1");
+    }
+    cluster.slow_reads(20);
+    cluster.stop(Shutdown::Immediate);
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    let mut times = Vec::new();
+    for _ in 0..5 {
+        wait_for_load_to_run(&mut client);
+        times.push(cancel(&mut client));
+        client.batch_execute(LOAD).unwrap();
+    }
+    assert_short(times);
+}
+
+#[test]
+fn a_load_that_waits_for_a_worker_slot_is_cancelled() {
+    let (cluster, _) = cluster_with_list(
+        Cluster::build()
+            .setting("max_worker_processes = 1")
+            .setting("max_logical_replication_workers = 0"),
+    );
+    let mut client = cluster.connect("postgres");
+    let mut times = Vec::new();
+    for _ in 0..3 {
+        let mark = cluster.log_end();
+        client.batch_execute(LOAD).unwrap();
+        cluster.wait_for_log(mark, "autoprewarm is waiting for a background worker slot");
+        assert!(!value::<bool>(
+            &mut client,
+            "SELECT autoprewarm_wait('50ms')"
+        ));
+        times.push(cancel(&mut client));
+        assert_eq!(LoadStats::get(&mut client).skipped, 1000);
+    }
+    assert_short(times);
+}
+
+#[test]
+fn a_load_that_waits_for_locked_relations_is_cancelled() {
+    let (cluster, _) = cluster_with_list(Cluster::build());
+    let mut holder = cluster.connect("postgres");
+    holder.batch_execute("BEGIN; LOCK TABLE t").unwrap();
+    let mut client = cluster.connect("postgres");
+    let mut times = Vec::new();
+    for _ in 0..3 {
+        client.batch_execute(LOAD).unwrap();
+        wait_until("a worker that waits", || {
+            value(
+                &mut client,
+                "SELECT EXISTS (SELECT FROM pg_stat_activity \
+                                WHERE backend_type = 'autoprewarm worker' \
+                                  AND wait_event_type = 'Extension')",
+            )
+        });
+        times.push(cancel(&mut client));
+        assert_eq!(LoadStats::get(&mut client).skipped, 1000);
+    }
+    assert_short(times);
+}
+
+#[test]
+fn a_load_is_cancelled_while_its_list_is_read() {
+    let (cluster, _) = cluster_with_list(Cluster::build());
+    let mut list = String::from("<<3000000>>\n");
+    for block in 0..3_000_000 {
+        list.push_str(&format!("99999,1663,99999,0,{block}\n"));
+    }
+    cluster.write_list(list);
+    let mut client = cluster.connect("postgres");
+    for _ in 0..3 {
+        client.batch_execute(LOAD).unwrap();
+        LoadStats::wait_for(&mut client, |stats| stats.state == "loading");
+        let took = cancel(&mut client);
+        assert!(took < Duration::from_secs(2), "{took:?}");
+        assert_eq!(LoadStats::get(&mut client).total, 0);
+    }
+}
+
+#[test]
+fn whoever_waits_learns_of_the_end_or_of_the_timeout() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let mut client = cluster.connect("postgres");
+    for timeout in ["", "'0'", "'1 month'", "NULL"] {
+        let wait = format!("SELECT autoprewarm_wait({timeout})");
+        assert!(value::<bool>(&mut client, &wait), "{timeout}");
+    }
+    begin_load(&mut client);
+    assert!(!value::<bool>(&mut client, "SELECT autoprewarm_wait('0')"));
+    for milliseconds in [1, 300] {
+        let start = Instant::now();
+        let wait = format!("SELECT autoprewarm_wait('{milliseconds}ms')");
+        assert!(!value::<bool>(&mut client, &wait));
+        let took = start.elapsed();
+        assert!(took >= Duration::from_millis(milliseconds), "{took:?}");
+        assert!(took < Duration::from_secs(5), "{took:?}");
+    }
+    let mut timeouts = vec!["-1s", "-1 month", "-1 day", "-1 month 29 days"];
+    if cluster.major() >= 17 {
+        timeouts.push("-infinity");
+    }
+    for timeout in timeouts {
+        assert_eq!(
+            error(
+                &mut client,
+                &format!("SELECT autoprewarm_wait('{timeout}')")
+            ),
+            SqlError::new("22023", "timeout must not be negative"),
+            "{timeout}"
+        );
+    }
+
+    // The call itself is cancelled, and the session goes on.
+    client
+        .batch_execute("SET statement_timeout = '100ms'")
+        .unwrap();
+    for timeout in ["", "'1 month'", "'170000000 years'"] {
+        let raised = error(&mut client, &format!("SELECT autoprewarm_wait({timeout})"));
+        assert_eq!(raised.sqlstate, "57014", "{timeout}: {raised:?}");
+    }
+    client.batch_execute("RESET statement_timeout").unwrap();
+
+    let longest = match cluster.major() {
+        17.. => "infinity",
+        _ => "170000000 years",
+    };
+    let mut waiter = cluster.connect("postgres");
+    let answer = thread::scope(|scope| {
+        let waiting = scope.spawn(move || {
+            value::<bool>(
+                &mut waiter,
+                &format!("SELECT autoprewarm_wait('{longest}')"),
+            )
+        });
+        thread::sleep(Duration::from_millis(300));
+        assert!(!waiting.is_finished());
+        set_rate(&cluster, 0);
+        waiting.join().unwrap()
+    });
+    assert!(answer);
+    assert_eq!(LoadStats::get(&mut client).result(), "completed");
+}
+
+#[test]
+fn two_hundred_sessions_wait_at_once_and_all_learn_of_the_end() {
+    let (cluster, _) = slow_cluster(Cluster::build().setting("max_connections = 230"));
+    let mut client = cluster.connect("postgres");
+    begin_load(&mut client);
+    let waiters: Vec<_> = (0..200)
+        .map(|_| {
+            let mut waiter = cluster.connect("postgres");
+            thread::spawn(move || {
+                let answer = value::<bool>(&mut waiter, WAIT);
+                (answer, LoadStats::get(&mut waiter).result)
+            })
+        })
+        .collect();
+    let waiting = "SELECT count(*) FROM pg_stat_activity \
+                   WHERE backend_type = 'client backend' AND wait_event_type = 'Extension'";
+    wait_until("200 who wait", || value::<i64>(&mut client, waiting) == 200);
+    assert_eq!(LoadStats::get(&mut client).state, "loading");
+    set_rate(&cluster, 0);
+    for waiter in waiters {
+        assert_eq!(waiter.join().unwrap(), (true, Some("completed".to_owned())));
+    }
+}
+
+#[test]
+fn nobody_is_told_that_a_starting_server_is_warm_before_it_has_loaded() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let list = cluster.list();
+    for crash in [false, true] {
+        for _ in 0..3 {
+            cluster.stop(if crash {
+                Shutdown::Immediate
+            } else {
+                Shutdown::Fast
+            });
+            cluster.write_list(&list);
+            // From the first moment on in which the server takes connections.
+            thread::scope(|scope| {
+                let asking = scope.spawn(|| {
+                    let config = cluster.config();
+                    let start = Instant::now();
+                    let mut client = loop {
+                        match config.connect(postgres::NoTls) {
+                            Ok(client) => break client,
+                            Err(error) if start.elapsed() > Duration::from_secs(60) => {
+                                panic!("{error}")
+                            }
+                            Err(_) => thread::sleep(Duration::from_millis(1)),
+                        }
+                    };
+                    while LoadStats::get(&mut client).loaded < 5 {
+                        assert!(!value::<bool>(&mut client, "SELECT autoprewarm_wait('0')"));
+                    }
+                });
+                cluster.start();
+                asking.join().unwrap();
+            });
+        }
+    }
+    assert_eq!(cluster.list(), list);
+}
+
+#[test]
+fn a_server_without_a_slot_for_the_leader_is_not_waited_for_forever() {
+    let cluster = Cluster::build().setting("max_worker_processes = 0").start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let mut client = cluster.connect("postgres");
+    assert_eq!(LoadStats::get(&mut client).state, "not running");
+    // A probe that does not wait for long hears so in the end, too.
+    assert!(!value::<bool>(&mut client, "SELECT autoprewarm_wait('0')"));
+    let start = Instant::now();
+    wait_until("the answer", || {
+        value(&mut client, "SELECT autoprewarm_wait('100ms')")
+    });
+    assert!(start.elapsed() < Duration::from_secs(40));
+    assert!(value::<bool>(&mut client, "SELECT autoprewarm_wait('0')"));
+}
+
+#[test]
+fn ending_the_leader_in_mid_load_ends_the_wait_and_the_next_one_begins_anew() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let list = cluster.list();
+    let mut client = cluster.connect("postgres");
+    begin_load(&mut client);
+    let leader = cluster.leader().unwrap();
+    let mut waiter = cluster.connect("postgres");
+    let waiting = thread::spawn(move || value::<bool>(&mut waiter, WAIT));
+    assert!(value::<bool>(
+        &mut client,
+        &format!("SELECT pg_terminate_backend({leader}, 60000)")
+    ));
+    assert!(waiting.join().unwrap());
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!((&*stats.state, stats.result()), ("not running", "failed"));
+    assert_eq!(stats.total, 1000);
+    assert!(!value::<bool>(&mut client, CANCEL));
+    let rows = "SELECT count(*) FROM pg_stat_progress_prewarm";
+    wait_until("no rows", || value::<i64>(&mut client, rows) == 0);
+    assert_eq!(cluster.list(), list);
+
+    begin_load(&mut client);
+    assert_ne!(cluster.leader().unwrap(), leader);
+    set_rate(&cluster, 0);
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!(
+        (stats.result(), stats.loaded + stats.cached),
+        ("completed", 1000)
+    );
+}
+
+#[test]
+fn a_shutdown_in_a_load_on_demand_keeps_the_list() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let list = cluster.list();
+    for how in [Shutdown::Smart, Shutdown::Fast, Shutdown::Immediate] {
+        let mut client = cluster.connect("postgres");
+        // The server's start has begun a load from the second time on.
+        if LoadStats::get(&mut client).state == "idle" {
+            client.batch_execute(LOAD).unwrap();
+        }
+        wait_for_load_to_run(&mut client);
+        drop(client);
+        let start = Instant::now();
+        cluster.stop(how);
+        assert!(start.elapsed() < Duration::from_secs(10), "{how:?}");
+        assert_eq!(cluster.list(), list, "{how:?}");
+        cluster.start();
+        wait_for_load_to_run(&mut cluster.connect("postgres"));
+    }
+}
+
+#[test]
+fn a_crash_in_a_load_on_demand_is_followed_by_another_load_with_numbers_of_its_own() {
+    let (mut cluster, _) = slow_cluster(Cluster::build());
+    cluster.expect_crash();
+    let list = cluster.list();
+    for victim in ["autoprewarm worker", "autoprewarm leader"] {
+        let mut client = cluster.connect("postgres");
+        if LoadStats::get(&mut client).state == "idle" {
+            client.batch_execute(LOAD).unwrap();
+        }
+        LoadStats::wait_for(&mut client, |stats| stats.loaded + stats.cached >= 10);
+        let pid: i32 = value(
+            &mut client,
+            &format!("SELECT max(pid) FROM pg_stat_activity WHERE backend_type = '{victim}'"),
+        );
+        let mark = cluster.log_end();
+        signal(pid, libc::SIGKILL);
+        cluster.wait_for_log(mark, "all server processes terminated; reinitializing");
+        let mut client = cluster.connect("postgres");
+        assert!(!value::<bool>(&mut client, "SELECT autoprewarm_wait('0')"));
+        let stats = wait_for_load_to_run(&mut client);
+        assert!(stats.loaded + stats.cached < 10, "{stats:?}");
+        let stale = format!(
+            "SELECT EXISTS (SELECT FROM pg_stat_progress_prewarm WHERE pid = {pid} \
+                            OR pid NOT IN (SELECT pid FROM pg_stat_activity))"
+        );
+        assert!(!value::<bool>(&mut client, &stale));
+    }
+    assert_eq!(cluster.list(), list);
+}
+
+#[test]
+fn a_worker_that_is_ended_leaves_no_row_and_the_numbers_add_up() {
+    let (cluster, _) =
+        cluster_with_list(Cluster::build().setting("pg_prewarm.autoprewarm_max_rate = 800"));
+    let mut client = cluster.connect("postgres");
+    begin_load(&mut client);
+    // Of the two chunks each is tried twice.
+    for _ in 0..3 {
+        let mut pid = None;
+        wait_until("a worker's row", || {
+            pid = value(&mut client, "SELECT max(pid) FROM pg_stat_progress_prewarm");
+            pid.is_some()
+        });
+        let pid: i32 = pid.unwrap();
+        assert!(value::<bool>(
+            &mut client,
+            &format!("SELECT pg_terminate_backend({pid}, 60000)")
+        ));
+        let row = format!("SELECT EXISTS (SELECT FROM pg_stat_progress_prewarm WHERE pid = {pid})");
+        assert!(!value::<bool>(&mut client, &row));
+    }
+    set_rate(&cluster, 0);
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!((stats.result(), stats.total), ("completed", 1000));
+}
+
+#[test]
+fn the_rate_is_kept_and_a_reload_changes_it_in_mid_load() {
+    // Blocks of 8 kB: 100 and 1600 a second, of which two workers read.
+    let cluster = Cluster::build()
+        .setting("shared_buffers = 160MB")
+        .setting("pg_prewarm.autoprewarm_max_rate = 800")
+        .start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let blocks = 14_000;
+    let table = cluster.table("t", blocks);
+    cluster.stop(Shutdown::Fast);
+    cluster.write_list(list_of(table.first(blocks)));
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    let measure = |client: &mut Client, rate: f64| {
+        let first = LoadStats::get(client);
+        let start = Instant::now();
+        thread::sleep(Duration::from_secs(5));
+        let last = LoadStats::get(client);
+        let seconds = start.elapsed().as_secs_f64();
+        assert_eq!(last.state, "loading");
+        let loaded = (last.loaded - first.loaded) as f64;
+        let relative = loaded / seconds / rate;
+        // A test machine whose processor is taken by others for a while loads
+        // less; it never has a reason to load more.
+        assert!(
+            (0.7..1.1).contains(&relative),
+            "{loaded} blocks in {seconds} s instead of {rate} a second"
+        );
+    };
+    wait_for_load_to_run(&mut client);
+    measure(&mut client, 100.0);
+    set_rate(&cluster, 12_800);
+    thread::sleep(Duration::from_secs(1));
+    measure(&mut client, 1600.0);
+    // One block in eight seconds, once a worker has read its last of the old rate.
+    set_rate(&cluster, 1);
+    thread::sleep(Duration::from_secs(1));
+    let before = LoadStats::get(&mut client).loaded;
+    thread::sleep(Duration::from_secs(2));
+    let stats = LoadStats::get(&mut client);
+    assert!(stats.loaded - before <= 1, "{before}, then {stats:?}");
+
+    set_rate(&cluster, 0);
+    let start = Instant::now();
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!((stats.loaded, stats.skipped), (i64::from(blocks), 0));
+    assert!(start.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn a_standby_is_loaded_watched_and_cancelled_like_any_other_server() {
+    let (primary, table) = slow_cluster(Cluster::build());
+    let standby = primary.standby();
+    standby.write_list(list_of(table.first(BLOCKS)));
+    standby.start();
+    let mut client = standby.connect("postgres");
+    assert!(!value::<bool>(&mut client, "SELECT autoprewarm_wait('0')"));
+    wait_for_load_to_run(&mut client);
+    assert_eq!(error(&mut client, LOAD), in_progress());
+    let rows = "SELECT count(*) FROM pg_stat_progress_prewarm WHERE datname = 'postgres'";
+    assert!(value::<i64>(&mut client, rows) > 0);
+    cancel(&mut client);
+    begin_load(&mut client);
+    set_rate(&standby, 0);
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!(
+        (stats.result(), stats.loaded + stats.cached),
+        ("completed", 1000)
+    );
+    assert_eq!(cached_blocks(&mut client, "t"), 1000);
+}
+
+#[test]
+fn who_may_steer_and_who_may_watch_is_what_was_granted() {
+    let cluster = Cluster::build().start();
+    cluster.sql(
+        "CREATE EXTENSION pg_prewarm; CREATE ROLE plain LOGIN; \
+         CREATE ROLE monitor LOGIN IN ROLE pg_monitor",
+    );
+    let control = ["autoprewarm_load_now", "autoprewarm_cancel"];
+    let denied =
+        |kind, name| SqlError::new("42501", format!("permission denied for {kind} {name}"));
+    let mut plain = cluster.connect_as("plain", "postgres");
+    let mut monitor = cluster.connect_as("monitor", "postgres");
+    for function in control.into_iter().chain([
+        "autoprewarm_wait",
+        "pg_stat_get_autoprewarm",
+        "pg_stat_get_progress_prewarm",
+    ]) {
+        assert_eq!(
+            error(&mut plain, &format!("SELECT {function}()")),
+            denied("function", function)
+        );
+    }
+    for view in ["pg_stat_autoprewarm", "pg_stat_progress_prewarm"] {
+        let query = format!("SELECT * FROM {view}");
+        assert_eq!(error(&mut plain, &query), denied("view", view));
+        monitor.batch_execute(&query).unwrap();
+    }
+    assert!(value::<bool>(&mut monitor, WAIT));
+    for function in control {
+        assert_eq!(
+            error(&mut monitor, &format!("SELECT {function}()")),
+            denied("function", function)
+        );
+        cluster.sql(&format!("GRANT EXECUTE ON FUNCTION {function}() TO plain"));
+        plain
+            .batch_execute(&format!("SELECT {function}()"))
+            .unwrap();
+    }
+}

@@ -1,10 +1,10 @@
 //! What it costs a load to show how far it is: with and without `track_activities`
 //! and `update_process_title`, and with a rate limit that is never reached.
 
+use crate::Options;
 use crate::common::{Shutdown, list_of};
 use crate::report::{Report, median};
 use crate::side::{self, Side, SystemCache};
-use crate::Options;
 
 const SHOWN: &str = "track_activities = on\nupdate_process_title = on";
 const NOT_SHOWN: &str = "track_activities = off\nupdate_process_title = off";

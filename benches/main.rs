@@ -13,6 +13,7 @@ mod blocks;
 #[path = "../tests/common/mod.rs"]
 mod common;
 
+mod counters;
 mod dump;
 mod lists;
 mod load;
@@ -92,12 +93,13 @@ fn main() {
         out: variable("OUT").map_or("target/bench".into(), PathBuf::from),
     };
     let mut report = Report::new(&options);
-    let scenarios: [(&str, Scenario); 5] = [
+    let scenarios: [(&str, Scenario); 6] = [
         ("load", load::run),
         ("warmup", warmup::run),
         ("dump", dump::run),
         ("lists", lists::run),
         ("shrunk", shrunk::run),
+        ("counters", counters::run),
     ];
     for (name, run) in scenarios {
         if chosen.is_empty() || chosen.iter().any(|chosen| chosen == name) {

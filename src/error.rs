@@ -17,6 +17,8 @@ pub enum Error {
     NullMode,
     #[error("invalid prewarm type")]
     InvalidMode,
+    #[error("prewarm type \"prefetch\" is not supported with direct I/O")]
+    PrefetchWithDirectIo,
     #[error("relation fork cannot be null")]
     NullFork,
     #[error("fork \"{0}\" does not exist for this relation")]
@@ -68,6 +70,7 @@ impl Error {
             | Self::FirstBlockOutOfRange(_)
             | Self::LastBlockOutOfRange(_)
             | Self::NegativeTimeout => ERRCODE_INVALID_PARAMETER_VALUE,
+            Self::PrefetchWithDirectIo => ERRCODE_FEATURE_NOT_SUPPORTED,
             Self::Disabled | Self::AlreadyRunning(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::LoadInProgress | Self::ListInUse(_) => ERRCODE_OBJECT_IN_USE,
             Self::NoWorkerSlot | Self::WorkerNotStarted => ERRCODE_INSUFFICIENT_RESOURCES,
@@ -84,6 +87,10 @@ impl Error {
             Self::InvalidMode => {
                 Some("Valid prewarm types are \"prefetch\", \"read\", and \"buffer\".")
             }
+            Self::PrefetchWithDirectIo => Some(
+                "\"debug_io_direct\" has the server read past the operating system's cache: use \
+                 the prewarm type \"buffer\".",
+            ),
             Self::NoWorkerSlot => Some("You may need to increase \"max_worker_processes\"."),
             Self::LoadInProgress => Some(
                 "autoprewarm_wait() waits for the end of the load, and autoprewarm_cancel() ends \

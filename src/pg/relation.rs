@@ -6,7 +6,8 @@ use std::ops::ControlFlow;
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
 use super::buffer::{Pinned, ReadEnd};
-use super::compat::{self, READ_BLOCKS_MAX};
+use super::compat::{self, Blocks, READ_BLOCKS_MAX, REQUEST_BLOCKS};
+use super::error::new_report;
 use super::{ffi, process};
 use crate::blocks::{BlockNumber, Fork, Oid};
 
@@ -169,6 +170,23 @@ impl Relation {
         );
     }
 
+    /// Raises the server's ERROR where it is another session's temporary relation.
+    pub fn check_not_others(&self) {
+        // SAFETY: open.
+        let (backend, mine) = unsafe {
+            let relation = &*self.relation;
+            (relation.rd_backend, relation.rd_islocaltemp)
+        };
+        if backend != NO_BACKEND && !mine {
+            new_report(
+                PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+                "cannot access temporary tables of other sessions".to_owned(),
+                None,
+            )
+            .report(PgLogLevel::ERROR);
+        }
+    }
+
     /// Raises an ERROR whose message has the relation's name in it, in the
     /// server's own encoding, and whose detail is that such relations are not
     /// supported, if a kind is given.
@@ -251,40 +269,50 @@ impl Relation {
         unsafe { compat::read_into_buffers(self.relation, fork, blocks, true, &mut each) }
     }
 
-    /// Asks the operating system to read a block, unless it is in shared
-    /// buffers, and does not wait.
-    pub fn prefetch(&self, fork: Fork, block: BlockNumber) {
-        // SAFETY: open.
-        unsafe { pg_sys::PrefetchBuffer(self.relation, fork as i32, block) };
-    }
-
-    /// Reads the blocks from `first` to before `end`, not into shared buffers, and
-    /// tells `done` of each so many. Serves interrupts.
-    pub fn read(
+    /// Asks the operating system to read the blocks from `first` to before `end`,
+    /// does not wait, and tells `done` of each so many. Serves interrupts.
+    pub fn prefetch(
         &self,
         fork: Fork,
         first: BlockNumber,
         end: BlockNumber,
-        mut done: impl FnMut(u32),
+        done: impl FnMut(u32),
     ) {
-        let mut memory = Box::new(IoAligned([0; READ_BYTES]));
+        self.in_runs(first, end, REQUEST_BLOCKS, done, {
+            // SAFETY: open, for as long as this is borrowed.
+            let mut blocks = unsafe { Blocks::new(self.relation, fork) };
+            move |first, count| blocks.prefetch(first, count)
+        });
+    }
+
+    /// Reads the blocks from `first` to before `end`, not into shared buffers, and
+    /// tells `done` of each so many. Serves interrupts.
+    pub fn read(&self, fork: Fork, first: BlockNumber, end: BlockNumber, done: impl FnMut(u32)) {
+        self.in_runs(first, end, READ_BLOCKS_MAX, done, {
+            let mut memory = Box::new(IoAligned([0; READ_BYTES]));
+            // SAFETY: as above.
+            let mut blocks = unsafe { Blocks::new(self.relation, fork) };
+            // SAFETY: the memory is aligned and large enough.
+            move |first, count| unsafe { blocks.read(first, count, memory.0.as_mut_ptr()) }
+        });
+    }
+
+    /// Does something for runs of blocks, of which none crosses the end of a
+    /// segment file.
+    fn in_runs(
+        &self,
+        first: BlockNumber,
+        end: BlockNumber,
+        most: u32,
+        mut done: impl FnMut(u32),
+        mut act: impl FnMut(BlockNumber, u32),
+    ) {
         let mut block = first;
         while block < end {
             process::check_for_interrupts();
-            // A vectored read stays within one segment file.
             let segment_end = (block / pg_sys::RELSEG_SIZE + 1).saturating_mul(pg_sys::RELSEG_SIZE);
-            let count = (end.min(segment_end) - block).min(READ_BLOCKS_MAX);
-            // SAFETY: open, and the memory is aligned and large enough. Its
-            // storage is asked for each time: an interrupt may have closed it.
-            unsafe {
-                compat::read_blocks(
-                    self.storage(),
-                    fork as i32,
-                    block,
-                    count,
-                    memory.0.as_mut_ptr(),
-                );
-            }
+            let count = (end.min(segment_end) - block).min(most);
+            act(block, count);
             block += count;
             done(count);
         }
@@ -316,6 +344,11 @@ const READ_BYTES: usize = READ_BLOCKS_MAX as usize * pg_sys::BLCKSZ as usize;
 /// Memory that the server may read into with direct I/O.
 #[repr(C, align(4096))]
 struct IoAligned([u8; READ_BYTES]);
+
+/// Whether the server reads relations past the operating system's cache.
+pub fn read_directly() -> bool {
+    compat::reads_directly()
+}
 
 /// The fork of that name. Raises the server's ERROR for a name that no fork has.
 pub fn fork_by_name(name: &CStr) -> Fork {

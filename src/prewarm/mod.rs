@@ -8,7 +8,7 @@ use pgrx::prelude::*;
 use crate::blocks::{BlockNumber, Fork};
 use crate::error::Error;
 use crate::pg::activity::{Kind, Progress};
-use crate::pg::process::{check_for_interrupts, now};
+use crate::pg::process::now;
 use crate::pg::relation::{self, Relation};
 
 /// How far blocks are brought.
@@ -29,6 +29,14 @@ impl Mode {
             b"read" => Ok(Self::Read),
             b"buffer" => Ok(Self::Buffer),
             _ => Err(Error::InvalidMode),
+        }
+    }
+
+    /// With direct I/O, what the operating system has read is of no use.
+    fn check_supported(self) -> Result<(), Error> {
+        match self {
+            Self::Prefetch if relation::read_directly() => Err(Error::PrefetchWithDirectIo),
+            _ => Ok(()),
         }
     }
 }
@@ -80,8 +88,12 @@ fn prewarm(
     let blocks = i64::from(relation.blocks(fork));
     let first = within(first_block, 0, blocks, Error::FirstBlockOutOfRange)?;
     let last = within(last_block, blocks - 1, blocks, Error::LastBlockOutOfRange)?;
+    mode.check_supported()?;
     if first > last {
         return Ok(0);
+    }
+    if let Mode::Prefetch = mode {
+        relation.check_not_others();
     }
 
     // Both lie within the fork, whose blocks are counted in 32 bits.
@@ -109,13 +121,7 @@ fn run(relation: &Relation, mode: Mode, fork: Fork, first: BlockNumber, end: Blo
     let shown = Shown::begin(relation, fork, u64::from(end - first));
     match mode {
         Mode::Read => relation.read(fork, first, end, |blocks| shown.count(blocks)),
-        Mode::Prefetch => {
-            for block in first..end {
-                check_for_interrupts();
-                relation.prefetch(fork, block);
-                shown.count(1);
-            }
-        }
+        Mode::Prefetch => relation.prefetch(fork, first, end, |blocks| shown.count(blocks)),
         Mode::Buffer => relation.read_into_buffers(fork, first, end, |blocks| shown.count(blocks)),
     }
 }

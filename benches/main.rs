@@ -17,6 +17,7 @@ mod dump;
 mod lists;
 mod load;
 mod machine;
+mod modes;
 mod report;
 mod shrunk;
 mod side;
@@ -92,12 +93,13 @@ fn main() {
         out: variable("OUT").map_or("target/bench".into(), PathBuf::from),
     };
     let mut report = Report::new(&options);
-    let scenarios: [(&str, Scenario); 5] = [
+    let scenarios: [(&str, Scenario); 6] = [
         ("load", load::run),
         ("warmup", warmup::run),
         ("dump", dump::run),
         ("lists", lists::run),
         ("shrunk", shrunk::run),
+        ("modes", modes::run),
     ];
     for (name, run) in scenarios {
         if chosen.is_empty() || chosen.iter().any(|chosen| chosen == name) {

@@ -21,6 +21,17 @@ pub enum Error {
     PrefetchWithDirectIo,
     #[error("relation fork cannot be null")]
     NullFork,
+    /// Holds an argument's name.
+    #[error("{0} cannot be null")]
+    NullArgument(&'static str),
+    #[error("max_blocks must not be negative")]
+    NegativeMaxBlocks,
+    /// Holds the most there may be.
+    #[error("workers must be between 0 and {0}")]
+    WorkersOutOfRange(i32),
+    /// Holds the schema's OID.
+    #[error("schema with OID {0} does not exist")]
+    MissingSchema(u32),
     #[error("fork \"{0}\" does not exist for this relation")]
     MissingFork(String),
     /// Holds the last block's number, -1 for an empty fork.
@@ -66,10 +77,14 @@ impl Error {
             | Self::NullMode
             | Self::InvalidMode
             | Self::NullFork
+            | Self::NullArgument(_)
+            | Self::NegativeMaxBlocks
+            | Self::WorkersOutOfRange(_)
             | Self::MissingFork(_)
             | Self::FirstBlockOutOfRange(_)
             | Self::LastBlockOutOfRange(_)
             | Self::NegativeTimeout => ERRCODE_INVALID_PARAMETER_VALUE,
+            Self::MissingSchema(_) => ERRCODE_INVALID_SCHEMA_NAME,
             Self::PrefetchWithDirectIo => ERRCODE_FEATURE_NOT_SUPPORTED,
             Self::Disabled | Self::AlreadyRunning(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::LoadInProgress | Self::ListInUse(_) => ERRCODE_OBJECT_IN_USE,

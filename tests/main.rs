@@ -10,6 +10,7 @@ mod functions;
 mod heat;
 mod load;
 mod neighbour;
+mod relations;
 mod resources;
 mod restart;
 mod settings;

@@ -18,6 +18,7 @@ mod dump;
 mod lists;
 mod load;
 mod machine;
+mod modes;
 mod report;
 mod shrunk;
 mod side;
@@ -93,13 +94,14 @@ fn main() {
         out: variable("OUT").map_or("target/bench".into(), PathBuf::from),
     };
     let mut report = Report::new(&options);
-    let scenarios: [(&str, Scenario); 6] = [
+    let scenarios: [(&str, Scenario); 7] = [
         ("load", load::run),
         ("warmup", warmup::run),
         ("dump", dump::run),
         ("lists", lists::run),
         ("shrunk", shrunk::run),
         ("counters", counters::run),
+        ("modes", modes::run),
     ];
     for (name, run) in scenarios {
         if chosen.is_empty() || chosen.iter().any(|chosen| chosen == name) {

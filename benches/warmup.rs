@@ -71,7 +71,11 @@ pub fn run(options: &Options, report: &mut Report) {
             let curve = curve(&transactions, seconds);
             // A shared machine is not as fast at one time as at another, so what is
             // warm is told by the run itself, if it comes to be.
-            let warm = if side.is_some() { plateau(&curve) } else { warm };
+            let warm = if side.is_some() {
+                plateau(&curve)
+            } else {
+                warm
+            };
             let reached = curve
                 .iter()
                 .find(|(_, rate)| *rate >= warm * 0.9)

@@ -3,6 +3,46 @@
 
 \echo Use "ALTER EXTENSION pg_prewarm UPDATE TO '2.0'" to load this file. \quit
 
+-- What people mean by a table, a schema, a database. Rights are those to the
+-- relations.
+
+CREATE FUNCTION pg_prewarm_relation(
+    relation regclass,
+    mode text DEFAULT 'buffer',
+    indexes boolean DEFAULT true,
+    toast boolean DEFAULT true,
+    partitions boolean DEFAULT true,
+    forks text[] DEFAULT '{main}',
+    max_blocks bigint DEFAULT NULL,
+    workers integer DEFAULT 0)
+RETURNS TABLE (relation regclass, fork text, blocks bigint, already_cached bigint, elapsed interval)
+AS 'MODULE_PATHNAME', 'pg_prewarm_relation'
+LANGUAGE C PARALLEL UNSAFE;
+
+CREATE FUNCTION pg_prewarm_schema(
+    schema regnamespace,
+    mode text DEFAULT 'buffer',
+    indexes boolean DEFAULT true,
+    toast boolean DEFAULT true,
+    forks text[] DEFAULT '{main}',
+    max_blocks bigint DEFAULT NULL,
+    workers integer DEFAULT 0)
+RETURNS TABLE (relation regclass, fork text, blocks bigint, already_cached bigint, elapsed interval)
+AS 'MODULE_PATHNAME', 'pg_prewarm_schema'
+LANGUAGE C PARALLEL UNSAFE;
+
+CREATE FUNCTION pg_prewarm_database(
+    mode text DEFAULT 'buffer',
+    indexes boolean DEFAULT true,
+    toast boolean DEFAULT true,
+    forks text[] DEFAULT '{main}',
+    max_blocks bigint DEFAULT NULL,
+    workers integer DEFAULT 0,
+    catalogs boolean DEFAULT false)
+RETURNS TABLE (relation regclass, fork text, blocks bigint, already_cached bigint, elapsed interval)
+AS 'MODULE_PATHNAME', 'pg_prewarm_database'
+LANGUAGE C PARALLEL UNSAFE;
+
 -- What acts on the whole server is no longer everybody's to call.
 
 REVOKE ALL ON FUNCTION autoprewarm_start_worker() FROM PUBLIC;

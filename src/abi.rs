@@ -35,6 +35,21 @@ export!(
     crate::prewarm::pg_prewarm_wrapper
 );
 export!(
+    "pg_prewarm_relation",
+    "pg_finfo_pg_prewarm_relation",
+    crate::prewarm::pg_prewarm_relation_wrapper
+);
+export!(
+    "pg_prewarm_schema",
+    "pg_finfo_pg_prewarm_schema",
+    crate::prewarm::pg_prewarm_schema_wrapper
+);
+export!(
+    "pg_prewarm_database",
+    "pg_finfo_pg_prewarm_database",
+    crate::prewarm::pg_prewarm_database_wrapper
+);
+export!(
     "autoprewarm_start_worker",
     "pg_finfo_autoprewarm_start_worker",
     crate::autoprewarm::sql::autoprewarm_start_worker_wrapper
@@ -87,4 +102,18 @@ pub extern "C-unwind" fn autoprewarm_main(_argument: pg_sys::Datum) {
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn autoprewarm_database_main(argument: pg_sys::Datum) {
     crate::autoprewarm::worker::main((argument.value() as u64).into());
+}
+
+/// Where a parallel worker of a call begins.
+///
+/// # Safety
+/// The server gives it the table of contents that the call's own process made.
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn pg_prewarm_parallel_main(
+    _segment: *mut pg_sys::dsm_segment,
+    toc: *mut pg_sys::shm_toc,
+) {
+    // SAFETY: the server's promise. What is on the stack here needs no dropping.
+    unsafe { crate::pg::error::with_exact_messages(|| crate::prewarm::job::worker_main(toc)) };
 }

@@ -18,8 +18,21 @@ pub enum Error {
     NullMode,
     #[error("invalid prewarm type")]
     InvalidMode,
+    #[error("prewarm type \"prefetch\" is not supported with direct I/O")]
+    PrefetchWithDirectIo,
     #[error("relation fork cannot be null")]
     NullFork,
+    /// Holds an argument's name.
+    #[error("{0} cannot be null")]
+    NullArgument(&'static str),
+    #[error("max_blocks must not be negative")]
+    NegativeMaxBlocks,
+    /// Holds the most there may be.
+    #[error("workers must be between 0 and {0}")]
+    WorkersOutOfRange(i32),
+    /// Holds the schema's OID.
+    #[error("schema with OID {0} does not exist")]
+    MissingSchema(u32),
     #[error("fork \"{0}\" does not exist for this relation")]
     MissingFork(String),
     /// Holds the last block's number, -1 for an empty fork.
@@ -65,10 +78,15 @@ impl Error {
             | Self::NullMode
             | Self::InvalidMode
             | Self::NullFork
+            | Self::NullArgument(_)
+            | Self::NegativeMaxBlocks
+            | Self::WorkersOutOfRange(_)
             | Self::MissingFork(_)
             | Self::FirstBlockOutOfRange(_)
             | Self::LastBlockOutOfRange(_)
             | Self::NegativeTimeout => ERRCODE_INVALID_PARAMETER_VALUE,
+            Self::MissingSchema(_) => ERRCODE_INVALID_SCHEMA_NAME,
+            Self::PrefetchWithDirectIo => ERRCODE_FEATURE_NOT_SUPPORTED,
             Self::Disabled | Self::AlreadyRunning(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::LoadInProgress | Self::ListInUse(_) => ERRCODE_OBJECT_IN_USE,
             Self::NoWorkerSlot | Self::WorkerNotStarted => ERRCODE_INSUFFICIENT_RESOURCES,
@@ -86,6 +104,10 @@ impl Error {
                 Some("Valid prewarm types are \"prefetch\", \"read\", and \"buffer\".")
             }
             Self::Disabled => Some("Set \"pg_prewarm.autoprewarm\" to on, and restart the server."),
+            Self::PrefetchWithDirectIo => Some(
+                "\"debug_io_direct\" has the server read past the operating system's cache: use \
+                 the prewarm type \"buffer\".",
+            ),
             Self::NoWorkerSlot => Some("You may need to increase \"max_worker_processes\"."),
             Self::LoadInProgress => Some(
                 "autoprewarm_wait() waits for the end of the load, and autoprewarm_cancel() ends \

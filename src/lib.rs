@@ -14,6 +14,7 @@ mod error;
 mod pg;
 mod prewarm;
 mod settings;
+mod turn;
 
 #[cfg(not(panic = "unwind"))]
 compile_error!("a PostgreSQL ERROR unwinds through Rust: build with panic = \"unwind\"");

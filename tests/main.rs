@@ -11,6 +11,7 @@ mod heat;
 mod list;
 mod load;
 mod neighbour;
+mod relations;
 mod resources;
 mod restart;
 mod settings;

@@ -16,19 +16,17 @@
 //! blocks of it were done: the leader gives the rest to another worker, once.
 
 use std::ops::Range;
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicU32, AtomicUsize};
 
 use super::rate::RateLimit;
 use crate::blocks::plan::DatabasePlan;
 use crate::blocks::{Oid, SkipReason};
 use crate::pg::shmem::Shared;
+use crate::turn::Provided;
 
 /// The most workers of a load.
 pub const MAX_WORKERS: usize = 64;
-
-/// For how many buffers memory is provided in one go.
-pub const BUFFERS_AT_ONCE: usize = 128;
 
 /// No chunk's index.
 const NO_CHUNK: u32 = u32::MAX;
@@ -42,9 +40,7 @@ pub struct Load {
     /// The [`SkipReason`] of all that is left, once there is one.
     ended_for: AtomicU32,
     pub rate_limit: RateLimit,
-    /// Buffers before this one have their memory, or a worker is about to see
-    /// to that.
-    provided: AtomicUsize,
+    pub provided: Provided,
 }
 
 /// No [`SkipReason`].
@@ -58,7 +54,7 @@ unsafe impl Shared for Load {
         workers: [const { Slot::new() }; MAX_WORKERS],
         ended_for: AtomicU32::new(NO_REASON),
         rate_limit: RateLimit::new(),
-        provided: AtomicUsize::new(0),
+        provided: Provided::new(),
     };
 }
 
@@ -274,23 +270,6 @@ impl Load {
     pub fn ended_for(&self) -> Option<SkipReason> {
         let reason = self.ended_for.load(SeqCst) as usize;
         SkipReason::ALL.get(reason).copied()
-    }
-
-    /// The buffers whose memory is to be provided next, for a worker that uses
-    /// this one; nothing while there are enough. Buffers are used in order, more
-    /// or less, by all workers together, and no two workers see to the same ones:
-    /// they would only wait for each other.
-    pub fn next_to_provide(&self, buffer: usize) -> Option<Range<usize>> {
-        const AHEAD: usize = 2 * BUFFERS_AT_ONCE;
-        let next = |provided: usize| {
-            let start = provided.max(buffer);
-            (start < buffer + AHEAD).then_some(start + BUFFERS_AT_ONCE)
-        };
-        // Most calls end here.
-        next(self.provided.load(Relaxed))?;
-        let before = self.provided.fetch_update(Relaxed, Relaxed, next).ok()?;
-        let start = before.max(buffer);
-        Some(start..start + BUFFERS_AT_ONCE)
     }
 }
 

@@ -5,7 +5,7 @@ use pgrx::prelude::*;
 
 use super::state::{Phase, State};
 use super::stats::LoadResult;
-use crate::blocks::{Fork, SkipReason};
+use crate::blocks::SkipReason;
 use crate::pg::activity;
 use crate::pg::error::in_server_encoding;
 
@@ -116,22 +116,13 @@ fn pg_stat_get_progress_prewarm() -> TableIterator<
             pg_sys::Oid::from(database),
             progress.kind.name(),
             reads.then_some(pg_sys::Oid::from(progress.relation)),
-            reads.then_some(fork_name(progress.fork)),
+            reads.then_some(progress.fork.name()),
             progress.total as i64,
             progress.done as i64,
             progress.skipped as i64,
             time(progress.start),
         )
     }))
-}
-
-fn fork_name(fork: Fork) -> &'static str {
-    match fork {
-        Fork::Main => "main",
-        Fork::FreeSpaceMap => "fsm",
-        Fork::VisibilityMap => "vm",
-        Fork::Init => "init",
-    }
 }
 
 /// A timestamp of the server's; nothing for 0.

@@ -14,7 +14,7 @@ use std::cell::Cell;
 use std::ops::ControlFlow::{Break, Continue};
 use std::time::{Duration, Instant};
 
-use super::shared::{BUFFERS_AT_ONCE, Claim, Cursor, Load, Slot, Stage, WorkerArgument};
+use super::shared::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use super::state::State;
 use crate::blocks::plan::PlanView;
 use crate::blocks::{Fork, SkipReason};
@@ -22,9 +22,7 @@ use crate::pg::activity::{self, Kind, Progress, WaitEvent};
 use crate::pg::error::catch;
 use crate::pg::relation::{Opened, Relation};
 use crate::pg::{buffer, database, dsm, process, transaction};
-
-/// How long a relation's lock is held before whoever waits for it has a turn.
-const TURN: Duration = Duration::from_millis(20);
+use crate::turn::{Memory, Pace, TURN};
 
 /// How long chunks of locked relations are tried again in vain, once all others
 /// are done, before they are skipped; and how long to wait between two tries.
@@ -68,8 +66,8 @@ pub fn main(argument: WorkerArgument) {
         slot,
         cursor: load.cursor(slot, segment.cells()),
         plan: PlanView::new(segment.words()),
-        mapped: Cell::new(0),
-        most_in_turn: Cell::new(usize::MAX),
+        memory: Memory::new(&load.provided),
+        pace: Pace::new(),
         database: database::name(slot.database()),
         reported: Cell::new(None),
         progress: Cell::new(Progress {
@@ -108,10 +106,8 @@ struct Worker<'a> {
     /// Its database's.
     cursor: &'a Cursor,
     plan: PlanView<'a>,
-    /// Buffers before this one have been mapped into this process.
-    mapped: Cell<usize>,
-    /// How many blocks a turn may ask for.
-    most_in_turn: Cell<usize>,
+    memory: Memory<'a>,
+    pace: Pace,
     /// The database's name, in the server's encoding.
     database: Vec<u8>,
     /// When it last said how far it is.
@@ -242,29 +238,6 @@ impl Worker<'_> {
         ChunkEnd::Done
     }
 
-    /// Has memory provided for the buffers after this one, and for itself mapped
-    /// what other workers had provided: it costs less than a fault for each page.
-    fn provide_memory(&self, buffer: usize) {
-        while let Some(buffers) = self.load.next_to_provide(buffer) {
-            buffer::provide_memory(buffers);
-        }
-        if buffer >= self.mapped.get() {
-            let end = buffer + BUFFERS_AT_ONCE;
-            buffer::map_memory(buffer..end);
-            self.mapped.set(end);
-        }
-    }
-
-    /// Has the next turn ask for fewer blocks than this one has read, if that took
-    /// too long: what is being read ahead when the time is over is read to its end.
-    fn adapt_to_disk(&self, time: Duration, blocks: usize) {
-        self.most_in_turn.set(if time > 3 * TURN {
-            (blocks / 2).max(1)
-        } else {
-            self.most_in_turn.get().saturating_mul(2)
-        });
-    }
-
     /// Loads blocks of a chunk, under one lock on their relation, until the turn
     /// is over.
     fn load_turn(&self, chunk: u32, turn: &Turn) -> TurnEnd {
@@ -296,13 +269,13 @@ impl Worker<'_> {
         if existing == 0 {
             return TurnEnd::Skip(SkipReason::NoBlock);
         }
-        let wanted = existing.min(turn.most).min(self.most_in_turn.get());
+        let wanted = existing.min(turn.most).min(self.pace.most_blocks());
         relation.look_up_tablespace();
         let tally = Tally::begin(self, turn);
         let end =
             relation.read_into_free_buffers(chunk.fork, &numbers[..wanted], |index, buffer| {
                 buffer.restore_heat(blocks.heat(first + index));
-                self.provide_memory(buffer.index());
+                self.memory.provide_after(buffer.index());
                 turn.done.set(turn.done.get() + 1);
                 if start.elapsed() < TURN && !self.load.has_ended() {
                     Continue(())
@@ -311,7 +284,7 @@ impl Worker<'_> {
                 }
             });
         drop(tally);
-        self.adapt_to_disk(start.elapsed(), turn.done.get() - first);
+        self.pace.adapt(start.elapsed(), turn.done.get() - first);
         match end {
             buffer::ReadEnd::Over => TurnEnd::Over,
             buffer::ReadEnd::Full => TurnEnd::Full,

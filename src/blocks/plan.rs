@@ -5,8 +5,10 @@
 //! which one worker loads in one go. A database's chunks stand together; so a
 //! worker, which is tied to one database, takes the next chunk of its database.
 //!
-//! Within a database the blocks stand in physical order. Where the list is larger
-//! than the budget, the hottest blocks are in the plan and the others are not.
+//! A database's blocks stand in two tiers, the hot ones before the others, so that
+//! clients find soon what they mostly ask for; within a tier they stand in physical
+//! order. Where the list is larger than the budget, the hottest blocks are in the
+//! plan and the others are not.
 //!
 //! The plan is laid out as 32-bit words, so that the leader can put it into shared
 //! memory and the workers can read it there without any pointer in it, about five
@@ -25,6 +27,13 @@ use super::{BlockNumber, Fork, Heat, Oid};
 /// The most blocks of a chunk. What a worker that dies was at is lost, and must
 /// be little; what a worker claims should keep it busy for a while.
 pub const CHUNK_BLOCKS: u32 = 512;
+
+/// The heat that the hot tier begins at: of blocks that were used again after they
+/// had been read.
+const HOT: u32 = 2;
+
+/// How many tiers there are.
+const TIERS: usize = 2;
 
 /// The number that PostgreSQL reserves for "no block".
 const INVALID_BLOCK: BlockNumber = BlockNumber::MAX;
@@ -73,26 +82,26 @@ pub enum PlanError {
     TooManyFiles,
 }
 
-/// A block by which it is sorted: its file's place among the sorted files, its
-/// number, and (so that it is not lost) its heat.
+/// A block by which it is sorted: the place of its file's tier among all of these,
+/// its number, and (so that it is not lost) its heat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Key(u64);
 
 impl Key {
     const HEAT_BITS: u32 = 3;
-    const FILE_SHIFT: u32 = 32 + Self::HEAT_BITS;
-    const MAX_FILES: usize = 1 << (64 - Self::FILE_SHIFT);
+    const PLACE_SHIFT: u32 = 32 + Self::HEAT_BITS;
+    const MAX_FILES: usize = (1 << (64 - Self::PLACE_SHIFT)) / TIERS;
 
-    fn new(file: u32, block: BlockNumber, heat: Heat) -> Self {
+    fn new(place: u32, block: BlockNumber, heat: Heat) -> Self {
         Self(
-            u64::from(file) << Self::FILE_SHIFT
+            u64::from(place) << Self::PLACE_SHIFT
                 | u64::from(block) << Self::HEAT_BITS
                 | u64::from(heat.usage_count()),
         )
     }
 
-    fn file(self) -> usize {
-        (self.0 >> Self::FILE_SHIFT) as usize
+    fn place(self) -> usize {
+        (self.0 >> Self::PLACE_SHIFT) as usize
     }
 
     fn block(self) -> BlockNumber {
@@ -105,24 +114,21 @@ impl Key {
 }
 
 impl Plan {
-    /// Plans to load the hottest `budget` blocks of the list, in physical order.
+    /// Plans to load the hottest `budget` blocks of the list.
     pub fn new(list: BlockList, budget: u64) -> Result<Self, PlanError> {
-        let BlockList {
-            mut files, entries, ..
-        } = list;
-        let ranks = rank(&files)?;
+        let BlockList { files, entries, .. } = list;
+        let places = Places::of(&files)?;
         let mut plan = Self::default();
-        let mut keys = plan.keys_of(entries, &files, &ranks);
+        let mut keys = plan.keys_of(entries, &files, &places);
         keys.sort_unstable();
         plan.over_budget = keep_hottest(&mut keys, budget);
         plan.keys = keys;
-        files.sort_unstable();
-        plan.cut_into_chunks(&files)?;
+        plan.cut_into_chunks(&files, &places)?;
         Ok(plan)
     }
 
     /// The legal entries as keys, in the same memory.
-    fn keys_of(&mut self, entries: Vec<Entry>, files: &[FileFork], ranks: &[u32]) -> Vec<Key> {
+    fn keys_of(&mut self, entries: Vec<Entry>, files: &[FileFork], places: &Places) -> Vec<Key> {
         let total = entries.len();
         let keys: Vec<Key> = entries
             .into_iter()
@@ -133,24 +139,31 @@ impl Plan {
                     && file.filenumber != 0
                     && Fork::from_number(file.fork).is_some()
             })
-            .map(|entry| Key::new(ranks[entry.file()], entry.block(), entry.heat()))
+            .map(|entry| {
+                let heat = entry.heat();
+                Key::new(places.find(entry.file(), heat), entry.block(), heat)
+            })
             .collect();
         self.illegal = (total - keys.len()) as u64;
         keys
     }
 
-    fn cut_into_chunks(&mut self, files: &[FileFork]) -> Result<(), TryReserveError> {
-        let mut last_file = usize::MAX;
+    fn cut_into_chunks(
+        &mut self,
+        files: &[FileFork],
+        places: &Places,
+    ) -> Result<(), TryReserveError> {
+        let mut last_place = usize::MAX;
         for (index, key) in self.keys.iter().enumerate() {
             if let Some(last) = self.chunks.last_mut()
-                && last_file == key.file()
+                && last_place == key.place()
                 && last.count < CHUNK_BLOCKS
             {
                 last.count += 1;
                 continue;
             }
-            last_file = key.file();
-            let file = files[last_file];
+            last_place = key.place();
+            let file = files[places.files[last_place] as usize];
             self.chunks.try_reserve(1)?;
             self.chunks.push(Chunk {
                 database: file.database,
@@ -227,22 +240,47 @@ impl Plan {
     }
 }
 
-/// Each file's place in the order of the files.
-fn rank(files: &[FileFork]) -> Result<Vec<u32>, PlanError> {
-    if files.len() > Key::MAX_FILES {
-        return Err(PlanError::TooManyFiles);
+/// The order of the files' tiers: a database's hot tier, file by file, then its
+/// other.
+struct Places {
+    /// The file at each place.
+    files: Vec<u32>,
+    /// Each file's place in each of the tiers.
+    places: Vec<[u32; TIERS]>,
+}
+
+impl Places {
+    fn of(files: &[FileFork]) -> Result<Self, PlanError> {
+        if files.len() > Key::MAX_FILES {
+            return Err(PlanError::TooManyFiles);
+        }
+        let mut sorted: Vec<u32> = Vec::new();
+        sorted.try_reserve_exact(files.len())?;
+        sorted.extend(0..files.len() as u32);
+        sorted.sort_unstable_by_key(|&index| files[index as usize]);
+        let mut order = Self {
+            files: Vec::new(),
+            places: Vec::new(),
+        };
+        order.files.try_reserve_exact(files.len() * TIERS)?;
+        order.places.try_reserve_exact(files.len())?;
+        order.places.resize(files.len(), [0; TIERS]);
+        let database = |&index: &u32| files[index as usize].database;
+        for of_database in sorted.chunk_by(|one, other| database(one) == database(other)) {
+            for tier in 0..TIERS {
+                for &index in of_database {
+                    order.places[index as usize][tier] = order.files.len() as u32;
+                    order.files.push(index);
+                }
+            }
+        }
+        Ok(order)
     }
-    let mut order: Vec<u32> = Vec::new();
-    order.try_reserve_exact(files.len())?;
-    order.extend(0..files.len() as u32);
-    order.sort_unstable_by_key(|&index| files[index as usize]);
-    let mut ranks = Vec::new();
-    ranks.try_reserve_exact(files.len())?;
-    ranks.resize(files.len(), 0);
-    for (rank, &index) in (0..).zip(&order) {
-        ranks[index as usize] = rank;
+
+    /// The place of a file's blocks of that heat.
+    fn find(&self, file: usize, heat: Heat) -> u32 {
+        self.places[file][usize::from(heat.usage_count() < HOT)]
     }
-    Ok(ranks)
 }
 
 /// Keeps the hottest `budget` keys, without changing their order, and returns how

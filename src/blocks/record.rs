@@ -43,6 +43,16 @@ impl Fork {
             _ => None,
         }
     }
+
+    /// What SQL calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Main => "main",
+            Self::FreeSpaceMap => "fsm",
+            Self::VisibilityMap => "vm",
+            Self::Init => "init",
+        }
+    }
 }
 
 /// How hot a block is: its buffer's usage count when it was dumped, 0 to 5. The

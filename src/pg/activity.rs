@@ -23,6 +23,9 @@ pub enum WaitEvent {
     RateLimit,
     /// A caller, for the end of a load.
     LoadEnd,
+    /// A caller or a parallel worker of it, for the others, so that somebody who
+    /// waits for a relation can have it.
+    Pause,
 }
 
 impl WaitEvent {
@@ -33,12 +36,13 @@ impl WaitEvent {
             Self::LockedRelation => c"AutoprewarmLockedRelation",
             Self::RateLimit => c"AutoprewarmRateLimit",
             Self::LoadEnd => c"AutoprewarmLoadEnd",
+            Self::Pause => c"PrewarmPause",
         }
     }
 
     /// Its number in this server.
     pub fn id(self) -> u32 {
-        static IDS: [AtomicU32; 5] = [const { AtomicU32::new(0) }; 5];
+        static IDS: [AtomicU32; 6] = [const { AtomicU32::new(0) }; 6];
         let id = &IDS[self as usize];
         if id.load(Relaxed) == 0 {
             id.store(compat::wait_event(self.name()), Relaxed);
@@ -72,15 +76,30 @@ pub fn report_idle() {
 pub enum Kind {
     LoadWorker,
     Prewarm,
+    PrewarmRelation,
+    PrewarmSchema,
+    PrewarmDatabase,
+    PrewarmWorker,
 }
 
 impl Kind {
-    const ALL: [Self; 2] = [Self::LoadWorker, Self::Prewarm];
+    const ALL: [Self; 6] = [
+        Self::LoadWorker,
+        Self::Prewarm,
+        Self::PrewarmRelation,
+        Self::PrewarmSchema,
+        Self::PrewarmDatabase,
+        Self::PrewarmWorker,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::LoadWorker => "autoprewarm worker",
             Self::Prewarm => "pg_prewarm",
+            Self::PrewarmRelation => "pg_prewarm_relation",
+            Self::PrewarmSchema => "pg_prewarm_schema",
+            Self::PrewarmDatabase => "pg_prewarm_database",
+            Self::PrewarmWorker => "pg_prewarm worker",
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use pgrx::pg_sys;
 
+use super::btree::Page;
 use super::{compat, ffi, process};
 use crate::blocks::{Heat, Record};
 
@@ -52,10 +53,14 @@ fn count_where(condition: impl Fn(u32) -> bool) -> usize {
 }
 
 /// How many of the blocks that this process asked for were in shared buffers
-/// already.
+/// already (those of temporary relations: in local ones).
 pub fn hits() -> u64 {
-    // SAFETY: this process's own counter.
-    u64::try_from(unsafe { (&raw const pg_sys::pgBufferUsage.shared_blks_hit).read() }).unwrap_or(0)
+    // SAFETY: this process's own counters.
+    let hits = unsafe {
+        (&raw const pg_sys::pgBufferUsage.shared_blks_hit).read()
+            + (&raw const pg_sys::pgBufferUsage.local_blks_hit).read()
+    };
+    u64::try_from(hits).unwrap_or(0)
 }
 
 /// Has the operating system provide the memory of these buffers now, rather than
@@ -111,6 +116,13 @@ pub enum ReadEnd {
     Full,
 }
 
+/// Which buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Shared(usize),
+    Local(i32),
+}
+
 /// A buffer that this process has pinned, so that it keeps its block.
 pub struct Pinned(pg_sys::Buffer);
 
@@ -122,6 +134,26 @@ impl Pinned {
     /// will unpin it.
     pub(super) unsafe fn new(buffer: pg_sys::Buffer) -> Self {
         Self(buffer)
+    }
+
+    /// Which buffer it is: a shared one, as [`Pinned::index`] has it, or one of
+    /// this session's own.
+    pub fn place(&self) -> Place {
+        match self.0 {
+            local @ ..0 => Place::Local(local),
+            _ => Place::Shared(self.index()),
+        }
+    }
+
+    /// A copy of the page, as it was at one moment.
+    pub fn copy_page(&self) -> Box<Page> {
+        // SAFETY: pinned, and locked while it is copied.
+        unsafe {
+            pg_sys::LockBuffer(self.0, pg_sys::BUFFER_LOCK_SHARE as i32);
+            let page = Box::new(pg_sys::BufferGetBlock(self.0).cast::<Page>().read());
+            pg_sys::LockBuffer(self.0, pg_sys::BUFFER_LOCK_UNLOCK as i32);
+            page
+        }
     }
 
     /// Which of the server's buffers it is, counted from 0.

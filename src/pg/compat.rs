@@ -110,37 +110,108 @@ pub unsafe fn backend_entry(index: c_int) -> *mut pg_sys::LocalPgBackendStatus {
     }
 }
 
-/// The most blocks that [`read_blocks`] reads at once: every version's limit
+/// Whether the server reads relations past the operating system's cache.
+pub fn reads_directly() -> bool {
+    #[cfg(feature = "pg15")]
+    return false;
+    #[cfg(not(feature = "pg15"))]
+    {
+        // `IO_DIRECT_DATA`.
+        const DATA: i32 = 1;
+        // SAFETY: set when the server started.
+        let flags = unsafe { (&raw const pg_sys::io_direct_flags).read() };
+        flags & DATA != 0
+    }
+}
+
+/// The most blocks that [`Blocks::read`] reads at once: every version's limit
 /// for one vectored read is at least that.
 pub const READ_BLOCKS_MAX: u32 = 32;
 
-/// Reads `count` blocks from `first` on, all in one segment file, into `into`,
-/// one after another.
+/// The most blocks of one request to the operating system: Linux cuts a larger one
+/// to the device's read-ahead size, of which this is the usual one.
+pub const REQUEST_BLOCKS: u32 = 16;
+
+/// The blocks of a fork, many at a time, without shared buffers.
 ///
-/// # Safety
-/// `smgr` is the open storage of a relation, and `into` is aligned for I/O and
-/// has room for `count` blocks, at most [`READ_BLOCKS_MAX`].
-pub unsafe fn read_blocks(
-    smgr: pg_sys::SMgrRelation,
-    fork: pg_sys::ForkNumber::Type,
-    first: u32,
-    count: u32,
-    into: *mut u8,
-) {
-    let block = |index: u32| into.wrapping_add(index as usize * pg_sys::BLCKSZ as usize);
-    // SAFETY: the caller's promise.
-    unsafe {
+/// 15 and 16 read one block at a time, so their segment files are opened beside
+/// the server. Whatever goes wrong there is left to the server to try, block by
+/// block, and to raise its own ERROR about.
+pub struct Blocks {
+    relation: pg_sys::Relation,
+    fork: Fork,
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    segments: Segments,
+}
+
+impl Blocks {
+    /// # Safety
+    /// `relation` stays open for as long as this is used, and has that fork.
+    pub unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
+        Self {
+            relation,
+            fork,
+            // SAFETY: the caller's promise.
+            #[cfg(any(feature = "pg15", feature = "pg16"))]
+            segments: unsafe { Segments::new(relation, fork) },
+        }
+    }
+
+    /// The fork's storage, which is asked for each time: an interrupt may have
+    /// closed it.
+    fn storage(&self) -> pg_sys::SMgrRelation {
+        // SAFETY: the relation is open.
+        unsafe { pg_sys::RelationGetSmgr(self.relation) }
+    }
+
+    /// Reads `count` blocks from `first` on, all in one segment file, into
+    /// `into`, one after another.
+    ///
+    /// # Safety
+    /// `into` is aligned for I/O and has room for `count` blocks, at most
+    /// [`READ_BLOCKS_MAX`].
+    pub unsafe fn read(&mut self, first: BlockNumber, count: u32, into: *mut u8) {
+        let block = |index: u32| into.wrapping_add(index as usize * pg_sys::BLCKSZ as usize);
+        let fork = self.fork as i32;
+        // SAFETY: the caller's promise.
+        unsafe {
+            #[cfg(any(feature = "pg15", feature = "pg16"))]
+            {
+                let size = count as usize * pg_sys::BLCKSZ as usize;
+                let into = std::slice::from_raw_parts_mut(into, size);
+                if !reads_directly() && self.segments.read(first, into) {
+                    return;
+                }
+                for index in 0..count {
+                    pg_sys::smgrread(self.storage(), fork, first + index, block(index).cast());
+                }
+            }
+            #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+            {
+                let mut buffers = [std::ptr::null_mut(); READ_BLOCKS_MAX as usize];
+                for index in 0..count {
+                    buffers[index as usize] = block(index).cast();
+                }
+                pg_sys::smgrreadv(self.storage(), fork, first, buffers.as_mut_ptr(), count);
+            }
+        }
+    }
+
+    /// Asks the operating system to read `count` blocks from `first` on, all in
+    /// one segment file.
+    pub fn prefetch(&mut self, first: BlockNumber, count: u32) {
+        let fork = self.fork as i32;
         #[cfg(any(feature = "pg15", feature = "pg16"))]
-        for index in 0..count {
-            pg_sys::smgrread(smgr, fork, first + index, block(index).cast());
+        if !self.segments.advise(first, count) {
+            for block in first..first + count {
+                // SAFETY: the relation is open.
+                unsafe { pg_sys::smgrprefetch(self.storage(), fork, block) };
+            }
         }
         #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-        {
-            let mut buffers = [std::ptr::null_mut(); READ_BLOCKS_MAX as usize];
-            for index in 0..count {
-                buffers[index as usize] = block(index).cast();
-            }
-            pg_sys::smgrreadv(smgr, fork, first, buffers.as_mut_ptr(), count);
+        // SAFETY: the relation is open.
+        unsafe {
+            pg_sys::smgrprefetch(self.storage(), fork, first, count as i32);
         }
     }
 }
@@ -237,8 +308,8 @@ pub unsafe fn read_into_free_buffers(
 }
 
 /// Reads blocks, in ascending order, into buffers, of which each is handed to
-/// `each` with its place among the blocks. Reads ahead as the server's own
-/// commands do, through a read stream on 17 and later.
+/// `each` with its place among the blocks, until that breaks off. Reads ahead as
+/// the server's own commands do, through a read stream on 17 and later.
 ///
 /// # Safety
 /// `relation` is open, and the blocks are there.
@@ -246,15 +317,12 @@ pub unsafe fn read_into_buffers(
     relation: pg_sys::Relation,
     fork: Fork,
     blocks: &[BlockNumber],
-    each: &mut dyn FnMut(usize, &Pinned),
+    each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         #[cfg(any(feature = "pg15", feature = "pg16"))]
-        read_in_runs(relation, fork, blocks, false, &mut |index, buffer| {
-            each(index, buffer);
-            ControlFlow::Continue(())
-        });
+        read_in_runs(relation, fork, blocks, false, each);
         #[cfg(not(any(feature = "pg15", feature = "pg16")))]
         read_through_stream(relation, fork, blocks, each);
     }
@@ -297,12 +365,15 @@ unsafe fn read_in_runs(
     ReadEnd::Over
 }
 
-/// How many blocks follow one another at the beginning, up to `most`.
+/// How many blocks follow one another at the beginning, up to `most`, all in one
+/// segment file.
 fn run_length(blocks: &[BlockNumber], most: usize) -> usize {
+    let first = blocks[0];
+    let left_in_segment = pg_sys::RELSEG_SIZE - first % pg_sys::RELSEG_SIZE;
     blocks
         .iter()
-        .zip(blocks[0]..)
-        .take(most)
+        .zip(first..)
+        .take(most.min(left_in_segment as usize))
         .take_while(|&(&block, expected)| block == expected)
         .count()
 }
@@ -410,7 +481,7 @@ unsafe fn read_through_stream(
     relation: pg_sys::Relation,
     fork: Fork,
     blocks: &[BlockNumber],
-    each: &mut dyn FnMut(usize, &Pinned),
+    each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
 ) {
     /// What the stream asks its callback for. It lies on the stack below the
     /// stream's calls, and holds nothing that unwinding would have to drop.
@@ -447,6 +518,7 @@ unsafe fn read_through_stream(
         blocks: blocks.as_ptr(),
         left: blocks.len(),
     };
+    let source = &raw mut source;
     // SAFETY: the caller's promise; blocks and source outlive the stream, which
     // the end of the transaction frees where an ERROR is raised.
     unsafe {
@@ -456,7 +528,7 @@ unsafe fn read_through_stream(
             relation,
             fork as i32,
             Some(next),
-            (&raw mut source).cast(),
+            source.cast(),
             0,
         );
         release_catalog_snapshot();
@@ -466,9 +538,98 @@ unsafe fn read_through_stream(
             if buffer == pg_sys::InvalidBuffer as pg_sys::Buffer {
                 break;
             }
-            each(index, &Pinned::new(buffer));
+            if each(index, &Pinned::new(buffer)).is_break() {
+                // What is being read already is taken as well.
+                (*source).left = 0;
+            }
         }
         pg_sys::read_stream_end(stream);
+    }
+}
+
+/// The segment files of a fork, opened beside the server.
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+struct Segments {
+    /// The path of the first.
+    path: String,
+    /// The one that is open, and its number.
+    open: Option<(u32, std::io::Result<std::fs::File>)>,
+}
+
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+impl Segments {
+    /// # Safety
+    /// `relation` is open.
+    unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
+        // SAFETY: the caller's promise; the path is copied.
+        unsafe {
+            let (database, tablespace, filenumber) = locator(relation);
+            let [database, tablespace, filenumber] =
+                [database, tablespace, filenumber].map(pg_sys::Oid::from);
+            let backend = (*relation).rd_backend;
+            let path =
+                pg_sys::GetRelationPath(database, tablespace, filenumber, backend, fork as i32);
+            let segments = Self {
+                path: CStr::from_ptr(path).to_string_lossy().into_owned(),
+                open: None,
+            };
+            pg_sys::pfree(path.cast());
+            segments
+        }
+    }
+
+    /// The file that has this block, if it can be opened, and where the block is
+    /// in it.
+    fn file(&mut self, block: BlockNumber) -> Option<(&std::fs::File, u64)> {
+        let segment = block / pg_sys::RELSEG_SIZE;
+        if self.open.as_ref().is_none_or(|(open, _)| *open != segment) {
+            let path = match segment {
+                0 => self.path.clone(),
+                _ => format!("{}.{segment}", self.path),
+            };
+            self.open = Some((segment, std::fs::File::open(path)));
+        }
+        let offset = u64::from(block % pg_sys::RELSEG_SIZE) * u64::from(pg_sys::BLCKSZ);
+        match &self.open {
+            Some((_, Ok(file))) => Some((file, offset)),
+            _ => None,
+        }
+    }
+
+    /// Reads blocks from `first` on, all in one file; false where not all of
+    /// them could be read.
+    fn read(&mut self, first: BlockNumber, into: &mut [u8]) -> bool {
+        use std::os::unix::fs::FileExt;
+        let Some((file, offset)) = self.file(first) else {
+            return false;
+        };
+        const WAITS: u32 = pg_sys::WaitEventIO::WAIT_EVENT_DATA_FILE_READ;
+        // SAFETY: what this process shows of itself, which only it writes.
+        let show = |event| unsafe { pg_sys::my_wait_event_info.write_volatile(event) };
+        show(WAITS);
+        let result = file.read_exact_at(into, offset);
+        show(0);
+        result.is_ok()
+    }
+
+    /// Has the operating system read blocks from `first` on, all in one file, by
+    /// requests that it does not cut short; false where that cannot be asked for.
+    fn advise(&mut self, first: BlockNumber, count: u32) -> bool {
+        use std::os::fd::AsRawFd;
+        let Some((file, offset)) = self.file(first) else {
+            return false;
+        };
+        let size = i64::from(count) * i64::from(pg_sys::BLCKSZ);
+        // SAFETY: an open file.
+        let result = unsafe {
+            libc::posix_fadvise(
+                file.as_raw_fd(),
+                offset as i64,
+                size,
+                libc::POSIX_FADV_WILLNEED,
+            )
+        };
+        result == 0
     }
 }
 
@@ -476,9 +637,9 @@ unsafe fn read_through_stream(
 /// waits for what it reads.
 ///
 /// Blocks that follow one another are asked for together, as far as one request
-/// reaches: Linux cuts a larger one to the device's read-ahead size.
+/// reaches.
 struct ReadAhead {
-    fork: ForkFiles,
+    blocks: Blocks,
     /// Where, among the blocks, the requests end that have been made and whose
     /// blocks have not been read.
     requests: std::collections::VecDeque<usize>,
@@ -488,22 +649,21 @@ struct ReadAhead {
 }
 
 impl ReadAhead {
-    /// The most blocks of a request.
-    const REQUEST_BLOCKS: usize = 16;
-
     /// # Safety
-    /// `relation` is open for as long as this is used.
+    /// `relation` stays open for as long as this is used, and has that fork.
     unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
         // SAFETY: the caller's promise.
         unsafe {
             let (_, tablespace, _) = locator(relation);
-            let concurrency =
-                pg_sys::get_tablespace_maintenance_io_concurrency(pg_sys::Oid::from(tablespace));
+            let concurrency = pg_sys::get_tablespace_maintenance_io_concurrency(tablespace.into());
             Self {
-                fork: ForkFiles::new(relation, fork),
+                blocks: Blocks::new(relation, fork),
                 requests: std::collections::VecDeque::new(),
                 next: 0,
-                most_requests: usize::try_from(concurrency).unwrap_or(0),
+                most_requests: match reads_directly() {
+                    true => 0,
+                    false => usize::try_from(concurrency).unwrap_or(0),
+                },
             }
         }
     }
@@ -516,107 +676,10 @@ impl ReadAhead {
         }
         while self.requests.len() < self.most_requests && self.next < blocks.len() {
             let start = self.next.max(index);
-            let run = run_length(&blocks[start..], Self::REQUEST_BLOCKS);
-            self.fork.request(blocks[start], run as u32);
+            let run = run_length(&blocks[start..], REQUEST_BLOCKS as usize);
+            self.blocks.prefetch(blocks[start], run as u32);
             self.next = start + run;
             self.requests.push_back(self.next);
-        }
-    }
-}
-
-/// The files of a relation's fork, of which the operating system is asked to read
-/// parts.
-#[cfg(any(feature = "pg15", feature = "pg16"))]
-struct ForkFiles {
-    /// The path of the first segment file.
-    path: String,
-    /// The segment file that is open, and which it is.
-    file: Option<(u32, std::io::Result<std::fs::File>)>,
-}
-
-#[cfg(any(feature = "pg15", feature = "pg16"))]
-impl ForkFiles {
-    /// A temporary relation has its files elsewhere, and goes without.
-    ///
-    /// # Safety
-    /// `relation` is open.
-    unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let (database, tablespace, filenumber) = locator(relation);
-            let [database, tablespace, filenumber] =
-                [database, tablespace, filenumber].map(pg_sys::Oid::from);
-            let path = pg_sys::GetRelationPath(
-                database,
-                tablespace,
-                filenumber,
-                pg_sys::InvalidBackendId,
-                fork as i32,
-            );
-            let files = Self {
-                path: CStr::from_ptr(path).to_string_lossy().into_owned(),
-                file: None,
-            };
-            pg_sys::pfree(path.cast());
-            files
-        }
-    }
-
-    /// Asks for blocks that follow one another; for those of the first one's
-    /// segment file, at least.
-    fn request(&mut self, first: BlockNumber, count: u32) {
-        use std::os::fd::AsRawFd;
-        let segment = first / pg_sys::RELSEG_SIZE;
-        if self.file.as_ref().is_none_or(|(open, _)| *open != segment) {
-            let path = match segment {
-                0 => self.path.clone(),
-                _ => format!("{}.{segment}", self.path),
-            };
-            // It is only advice: reading will tell what is wrong.
-            self.file = Some((segment, std::fs::File::open(path)));
-        }
-        if let Some((_, Ok(file))) = &self.file {
-            let block_size = i64::from(pg_sys::BLCKSZ);
-            // SAFETY: an open file.
-            unsafe {
-                libc::posix_fadvise(
-                    file.as_raw_fd(),
-                    i64::from(first % pg_sys::RELSEG_SIZE) * block_size,
-                    i64::from(count) * block_size,
-                    libc::POSIX_FADV_WILLNEED,
-                );
-            }
-        }
-    }
-}
-
-/// The files of a relation's fork, of which the operating system is asked to read
-/// parts.
-#[cfg(not(any(feature = "pg15", feature = "pg16")))]
-struct ForkFiles {
-    relation: pg_sys::Relation,
-    fork: Fork,
-}
-
-#[cfg(not(any(feature = "pg15", feature = "pg16")))]
-impl ForkFiles {
-    /// # Safety
-    /// `relation` is open for as long as this is used.
-    unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
-        Self { relation, fork }
-    }
-
-    /// Asks for blocks that follow one another.
-    fn request(&mut self, first: BlockNumber, count: u32) {
-        /// `IO_DIRECT_DATA`: what is read goes past the operating system's cache.
-        const DIRECT_DATA: c_int = 1;
-        // SAFETY: the relation is open. Its storage is asked for each time: an
-        // interrupt may have closed it.
-        unsafe {
-            if pg_sys::io_direct_flags & DIRECT_DATA == 0 {
-                let storage = pg_sys::RelationGetSmgr(self.relation);
-                pg_sys::smgrprefetch(storage, self.fork as i32, first, count as c_int);
-            }
         }
     }
 }

@@ -51,6 +51,12 @@ pub fn new_report(sqlstate: PgSqlErrorCode, message: String, hint: Option<String
     }
 }
 
+/// Tells the client something.
+pub fn notice(message: String) {
+    new_report(PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION, message, None)
+        .report(PgLogLevel::NOTICE);
+}
+
 /// A message of this server's that is shown as data. It is UTF-8 here; in a
 /// database of another encoding only its ASCII characters are sure to be right.
 pub fn in_server_encoding(message: &str) -> String {

@@ -26,6 +26,16 @@ unsafe extern "C-unwind" {
     #[cfg(not(feature = "pg15"))]
     pub fn RelidByRelfilenumber(tablespace: pg_sys::Oid, filenumber: pg_sys::Oid) -> pg_sys::Oid;
 
+    /// A relation and all that inherit from it, as a list of OIDs.
+    pub fn find_all_inheritors(
+        relation: pg_sys::Oid,
+        lock: pg_sys::LOCKMODE,
+        parents: *mut *mut pg_sys::List,
+    ) -> *mut pg_sys::List;
+
+    /// What a partition is a partition of, directly or not, as a list of OIDs.
+    pub fn get_partition_ancestors(partition: pg_sys::Oid) -> *mut pg_sys::List;
+
     // What `ereport` is made of, for the one message whose detail only the
     // server can word.
     pub fn errstart(level: c_int, domain: *const c_char) -> bool;

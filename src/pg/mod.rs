@@ -11,6 +11,7 @@
 //! held.
 
 pub mod activity;
+pub mod btree;
 pub mod buffer;
 mod compat;
 pub mod database;
@@ -18,6 +19,7 @@ pub mod dsm;
 pub mod error;
 mod ffi;
 pub mod file;
+pub mod parallel;
 pub mod process;
 pub mod relation;
 pub mod shmem;

@@ -1,12 +1,14 @@
 //! Relations: opened, locked, read.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, CString, c_char};
 use std::ops::ControlFlow;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
 use super::buffer::{Pinned, ReadEnd};
-use super::compat::{self, READ_BLOCKS_MAX};
+pub use super::compat::Locator;
+use super::compat::{self, Blocks, READ_BLOCKS_MAX, REQUEST_BLOCKS};
+use super::error::new_report;
 use super::{ffi, process};
 use crate::blocks::{BlockNumber, Fork, Oid};
 
@@ -14,6 +16,23 @@ const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 
 /// The backend of relations that are no session's own.
 const NO_BACKEND: i32 = -1;
+
+/// Locks the table of an index, and returns it; an invalid OID where it has none,
+/// and nothing where it is no index.
+fn lock_table_of(oid: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: catalog look-ups and a lock, in a transaction.
+    unsafe {
+        let kind = pg_sys::get_rel_relkind(oid) as u8;
+        if kind != pg_sys::RELKIND_INDEX && kind != pg_sys::RELKIND_PARTITIONED_INDEX {
+            return None;
+        }
+        let table = pg_sys::IndexGetRelation(oid, true);
+        if table != pg_sys::InvalidOid {
+            pg_sys::LockRelationOid(table, LOCK);
+        }
+        Some(table)
+    }
+}
 
 /// What came of opening a relation without waiting.
 pub enum Opened {
@@ -38,34 +57,48 @@ impl Relation {
     /// the server's ERROR where there is no such relation, and one of ours where
     /// an index has no table (any more).
     pub fn open_with_table(oid: pg_sys::Oid) -> Self {
-        // SAFETY: catalog look-ups and locks, in a transaction.
-        unsafe {
-            let kind = pg_sys::get_rel_relkind(oid) as u8;
-            let is_index =
-                kind == pg_sys::RELKIND_INDEX || kind == pg_sys::RELKIND_PARTITIONED_INDEX;
-            let table = is_index.then(|| pg_sys::IndexGetRelation(oid, true));
-            if let Some(table) = table
-                && table != pg_sys::InvalidOid
-            {
-                pg_sys::LockRelationOid(table, LOCK);
-            }
-            let relation = Self {
-                relation: pg_sys::relation_open(oid, LOCK),
-                table,
-            };
-            // The OID may have become another index's before the locks were
-            // held: only now the pair is certain.
-            if let Some(table) = table
-                && (table == pg_sys::InvalidOid || table != pg_sys::IndexGetRelation(oid, true))
-            {
-                relation.raise(
-                    PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
-                    c"could not find parent table of index \"%s\"",
-                    None,
-                );
-            }
-            relation
+        let table = lock_table_of(oid);
+        let relation = Self {
+            // SAFETY: a catalog look-up and a lock, in a transaction.
+            relation: unsafe { pg_sys::relation_open(oid, LOCK) },
+            table,
+        };
+        if !relation.is_of_its_table() {
+            relation.report(
+                PgLogLevel::ERROR,
+                PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
+                c"could not find parent table of index \"%s\"",
+                None,
+            );
         }
+        relation
+    }
+
+    /// The same, but nothing where there is no such relation.
+    pub fn try_open_with_table(oid: Oid) -> Option<Self> {
+        let oid = oid.into();
+        let table = lock_table_of(oid);
+        // SAFETY: as above; the table's lock was taken just now.
+        unsafe {
+            let relation = pg_sys::try_relation_open(oid, LOCK);
+            if relation.is_null() {
+                if let Some(table) = table.filter(|&table| table != pg_sys::InvalidOid) {
+                    pg_sys::UnlockRelationOid(table, LOCK);
+                }
+                return None;
+            }
+            Some(Self { relation, table }).filter(Self::is_of_its_table)
+        }
+    }
+
+    /// The OID may have become another index's before the locks were held: only
+    /// now the pair is certain.
+    fn is_of_its_table(&self) -> bool {
+        self.table.is_none_or(|table| {
+            // SAFETY: a catalog look-up, in a transaction.
+            table != pg_sys::InvalidOid
+                && table == unsafe { pg_sys::IndexGetRelation((*self.relation).rd_id, true) }
+        })
     }
 
     /// Opens the relation that has this file now, unless it would have to wait
@@ -113,28 +146,13 @@ impl Relation {
         }
     }
 
-    #[cfg(any(test, feature = "pg_test"))]
-    pub fn name(&self) -> String {
-        // SAFETY: open, so that its pg_class row is there.
-        unsafe {
-            let name = &(*(*self.relation).rd_rel).relname;
-            CStr::from_ptr(name.data.as_ptr())
-                .to_string_lossy()
-                .into_owned()
-        }
-    }
-
     /// Raises the server's ERROR unless the current user may SELECT from it, or
     /// from its table, where it is an index.
     pub fn check_select_right(&self) {
         // SAFETY: open; the name is the server's own, in its own encoding.
         unsafe {
             let oid = (*self.relation).rd_id;
-            let result = pg_sys::pg_class_aclcheck(
-                self.table.unwrap_or(oid),
-                pg_sys::GetUserId(),
-                pg_sys::ACL_SELECT as pg_sys::AclMode,
-            );
+            let result = select_right(self.table.unwrap_or(oid));
             if result != pg_sys::AclResult::ACLCHECK_OK {
                 let kind = (*(*self.relation).rd_rel).relkind;
                 pg_sys::aclcheck_error(
@@ -146,53 +164,167 @@ impl Relation {
         }
     }
 
+    /// Whether the current user may SELECT from it, or from a partitioned table
+    /// that it is a partition of.
+    pub fn may_be_selected_from(&self) -> bool {
+        let may = |oid| select_right(oid) == pg_sys::AclResult::ACLCHECK_OK;
+        // SAFETY: open; a catalog look-up, behind the guard that pgrx puts around
+        // what it binds itself.
+        unsafe {
+            let oid = (*self.relation).rd_id;
+            may(oid)
+                || (*(*self.relation).rd_rel).relispartition
+                    && take_oids(pg_sys::ffi::pg_guard_ffi_boundary(|| {
+                        ffi::get_partition_ancestors(oid)
+                    }))
+                    .into_iter()
+                    .any(|ancestor| may(ancestor.into()))
+        }
+    }
+
     /// Raises an ERROR, with the server's own detail, where relations of this
     /// kind have no files.
     pub fn check_storage(&self) {
-        // SAFETY: open.
-        let kind = unsafe { (*(*self.relation).rd_rel).relkind };
-        let has_storage = [
+        if !self.has_storage() {
+            self.report(
+                PgLogLevel::ERROR,
+                PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
+                c"relation \"%s\" does not have storage",
+                Some(self.kind() as c_char),
+            );
+        }
+    }
+
+    /// Whether relations of this kind have files.
+    pub fn has_storage(&self) -> bool {
+        [
             pg_sys::RELKIND_RELATION,
             pg_sys::RELKIND_INDEX,
             pg_sys::RELKIND_SEQUENCE,
             pg_sys::RELKIND_TOASTVALUE,
             pg_sys::RELKIND_MATVIEW,
         ]
-        .contains(&(kind as u8));
-        if has_storage {
-            return;
-        }
-        self.raise(
-            PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
-            c"relation \"%s\" does not have storage",
-            Some(kind),
-        );
+        .contains(&self.kind())
     }
 
-    /// Raises an ERROR whose message has the relation's name in it, in the
-    /// server's own encoding, and whose detail is that such relations are not
-    /// supported, if a kind is given.
-    fn raise(&self, sqlstate: PgSqlErrorCode, format: &CStr, kind: Option<c_char>) {
-        let format = format.as_ptr();
-        // SAFETY: what `ereport` expands to. Nothing in the closure is dropped,
-        // and the message's argument is the server's own string.
-        unsafe {
-            let name = (*(*self.relation).rd_rel).relname.data.as_ptr();
-            pg_sys::ffi::pg_guard_ffi_boundary(|| {
-                if ffi::errstart(PgLogLevel::ERROR as i32, std::ptr::null()) {
-                    ffi::errcode(sqlstate as i32);
-                    ffi::errmsg(format, name);
-                    if let Some(kind) = kind {
-                        ffi::errdetail_relkind_not_supported(kind);
-                    }
-                    ffi::errfinish(
-                        c"relation.rs".as_ptr(),
-                        line!() as i32,
-                        c"pg_prewarm".as_ptr(),
-                    );
-                }
-            });
+    fn kind(&self) -> u8 {
+        // SAFETY: open.
+        unsafe { (*(*self.relation).rd_rel).relkind as u8 }
+    }
+
+    /// Whether it is a partitioned table or a partitioned index.
+    pub fn is_partitioned(&self) -> bool {
+        [
+            pg_sys::RELKIND_PARTITIONED_TABLE,
+            pg_sys::RELKIND_PARTITIONED_INDEX,
+        ]
+        .contains(&self.kind())
+    }
+
+    pub fn is_foreign_table(&self) -> bool {
+        self.kind() == pg_sys::RELKIND_FOREIGN_TABLE
+    }
+
+    pub fn is_index(&self) -> bool {
+        self.kind() == pg_sys::RELKIND_INDEX
+    }
+
+    pub fn is_btree(&self) -> bool {
+        // SAFETY: open.
+        self.is_index() && unsafe { (*(*self.relation).rd_rel).relam } == pg_sys::BTREE_AM_OID
+    }
+
+    /// Whether it is a temporary relation, of this session or another.
+    pub fn is_temporary(&self) -> bool {
+        // SAFETY: open.
+        unsafe { (*self.relation).rd_backend != NO_BACKEND }
+    }
+
+    pub fn is_others_temporary(&self) -> bool {
+        // SAFETY: open.
+        self.is_temporary() && unsafe { !(*self.relation).rd_islocaltemp }
+    }
+
+    /// The file that it has now.
+    pub fn locator(&self) -> Locator {
+        // SAFETY: open.
+        unsafe { compat::locator(self.relation) }
+    }
+
+    /// Its TOAST table, where it has one.
+    pub fn toast_table(&self) -> Option<Oid> {
+        // SAFETY: open.
+        let toast = unsafe { (*(*self.relation).rd_rel).reltoastrelid };
+        (toast != pg_sys::InvalidOid).then(|| toast.to_u32())
+    }
+
+    /// Its indexes, where it is of a kind that has some.
+    pub fn indexes(&self) -> Vec<Oid> {
+        let has_indexes = [
+            pg_sys::RELKIND_RELATION,
+            pg_sys::RELKIND_TOASTVALUE,
+            pg_sys::RELKIND_MATVIEW,
+        ];
+        if !has_indexes.contains(&self.kind()) {
+            return Vec::new();
         }
+        // SAFETY: open; the list is a copy for the caller.
+        unsafe { take_oids(pg_sys::RelationGetIndexList(self.relation)) }
+    }
+
+    /// Whether somebody wants a lock on it, or on its table, that this process's
+    /// own may be in the way of. It may also say so when nobody does.
+    pub fn may_be_waited_for(&self) -> bool {
+        // SAFETY: open; the tag is made as the server makes it.
+        unsafe {
+            let id = (*self.relation).rd_lockInfo.lockRelId;
+            let relations = [Some(id.relId), self.table];
+            relations.into_iter().flatten().any(|relation| {
+                let tag = pg_sys::LOCKTAG {
+                    locktag_field1: id.dbId.to_u32(),
+                    locktag_field2: relation.to_u32(),
+                    locktag_field3: 0,
+                    locktag_field4: 0,
+                    locktag_type: pg_sys::LockTagType::LOCKTAG_RELATION as u8,
+                    locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
+                };
+                // Locks that are in nobody's way are not in the table of locks.
+                pg_sys::LockWaiterCount(&tag) > 0
+            })
+        }
+    }
+
+    /// Raises the server's ERROR where it is another session's temporary relation.
+    pub fn check_not_others(&self) {
+        if self.is_others_temporary() {
+            new_report(
+                PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+                "cannot access temporary tables of other sessions".to_owned(),
+                None,
+            )
+            .report(PgLogLevel::ERROR);
+        }
+    }
+
+    /// Reports, as an ERROR if the level is that, a message with the relation's
+    /// name in it, whose detail is that such relations are not supported, if a
+    /// kind is given.
+    fn report(
+        &self,
+        level: PgLogLevel,
+        sqlstate: PgSqlErrorCode,
+        format: &CStr,
+        kind: Option<c_char>,
+    ) {
+        // SAFETY: open, and its name stays where it is meanwhile.
+        let name = unsafe { CStr::from_ptr((*(*self.relation).rd_rel).relname.data.as_ptr()) };
+        report(level, sqlstate, format, name, kind);
+    }
+
+    /// Its name, in the server's encoding.
+    pub fn name(&self) -> CString {
+        // SAFETY: open, so that its pg_class row is there.
+        unsafe { CStr::from_ptr((*(*self.relation).rd_rel).relname.data.as_ptr()).to_owned() }
     }
 
     pub fn oid(&self) -> Oid {
@@ -211,27 +343,18 @@ impl Relation {
         unsafe { pg_sys::RelationGetNumberOfBlocksInFork(self.relation, fork as i32) }
     }
 
-    /// Reads the blocks from `first` to before `end` into shared buffers (a
-    /// temporary relation's: into local ones), and tells `done` of each so many.
-    /// Reads ahead, and serves interrupts. Raises the server's ERROR where a block
-    /// cannot be read.
+    /// Reads blocks into shared buffers (a temporary relation's: into local ones),
+    /// in ascending order, and hands each to `each` with its place among `blocks`,
+    /// until that breaks off. Reads ahead, and serves interrupts. Raises the
+    /// server's ERROR where a block cannot be read.
     pub fn read_into_buffers(
         &self,
         fork: Fork,
-        first: BlockNumber,
-        end: BlockNumber,
-        mut done: impl FnMut(u32),
+        blocks: &[BlockNumber],
+        mut each: impl FnMut(usize, &Pinned) -> ControlFlow<()>,
     ) {
-        const AT_ONCE: u32 = 8192;
-        let mut next = first;
-        while next < end {
-            let blocks: Vec<_> = (next..end).take(AT_ONCE as usize).collect();
-            next += blocks.len() as u32;
-            // SAFETY: open.
-            unsafe {
-                compat::read_into_buffers(self.relation, fork, &blocks, &mut |_, _| done(1));
-            }
-        }
+        // SAFETY: open.
+        unsafe { compat::read_into_buffers(self.relation, fork, blocks, &mut each) };
     }
 
     /// Looks up how far to read ahead in the relation's tablespace, so that reading
@@ -258,42 +381,61 @@ impl Relation {
         unsafe { compat::read_into_free_buffers(self.relation, fork, blocks, &mut each) }
     }
 
-    /// Asks the operating system to read a block, unless it is in shared
-    /// buffers, and does not wait.
-    pub fn prefetch(&self, fork: Fork, block: BlockNumber) {
-        // SAFETY: open.
-        unsafe { pg_sys::PrefetchBuffer(self.relation, fork as i32, block) };
+    /// Asks the operating system to read the blocks from `first` to before `end`,
+    /// does not wait, and tells `done` of each so many, until that breaks off. Serves
+    /// interrupts.
+    pub fn prefetch(
+        &self,
+        fork: Fork,
+        first: BlockNumber,
+        end: BlockNumber,
+        done: impl FnMut(u32) -> ControlFlow<()>,
+    ) {
+        self.in_runs(first, end, REQUEST_BLOCKS, done, {
+            // SAFETY: open, for as long as this is borrowed.
+            let mut blocks = unsafe { Blocks::new(self.relation, fork) };
+            move |first, count| blocks.prefetch(first, count)
+        });
     }
 
     /// Reads the blocks from `first` to before `end`, not into shared buffers, and
-    /// tells `done` of each so many. Serves interrupts.
+    /// tells `done` of each so many, until that breaks off. Serves interrupts.
     pub fn read(
         &self,
         fork: Fork,
         first: BlockNumber,
         end: BlockNumber,
-        mut done: impl FnMut(u32),
+        done: impl FnMut(u32) -> ControlFlow<()>,
     ) {
-        let mut memory = Box::new(IoAligned([0; READ_BYTES]));
+        self.in_runs(first, end, READ_BLOCKS_MAX, done, {
+            let mut memory = Box::new(IoAligned([0; READ_BYTES]));
+            // SAFETY: as above.
+            let mut blocks = unsafe { Blocks::new(self.relation, fork) };
+            // SAFETY: the memory is aligned and large enough.
+            move |first, count| unsafe { blocks.read(first, count, memory.0.as_mut_ptr()) }
+        });
+    }
+
+    /// Does something for runs of blocks, of which none crosses the end of a
+    /// segment file.
+    fn in_runs(
+        &self,
+        first: BlockNumber,
+        end: BlockNumber,
+        most: u32,
+        mut done: impl FnMut(u32) -> ControlFlow<()>,
+        mut act: impl FnMut(BlockNumber, u32),
+    ) {
         let mut block = first;
         while block < end {
             process::check_for_interrupts();
-            // A vectored read stays within one segment file.
             let segment_end = (block / pg_sys::RELSEG_SIZE + 1).saturating_mul(pg_sys::RELSEG_SIZE);
-            let count = (end.min(segment_end) - block).min(READ_BLOCKS_MAX);
-            // SAFETY: open, and the memory is aligned and large enough. Its
-            // storage is asked for each time: an interrupt may have closed it.
-            unsafe {
-                compat::read_blocks(
-                    self.storage(),
-                    fork as i32,
-                    block,
-                    count,
-                    memory.0.as_mut_ptr(),
-                );
-            }
+            let count = (end.min(segment_end) - block).min(most);
+            act(block, count);
             block += count;
-            done(count);
+            if done(count).is_break() {
+                return;
+            }
         }
     }
 
@@ -311,7 +453,9 @@ impl Drop for Relation {
         // SAFETY: open and locked, each once.
         unsafe {
             pg_sys::relation_close(self.relation, LOCK);
-            if let Some(table) = self.table {
+            if let Some(table) = self.table
+                && table != pg_sys::InvalidOid
+            {
                 pg_sys::UnlockRelationOid(table, LOCK);
             }
         }
@@ -323,6 +467,144 @@ const READ_BYTES: usize = READ_BLOCKS_MAX as usize * pg_sys::BLCKSZ as usize;
 /// Memory that the server may read into with direct I/O.
 #[repr(C, align(4096))]
 struct IoAligned([u8; READ_BYTES]);
+
+fn select_right(relation: pg_sys::Oid) -> pg_sys::AclResult::Type {
+    // SAFETY: catalog look-ups, in a transaction.
+    unsafe {
+        pg_sys::pg_class_aclcheck(
+            relation,
+            pg_sys::GetUserId(),
+            pg_sys::ACL_SELECT as pg_sys::AclMode,
+        )
+    }
+}
+
+/// The OIDs of a list that nobody else has.
+///
+/// # Safety
+/// It is a list of OIDs, or null.
+unsafe fn take_oids(list: *mut pg_sys::List) -> Vec<Oid> {
+    if list.is_null() {
+        return Vec::new();
+    }
+    // SAFETY: the caller's promise: as many cells as its length says.
+    unsafe {
+        let cells = std::slice::from_raw_parts((*list).elements, (*list).length as usize);
+        let oids = cells.iter().map(|cell| cell.oid_value.to_u32()).collect();
+        pg_sys::list_free(list);
+        oids
+    }
+}
+
+/// A partitioned table, or index, and all partitions of it, however deep.
+pub fn partition_tree(root: Oid) -> Vec<Oid> {
+    const NO_LOCK: pg_sys::LOCKMODE = pg_sys::NoLock as pg_sys::LOCKMODE;
+    // SAFETY: catalog look-ups, in a transaction, behind the guard that pgrx puts
+    // around what it binds itself.
+    unsafe {
+        take_oids(pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            ffi::find_all_inheritors(root.into(), NO_LOCK, std::ptr::null_mut())
+        }))
+    }
+}
+
+/// The tables, materialised views and sequences of a schema (with `pg_toast`, the
+/// TOAST tables), or of the whole database, then without the system's own unless
+/// they are wanted.
+pub fn all_with_storage(schema: Option<pg_sys::Oid>, system: bool) -> Vec<Oid> {
+    let mut kinds = vec![
+        pg_sys::RELKIND_RELATION,
+        pg_sys::RELKIND_MATVIEW,
+        pg_sys::RELKIND_SEQUENCE,
+    ];
+    if schema.is_some() {
+        kinds.push(pg_sys::RELKIND_TOASTVALUE);
+    }
+    let mut oids = Vec::new();
+    // SAFETY: a scan of a catalog, from its beginning to its end; each row is
+    // looked at before the next is asked for. An ERROR on the way leaves the scan
+    // to the end of the transaction.
+    unsafe {
+        let catalog = pg_sys::table_open(pg_sys::RelationRelationId, LOCK);
+        let scan = pg_sys::table_beginscan_catalog(catalog, 0, std::ptr::null_mut());
+        loop {
+            let tuple = pg_sys::heap_getnext(scan, pg_sys::ScanDirection::ForwardScanDirection);
+            if tuple.is_null() {
+                break;
+            }
+            let form: pg_sys::Form_pg_class = pg_sys::GETSTRUCT(tuple).cast();
+            let oid = (*form).oid.to_u32();
+            let is_wanted = match schema {
+                Some(schema) => (*form).relnamespace == schema,
+                None => system || oid >= pg_sys::FirstNormalObjectId,
+            };
+            if is_wanted && kinds.contains(&((*form).relkind as u8)) {
+                oids.push(oid);
+            }
+        }
+        pg_sys::table_endscan(scan);
+        pg_sys::table_close(catalog, LOCK);
+    }
+    oids
+}
+
+/// Whether there is a schema of that OID.
+pub fn schema_exists(schema: pg_sys::Oid) -> bool {
+    // SAFETY: a catalog look-up, in a transaction; the name is a copy.
+    unsafe {
+        let name = pg_sys::get_namespace_name(schema);
+        if !name.is_null() {
+            pg_sys::pfree(name.cast());
+        }
+        !name.is_null()
+    }
+}
+
+/// Tells the client something of a relation whose name this is, or was.
+pub fn notice(format: &CStr, name: &CStr) {
+    report(
+        PgLogLevel::NOTICE,
+        PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION,
+        format,
+        name,
+        None,
+    );
+}
+
+/// Reports a message with a relation's name in it, in the server's own encoding,
+/// and a detail that such relations are not supported, if a kind is given.
+fn report(
+    level: PgLogLevel,
+    sqlstate: PgSqlErrorCode,
+    format: &CStr,
+    name: &CStr,
+    kind: Option<c_char>,
+) {
+    let (format, name) = (format.as_ptr(), name.as_ptr());
+    // SAFETY: what `ereport` expands to. Nothing in the closure is dropped, and
+    // the message's argument is a C string, as the format wants it.
+    unsafe {
+        pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            if ffi::errstart(level as i32, std::ptr::null()) {
+                ffi::errcode(sqlstate as i32);
+                ffi::errmsg(format, name);
+                if let Some(kind) = kind {
+                    ffi::errdetail_relkind_not_supported(kind);
+                }
+                ffi::errfinish(
+                    c"relation.rs".as_ptr(),
+                    line!() as i32,
+                    c"pg_prewarm".as_ptr(),
+                );
+            }
+        });
+    }
+}
+
+/// Whether the server reads relations past the operating system's cache.
+pub fn read_directly() -> bool {
+    compat::reads_directly()
+}
 
 /// The fork of that name. Raises the server's ERROR for a name that no fork has.
 pub fn fork_by_name(name: &CStr) -> Fork {

@@ -2,6 +2,8 @@
 
 #[pgrx::pg_schema]
 mod tests {
+    use std::ops::ControlFlow::Continue;
+
     use pgrx::prelude::*;
 
     use crate::blocks::{Fork, Record};
@@ -46,7 +48,7 @@ mod tests {
         let (_, record) = table();
         open(record)
             .unwrap()
-            .read_into_buffers(Fork::Main, 0, 1, |_| ());
+            .read_into_buffers(Fork::Main, &[0], |_, _| Continue(()));
         let cached: Vec<_> = cached_blocks()
             .filter(|block| block.record == record)
             .collect();
@@ -58,10 +60,10 @@ mod tests {
     fn a_relation_is_opened_by_its_own_file_only() {
         let (oid, record) = table();
         let relation = open(record).unwrap();
-        assert_eq!(relation.name(), "t");
+        assert_eq!(relation.name().as_c_str(), c"t");
         assert!(relation.blocks(Fork::Main) > 1);
         assert!(!relation.has_fork(Fork::Init));
-        assert_eq!(Relation::open_with_table(oid).name(), "t");
+        assert_eq!(Relation::open_with_table(oid).name().as_c_str(), c"t");
         for other in [
             Record {
                 database: 0,
@@ -94,7 +96,7 @@ mod tests {
             fork: 0,
             block: 0,
         };
-        assert_eq!(open(record).unwrap().name(), "pg_database");
+        assert_eq!(open(record).unwrap().name().as_c_str(), c"pg_database");
     }
 
     #[pg_test]

@@ -1,19 +1,33 @@
-//! `pg_prewarm()`: reads one relation's blocks into one of three caches.
+//! Prewarming on demand: `pg_prewarm()`, which reads one relation's blocks into one
+//! of three caches, and [`functions`] that do so for all that people mean by a
+//! table, a schema, or a database.
+
+mod collect;
+mod functions;
+mod gate;
+pub mod job;
+mod read;
+mod upper;
 
 use std::cell::Cell;
 use std::ffi::CString;
+use std::ops::ControlFlow::Continue;
 
+pub use functions::{
+    pg_prewarm_database_wrapper, pg_prewarm_relation_wrapper, pg_prewarm_schema_wrapper,
+};
 use pgrx::prelude::*;
+use read::{End, Part, Reader, Work};
 
 use crate::blocks::{BlockNumber, Fork};
 use crate::error::Error;
 use crate::pg::activity::{Kind, Progress};
-use crate::pg::process::{check_for_interrupts, now};
+use crate::pg::process::now;
 use crate::pg::relation::{self, Relation};
 
 /// How far blocks are brought.
 #[derive(Clone, Copy, Debug)]
-enum Mode {
+pub enum Mode {
     /// The operating system is asked to read them, and not waited for.
     Prefetch,
     /// They are read, which leaves them in the operating system's cache.
@@ -23,12 +37,24 @@ enum Mode {
 }
 
 impl Mode {
+    fn from_argument(name: Option<&[u8]>) -> Result<Self, Error> {
+        Self::from_name(name.ok_or(Error::NullMode)?)
+    }
+
     fn from_name(name: &[u8]) -> Result<Self, Error> {
         match name {
             b"prefetch" => Ok(Self::Prefetch),
             b"read" => Ok(Self::Read),
             b"buffer" => Ok(Self::Buffer),
             _ => Err(Error::InvalidMode),
+        }
+    }
+
+    /// With direct I/O, what the operating system has read is of no use.
+    fn check_supported(self) -> Result<(), Error> {
+        match self {
+            Self::Prefetch if relation::read_directly() => Err(Error::PrefetchWithDirectIo),
+            _ => Ok(()),
         }
     }
 }
@@ -66,7 +92,7 @@ fn prewarm(
     last_block: Option<i64>,
 ) -> Result<i64, Error> {
     let oid = relation.ok_or(Error::NullRelation)?;
-    let mode = Mode::from_name(mode.ok_or(Error::NullMode)?)?;
+    let mode = Mode::from_argument(mode)?;
     let fork_name = CString::new(fork.ok_or(Error::NullFork)?).expect("text holds no NUL");
     let fork = relation::fork_by_name(&fork_name);
 
@@ -80,14 +106,22 @@ fn prewarm(
     let blocks = i64::from(relation.blocks(fork));
     let first = within(first_block, 0, blocks, Error::FirstBlockOutOfRange)?;
     let last = within(last_block, blocks - 1, blocks, Error::LastBlockOutOfRange)?;
+    mode.check_supported()?;
     if first > last {
         return Ok(0);
     }
+    if let Mode::Prefetch = mode {
+        relation.check_not_others();
+    }
 
     // Both lie within the fork, whose blocks are counted in 32 bits.
-    let (first, end) = (first as BlockNumber, last as BlockNumber + 1);
-    run(&relation, mode, fork, first, end);
-    Ok(i64::from(end - first))
+    Ok(run(
+        relation,
+        mode,
+        fork,
+        first as BlockNumber,
+        last as BlockNumber + 1,
+    ))
 }
 
 /// The bound that the caller set, if it lies within the fork; else the default.
@@ -104,59 +138,36 @@ fn within(
     }
 }
 
-/// Brings the blocks from `first` to before `end` where `mode` says.
-fn run(relation: &Relation, mode: Mode, fork: Fork, first: BlockNumber, end: BlockNumber) {
-    let shown = Shown::begin(relation, fork, u64::from(end - first));
-    match mode {
-        Mode::Read => relation.read(fork, first, end, |blocks| shown.count(blocks)),
-        Mode::Prefetch => {
-            for block in first..end {
-                check_for_interrupts();
-                relation.prefetch(fork, block);
-                shown.count(1);
-            }
-        }
-        Mode::Buffer => relation.read_into_buffers(fork, first, end, |blocks| shown.count(blocks)),
+/// Brings the blocks from `first` to before `end` where `mode` says, and returns
+/// how many that were: fewer, where the relation changes meanwhile.
+fn run(relation: Relation, mode: Mode, fork: Fork, first: BlockNumber, end: BlockNumber) -> i64 {
+    let part = Part::of(&relation, fork);
+    let name = relation.name();
+    let progress = Cell::new(Progress {
+        kind: Kind::Prewarm,
+        relation: part.relation,
+        fork,
+        total: u64::from(end - first),
+        done: 0,
+        skipped: 0,
+        start: now(),
+    });
+    progress.get().show();
+    let how = Reader::alone(mode).read(
+        &part,
+        Some(relation),
+        Work::range(first..end),
+        &mut |_, _| Continue(()),
+        &mut |count| {
+            let mut shown = progress.get();
+            shown.done += count.blocks;
+            progress.set(shown);
+            shown.show();
+        },
+    );
+    Progress::end();
+    if let End::Changed(change) = how {
+        change.notice(&name);
     }
-}
-
-/// The call's row of `pg_stat_progress_prewarm`.
-struct Shown(Cell<Progress>);
-
-impl Shown {
-    /// So many blocks more, and the row is written anew.
-    const STEP: u64 = 128;
-
-    fn begin(relation: &Relation, fork: Fork, total: u64) -> Self {
-        let progress = Progress {
-            kind: Kind::Prewarm,
-            relation: relation.oid(),
-            fork,
-            total,
-            done: 0,
-            skipped: 0,
-            start: now(),
-        };
-        progress.show();
-        Self(Cell::new(progress))
-    }
-
-    fn count(&self, blocks: u32) {
-        let mut progress = self.0.get();
-        let before = progress.done;
-        progress.done += u64::from(blocks);
-        self.0.set(progress);
-        if before / Self::STEP != progress.done / Self::STEP {
-            progress.show();
-        }
-    }
-}
-
-impl Drop for Shown {
-    fn drop(&mut self) {
-        // An ERROR takes the row away with the transaction.
-        if !std::thread::panicking() {
-            Progress::end();
-        }
-    }
+    progress.get().done as i64
 }

@@ -94,6 +94,23 @@ fn blocks_are_loaded_in_physical_order() {
 }
 
 #[test]
+fn hot_blocks_are_loaded_before_the_others_of_their_database() {
+    let records = [
+        hot(record(5, 1, 0, 1), 1),
+        hot(record(5, 1, 0, 2), 5),
+        hot(record(5, 1, 0, 3), 2),
+        hot(record(5, 2, 0, 0), 0),
+        hot(record(5, 2, 0, 4), 3),
+        hot(record(6, 1, 0, 0), 5),
+    ];
+    let plan = plan_within(&records, u64::MAX);
+    let in_order = [1, 2, 4, 0, 3, 5].map(|index| records[index]);
+    assert_eq!(decode(&plan), in_order);
+    let chunks: Vec<_> = plan.databases().map(|database| database.chunks).collect();
+    assert_eq!(chunks, [0..4, 4..5]);
+}
+
+#[test]
 fn databases_know_their_chunks_and_blocks() {
     let plan = plan(&[
         record(9, 1, 0, 0),
@@ -154,10 +171,11 @@ fn the_hottest_win_where_the_budget_does_not_suffice() {
         .collect();
     let kept = |budget| {
         let plan = plan_within(&records, budget);
-        let blocks: Vec<_> = decoded_records(&plan)
+        let mut blocks: Vec<_> = decoded_records(&plan)
             .iter()
             .map(|record| record.block)
             .collect();
+        blocks.sort_unstable();
         assert_eq!(plan.over_budget(), (records.len() - blocks.len()) as u64);
         blocks
     };
@@ -182,7 +200,9 @@ proptest! {
             .collect();
         let plan = plan_within(&records, u64::MAX);
         let mut legal: Vec<_> = records.iter().copied().filter(|(record, _)| record.fork < 4).collect();
-        legal.sort();
+        legal.sort_by_key(|&(record, heat)| {
+            (record.database, heat < Heat::from_usage_count(HOT), record, heat)
+        });
         prop_assert_eq!(plan.illegal(), (records.len() - legal.len()) as u64);
         prop_assert_eq!(decode(&plan), legal);
         prop_assert!(plan.words() * 4 <= 5 * records.len() + 24 * plan.chunks.len() + 12);

@@ -1,0 +1,138 @@
+//! Which relations a call is about, with all that belongs to them.
+
+use std::ffi::CString;
+
+use rustc_hash::FxHashSet;
+
+use super::read::Part;
+use crate::blocks::{BlockNumber, Fork, Oid};
+use crate::pg::process::check_for_interrupts;
+use crate::pg::relation::{self, Relation};
+
+/// What of a table is wanted beside itself.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    pub indexes: bool,
+    pub toast: bool,
+    pub partitions: bool,
+    pub forks: Vec<Fork>,
+}
+
+/// What a relation is to those who look something up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Class {
+    /// It is of use for every look-up, and small: it comes first.
+    Index,
+    /// Tables, TOAST tables, materialised views, sequences.
+    Heap,
+}
+
+/// One fork of a relation that is to be prewarmed.
+pub struct Collected {
+    pub part: Part,
+    pub name: CString,
+    pub class: Class,
+    pub is_btree: bool,
+    pub is_temporary: bool,
+    pub blocks: BlockNumber,
+}
+
+/// Everything to be done, and what is left out.
+#[derive(Default)]
+pub struct Collection {
+    pub parts: Vec<Collected>,
+    /// Relations that the caller may not read.
+    pub denied: usize,
+    /// Partitions that are foreign tables.
+    pub foreign: usize,
+    seen: FxHashSet<Oid>,
+}
+
+impl Collection {
+    /// A relation that the caller named, after all checks. Whoever may read it may
+    /// read all that belongs to it.
+    pub fn of_relation(oid: pgrx::pg_sys::Oid, wanted: &Wanted) -> Self {
+        let mut collection = Self::default();
+        let relation = Relation::open_with_table(oid);
+        relation.check_select_right();
+        if !relation.is_partitioned() {
+            relation.check_storage();
+            relation.check_not_others();
+            collection.add(relation, wanted);
+        } else if wanted.partitions {
+            drop(relation);
+            for oid in relation::partition_tree(oid.to_u32()) {
+                collection.add_if_there(oid, wanted);
+            }
+        }
+        collection
+    }
+
+    /// Everything in a schema, or in the database, that the caller may read.
+    pub fn of_schema(schema: Option<pgrx::pg_sys::Oid>, system: bool, wanted: &Wanted) -> Self {
+        let mut collection = Self::default();
+        for oid in relation::all_with_storage(schema, system) {
+            check_for_interrupts();
+            let Some(relation) = Relation::try_open_with_table(oid) else {
+                continue;
+            };
+            if relation.is_others_temporary() {
+                continue;
+            }
+            if relation.may_be_selected_from() {
+                collection.add(relation, wanted);
+            } else {
+                collection.denied += 1;
+            }
+        }
+        collection
+    }
+
+    fn add_if_there(&mut self, oid: Oid, wanted: &Wanted) {
+        check_for_interrupts();
+        if let Some(relation) = Relation::try_open_with_table(oid) {
+            self.add(relation, wanted);
+        }
+    }
+
+    /// Adds a relation, its indexes and its TOAST table with its index.
+    fn add(&mut self, relation: Relation, wanted: &Wanted) {
+        if relation.is_foreign_table() {
+            self.foreign += 1;
+        }
+        if !relation.has_storage() || !self.seen.insert(relation.oid()) {
+            return;
+        }
+        for &fork in &wanted.forks {
+            if relation.has_fork(fork) {
+                self.parts.push(Collected {
+                    part: Part::of(&relation, fork),
+                    name: relation.name(),
+                    class: match relation.is_index() {
+                        true => Class::Index,
+                        false => Class::Heap,
+                    },
+                    is_btree: relation.is_btree(),
+                    is_temporary: relation.is_temporary(),
+                    blocks: relation.blocks(fork),
+                });
+            }
+        }
+        let indexes = match wanted.indexes {
+            true => relation.indexes(),
+            false => Vec::new(),
+        };
+        let toast = relation.toast_table().filter(|_| wanted.toast);
+        drop(relation);
+        for oid in indexes.into_iter().chain(toast) {
+            self.add_if_there(oid, wanted);
+        }
+    }
+
+    /// Puts the parts into the order in which they are done: indexes before what
+    /// they are of, small before large.
+    pub fn sort(&mut self) {
+        self.parts
+            .sort_by_key(|part| (part.class, part.blocks, part.part.relation, part.part.fork));
+    }
+}

@@ -1,0 +1,265 @@
+//! Reading blocks of one fork in turns.
+//!
+//! A relation's lock is given back after each turn, and taken again the ordinary
+//! way: whoever waited for it has had it before. So the relation may be another one
+//! then, or none: what it was is compared each time.
+
+use std::ffi::CStr;
+use std::ops::ControlFlow::{self, Break, Continue};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::Instant;
+
+use super::Mode;
+use super::gate::Gate;
+use crate::blocks::{BlockNumber, Fork, Oid};
+use crate::pg::buffer::{self, Pinned, Place};
+use crate::pg::process::check_for_interrupts;
+use crate::pg::relation::{self, Locator, Relation};
+use crate::turn::{Memory, Pace, TURN};
+
+/// One fork of a relation, in the file that it has now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    pub relation: Oid,
+    pub locator: Locator,
+    pub fork: Fork,
+}
+
+impl Part {
+    pub fn of(relation: &Relation, fork: Fork) -> Self {
+        Self {
+            relation: relation.oid(),
+            locator: relation.locator(),
+            fork,
+        }
+    }
+}
+
+/// Blocks of a fork, in ascending order, that are still to be read.
+pub enum Work<'a> {
+    /// All of a range but these, which are sorted.
+    Range {
+        blocks: Range<BlockNumber>,
+        except: &'a [AtomicU32],
+    },
+    List(&'a [BlockNumber]),
+}
+
+impl Work<'_> {
+    pub fn range(blocks: Range<BlockNumber>) -> Self {
+        Self::Range {
+            blocks,
+            except: &[],
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        match self {
+            Self::Range { blocks, .. } => blocks.is_empty(),
+            Self::List(blocks) => blocks.is_empty(),
+        }
+    }
+
+    /// The next blocks, at most so many, of a fork that has that many.
+    fn next(&self, most: usize, fork_end: BlockNumber) -> Vec<BlockNumber> {
+        match self {
+            Self::Range { blocks, except } => (blocks.start..blocks.end.min(fork_end))
+                .filter(|&block| !contains(except, block))
+                .take(most)
+                .collect(),
+            Self::List(blocks) => blocks
+                .iter()
+                .copied()
+                .take_while(|&block| block < fork_end)
+                .take(most)
+                .collect(),
+        }
+    }
+
+    /// All before this block are done.
+    fn advance_to(&mut self, next: BlockNumber) {
+        match self {
+            Self::Range { blocks, .. } => blocks.start = next,
+            Self::List(blocks) => *blocks = &blocks[blocks.partition_point(|&b| b < next)..],
+        }
+    }
+}
+
+pub fn contains(sorted: &[AtomicU32], block: BlockNumber) -> bool {
+    sorted
+        .binary_search_by_key(&block, |word| word.load(Relaxed))
+        .is_ok()
+}
+
+/// How reading ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// All is read.
+    Over,
+    /// Whoever was handed the blocks wanted no more.
+    Stopped,
+    Changed(Change),
+}
+
+/// What became of a relation while it was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    Dropped,
+    Rewritten,
+    Truncated,
+}
+
+impl Change {
+    pub const ALL: [Self; 3] = [Self::Dropped, Self::Rewritten, Self::Truncated];
+
+    /// Tells the client.
+    pub fn notice(self, name: &CStr) {
+        let format = match self {
+            Self::Dropped => c"relation \"%s\" was dropped while it was prewarmed",
+            Self::Rewritten => c"relation \"%s\" was rewritten while it was prewarmed",
+            Self::Truncated => c"relation \"%s\" was truncated while it was prewarmed",
+        };
+        relation::notice(format, name);
+    }
+}
+
+/// What a turn has done.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Count {
+    pub blocks: u64,
+    /// Those that were in shared buffers already.
+    pub cached: u64,
+}
+
+/// One process that reads.
+pub struct Reader<'a> {
+    pub mode: Mode,
+    /// What processes that share the work have to pass.
+    pub gate: Option<&'a Gate>,
+    pub memory: Option<Memory<'a>>,
+    pub pace: Pace,
+}
+
+impl<'a> Reader<'a> {
+    pub fn alone(mode: Mode) -> Self {
+        Self {
+            mode,
+            gate: None,
+            memory: None,
+            pace: Pace::new(),
+        }
+    }
+
+    /// Reads blocks of a part of a relation, which may be open already. In buffer
+    /// mode each buffer is handed to `each`, until that breaks off; `count` is told
+    /// after each turn. Raises the server's ERROR where a block cannot be read.
+    pub fn read(
+        &self,
+        part: &Part,
+        mut opened: Option<Relation>,
+        mut work: Work,
+        each: &mut dyn FnMut(BlockNumber, &Pinned) -> ControlFlow<()>,
+        count: &mut dyn FnMut(Count),
+    ) -> End {
+        while !work.is_over() {
+            if let Some(gate) = self.gate {
+                gate.wait();
+            }
+            let relation = opened
+                .take()
+                .or_else(|| Relation::try_open_with_table(part.relation));
+            let Some(relation) = relation else {
+                return End::Changed(Change::Dropped);
+            };
+            let _inside = self.gate.map(Gate::pass);
+            if relation.locator() != part.locator || !relation.has_fork(part.fork) {
+                return End::Changed(Change::Rewritten);
+            }
+            let blocks = work.next(self.most_blocks(), relation.blocks(part.fork));
+            if blocks.is_empty() {
+                return match &work {
+                    Work::Range { blocks, .. } if blocks.end <= relation.blocks(part.fork) => {
+                        End::Over
+                    }
+                    _ => End::Changed(Change::Truncated),
+                };
+            }
+            let (done, flow) = self.turn(&relation, part.fork, &blocks, each, count);
+            work.advance_to(blocks[done - 1] + 1);
+            if flow.is_break() {
+                return End::Stopped;
+            }
+            if let Some(gate) = self.gate
+                && relation.may_be_waited_for()
+            {
+                gate.ask_for_pause();
+            }
+            drop(relation);
+            check_for_interrupts();
+        }
+        End::Over
+    }
+
+    fn most_blocks(&self) -> usize {
+        const AT_ONCE: usize = 8192;
+        self.pace.most_blocks().min(AT_ONCE)
+    }
+
+    /// Reads some of the blocks, at least one, until the turn's time is over.
+    /// Returns how many, and whether to go on.
+    fn turn(
+        &self,
+        relation: &Relation,
+        fork: Fork,
+        blocks: &[BlockNumber],
+        each: &mut dyn FnMut(BlockNumber, &Pinned) -> ControlFlow<()>,
+        count: &mut dyn FnMut(Count),
+    ) -> (usize, ControlFlow<()>) {
+        let start = Instant::now();
+        let hits = buffer::hits();
+        let mut done = 0;
+        let mut flow = Continue(());
+        let is_over = || start.elapsed() >= TURN || self.gate.is_some_and(Gate::pause_is_asked_for);
+        match self.mode {
+            Mode::Buffer => relation.read_into_buffers(fork, blocks, |index, buffer| {
+                done += 1;
+                if let Some(memory) = &self.memory
+                    && let Place::Shared(index) = buffer.place()
+                    && buffer::hits() == hits
+                {
+                    memory.provide_after(index);
+                }
+                if flow.is_continue() {
+                    flow = each(blocks[index], buffer);
+                }
+                match flow.is_break() || is_over() {
+                    true => Break(()),
+                    false => Continue(()),
+                }
+            }),
+            Mode::Read | Mode::Prefetch => {
+                // Blocks are in a row in these modes.
+                let (first, end) = (blocks[0], blocks[blocks.len() - 1] + 1);
+                let count = |blocks| {
+                    done += blocks as usize;
+                    match is_over() {
+                        true => Break(()),
+                        false => Continue(()),
+                    }
+                };
+                match self.mode {
+                    Mode::Read => relation.read(fork, first, end, count),
+                    _ => relation.prefetch(fork, first, end, count),
+                }
+            }
+        }
+        let blocks = done as u64;
+        count(Count {
+            blocks,
+            cached: (buffer::hits() - hits).min(blocks),
+        });
+        self.pace.adapt(start.elapsed(), done);
+        (done, flow)
+    }
+}

@@ -1,0 +1,834 @@
+//! `pg_prewarm_relation()`, `pg_prewarm_schema()` and `pg_prewarm_database()`: what
+//! belongs to what, in which order it comes, who may have it, where it ends, and
+//! what becomes of it when relations change meanwhile.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use postgres::{Client, NoTls};
+
+use crate::common::{Cluster, SqlError, error, value, wait_until};
+
+/// A row that was returned: the relation's name, and its numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Row {
+    relation: String,
+    fork: String,
+    blocks: i64,
+    cached: i64,
+}
+
+/// What a call returned, and what the client was told.
+#[derive(Debug)]
+struct Outcome {
+    rows: Vec<Row>,
+    notices: Vec<String>,
+}
+
+impl Outcome {
+    fn names(&self) -> Vec<&str> {
+        self.rows.iter().map(|row| row.relation.as_str()).collect()
+    }
+
+    fn blocks(&self) -> i64 {
+        self.rows.iter().map(|row| row.blocks).sum()
+    }
+}
+
+/// A client that keeps what it is told.
+struct Caller {
+    client: Client,
+    notices: Arc<Mutex<Vec<String>>>,
+}
+
+impl Caller {
+    fn of(cluster: &Cluster, user: &str) -> Self {
+        let notices = Arc::new(Mutex::new(Vec::new()));
+        let keep = notices.clone();
+        let mut config = cluster.config();
+        config.user(user).notice_callback(move |notice| {
+            keep.lock().unwrap().push(notice.message().to_owned());
+        });
+        Self {
+            client: config.connect(NoTls).unwrap(),
+            notices,
+        }
+    }
+
+    fn try_call(&mut self, call: &str) -> Result<Outcome, SqlError> {
+        self.notices.lock().unwrap().clear();
+        let sql = format!(
+            "SELECT CASE WHEN c.oid IS NULL THEN 'gone' \
+                         WHEN relkind = 't' THEN 'toast of ' || (SELECT relname FROM pg_class \
+                                                                WHERE reltoastrelid = c.oid) \
+                         WHEN relname LIKE 'pg_toast_%_index' THEN 'toast index of ' || \
+                              (SELECT h.relname FROM pg_class h JOIN pg_index i \
+                               ON i.indrelid = h.reltoastrelid WHERE i.indexrelid = c.oid) \
+                         ELSE relname::text END, fork, blocks, already_cached, \
+                    elapsed >= '0' AND elapsed < '1 hour' \
+             FROM {call} WITH ORDINALITY p LEFT JOIN pg_class c ON c.oid = p.relation \
+             ORDER BY ordinality"
+        );
+        let rows = self.client.query(&sql, &[])?;
+        let rows = rows
+            .iter()
+            .map(|row| {
+                assert!(row.get::<_, bool>(4));
+                Row {
+                    relation: row.get(0),
+                    fork: row.get(1),
+                    blocks: row.get(2),
+                    cached: row.get(3),
+                }
+            })
+            .collect();
+        Ok(Outcome {
+            rows,
+            notices: self.notices.lock().unwrap().clone(),
+        })
+    }
+
+    fn call(&mut self, call: &str) -> Outcome {
+        self.try_call(call)
+            .unwrap_or_else(|error| panic!("{call}: {error:?}"))
+    }
+
+    fn pid(&mut self) -> i32 {
+        value(&mut self.client, "SELECT pg_backend_pid()")
+    }
+}
+
+fn cluster() -> Cluster {
+    cluster_with_buffers("32MB")
+}
+
+fn cluster_with_buffers(buffers: &str) -> Cluster {
+    let cluster = Cluster::build()
+        .not_preloaded()
+        .setting(&format!("shared_buffers = {buffers}"))
+        .start();
+    cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
+    cluster
+}
+
+/// A tree three deep, `top`, with an index and values outside of the rows. Its
+/// leaves are `leaf1`, the smaller, and `leaf2`.
+const TREE: &str = "CREATE TABLE top (id int, part int, filler text) PARTITION BY LIST (part); \
+    CREATE INDEX top_id ON top (id); \
+    CREATE TABLE middle PARTITION OF top FOR VALUES IN (1, 2) PARTITION BY LIST (part); \
+    CREATE TABLE leaf1 PARTITION OF middle FOR VALUES IN (1); \
+    CREATE TABLE leaf2 PARTITION OF middle FOR VALUES IN (2); \
+    ALTER TABLE leaf1 ALTER filler SET STORAGE EXTERNAL; \
+    ALTER TABLE leaf2 ALTER filler SET STORAGE EXTERNAL; \
+    INSERT INTO top SELECT g, 1, repeat('x', 300) FROM generate_series(1, 1000) g; \
+    INSERT INTO top SELECT g, 2, repeat('x', 300) FROM generate_series(1, 5000) g; \
+    INSERT INTO top SELECT g, g % 2 + 1, repeat('x', 9000) FROM generate_series(1, 20) g";
+
+/// How many blocks of each relation are in shared buffers, by file.
+fn cached_blocks(client: &mut Client) -> BTreeMap<u32, i64> {
+    client
+        .query(
+            "SELECT c.oid, count(*) FROM pg_buffercache b \
+             JOIN pg_class c ON pg_relation_filenode(c.oid) = b.relfilenode \
+             WHERE b.relforknumber = 0 AND c.oid >= 16384 GROUP BY 1",
+            &[],
+        )
+        .unwrap()
+        .iter()
+        .map(|row| (row.get(0), row.get(1)))
+        .collect()
+}
+
+#[test]
+fn a_tree_of_partitions_comes_with_indexes_and_toast_and_options_leave_them_out() {
+    let cluster = cluster();
+    cluster.sql(TREE);
+    cluster.sql("CREATE TABLE other AS SELECT 1 AS a");
+    cluster.restart();
+    let mut caller = Caller::of(&cluster, "postgres");
+    let all = caller.call("pg_prewarm_relation('top')");
+    assert_eq!(
+        all.names().iter().copied().collect::<BTreeSet<_>>(),
+        [
+            "leaf1",
+            "leaf1_id_idx",
+            "leaf2",
+            "leaf2_id_idx",
+            "toast index of leaf1",
+            "toast index of leaf2",
+            "toast of leaf1",
+            "toast of leaf2"
+        ]
+        .into()
+    );
+    assert_eq!(all.rows.len(), 8, "{all:?}");
+    assert_eq!(all.notices, [""; 0]);
+    // Exactly that is cached.
+    let sizes: Vec<(String, i64)> = caller
+        .client
+        .query(
+            "SELECT relname::text, pg_relation_size(oid) / 8192 FROM pg_class \
+             WHERE relname IN ('leaf1', 'leaf2', 'leaf1_id_idx', 'leaf2_id_idx')",
+            &[],
+        )
+        .unwrap()
+        .iter()
+        .map(|row| (row.get(0), row.get(1)))
+        .collect();
+    assert_eq!(sizes.len(), 4);
+    for (name, size) in sizes {
+        let row = all.rows.iter().find(|row| row.relation == name).unwrap();
+        assert_eq!((row.blocks, row.fork.as_str()), (size, "main"), "{row:?}");
+    }
+    let cached = cached_blocks(&mut caller.client);
+    assert_eq!(cached.len(), 8, "{cached:?}");
+    assert_eq!(cached.values().sum::<i64>(), all.blocks());
+
+    // Once more, and all is cached already.
+    let again = caller.call("pg_prewarm_relation('top', workers => 2)");
+    assert_eq!(again.blocks(), all.blocks());
+    for row in &again.rows {
+        assert_eq!(row.cached, row.blocks, "{row:?}");
+    }
+
+    let mut names = |arguments: &str| -> Vec<String> {
+        let outcome = caller.call(&format!("pg_prewarm_relation({arguments})"));
+        outcome.names().into_iter().map(str::to_owned).collect()
+    };
+    assert_eq!(
+        names("'top', indexes => false, toast => false"),
+        ["leaf1", "leaf2"]
+    );
+    assert_eq!(names("'leaf1', toast => false"), ["leaf1_id_idx", "leaf1"]);
+    assert_eq!(
+        names("'leaf1', indexes => false"),
+        ["toast of leaf1", "leaf1"]
+    );
+    assert_eq!(names("'top', partitions => false"), [""; 0]);
+    assert_eq!(names("'top_id'"), ["leaf1_id_idx", "leaf2_id_idx"]);
+    assert_eq!(names("'leaf2_id_idx'"), ["leaf2_id_idx"]);
+}
+
+#[test]
+fn indexes_come_first_their_upper_levels_before_all_and_small_before_large() {
+    let cluster = cluster();
+    // The second index has two levels above the leaves at least.
+    cluster.sql(
+        "CREATE TABLE t (id int, wide text); \
+         INSERT INTO t SELECT g, repeat('x', 450) || g FROM generate_series(1, 3000) g; \
+         CREATE INDEX t_id ON t (id); CREATE INDEX t_wide ON t (wide); \
+         CREATE INDEX t_hash ON t USING hash (id)",
+    );
+    cluster.sql("CREATE EXTENSION pageinspect");
+    let levels: i64 = cluster.value("SELECT level::int8 FROM bt_metap('t_wide')");
+    assert!(levels >= 2, "{levels}");
+    let upper: i64 = cluster.value(
+        "SELECT count(*) FROM generate_series(1, pg_relation_size('t_wide') / 8192 - 1) b, \
+         LATERAL bt_page_stats('t_wide', b) WHERE type IN ('r', 'i')",
+    );
+    cluster.restart();
+    let mut caller = Caller::of(&cluster, "postgres");
+    // Of each index its metapage, and of B-trees also the levels above the leaves.
+    let first = upper + 1 + 2 + 1;
+    let outcome = caller.call(&format!(
+        "pg_prewarm_relation('t', toast => false, max_blocks => {first})"
+    ));
+    assert_eq!(outcome.names(), ["t_id", "t_hash", "t_wide"]);
+    assert_eq!(
+        outcome
+            .rows
+            .iter()
+            .map(|row| row.blocks)
+            .collect::<Vec<_>>(),
+        [2, 1, upper + 1],
+        "{outcome:?}"
+    );
+    let leaves: i64 = value(
+        &mut caller.client,
+        "SELECT count(*) FROM pg_buffercache b, LATERAL bt_page_stats('t_wide', relblocknumber) s \
+         WHERE relfilenode = pg_relation_filenode('t_wide') AND relforknumber = 0 \
+           AND relblocknumber > 0 AND s.type = 'l'",
+    );
+    assert_eq!(leaves, 0);
+    // Then the rest of them, then the table.
+    let outcome = caller.call(&format!(
+        "pg_prewarm_relation('t', toast => false, max_blocks => {})",
+        first + 2
+    ));
+    assert_eq!(outcome.blocks(), first + 2);
+    let sizes = "SELECT sum(pg_relation_size(indexrelid)) / 8192 FROM pg_index \
+                 WHERE indrelid = 't'::regclass";
+    let indexes: i64 = value(&mut caller.client, &format!("SELECT ({sizes})::int8"));
+    let outcome = caller.call(&format!(
+        "pg_prewarm_relation('t', toast => false, max_blocks => {indexes})"
+    ));
+    assert_eq!(outcome.names(), ["t_id", "t_hash", "t_wide"]);
+    assert_eq!(outcome.blocks(), indexes);
+    let outcome = caller.call(&format!(
+        "pg_prewarm_relation('t', toast => false, max_blocks => {})",
+        indexes + 1
+    ));
+    assert_eq!(outcome.rows[3].relation, "t");
+    assert_eq!(outcome.rows[3].blocks, 1);
+}
+
+#[test]
+fn max_blocks_is_kept_to_the_block_in_every_mode_with_and_without_workers() {
+    let cluster = cluster();
+    cluster.table("t", 2000);
+    cluster.sql("CREATE INDEX t_id ON t (id)");
+    let all: i64 = cluster.value(
+        "SELECT (pg_relation_size('t') + pg_relation_size('t_id') \
+                 + pg_indexes_size(reltoastrelid))::int8 / 8192 FROM pg_class WHERE relname = 't'",
+    );
+    let mut caller = Caller::of(&cluster, "postgres");
+    for mode in ["buffer", "read", "prefetch"] {
+        for workers in [0, 2] {
+            for (most, expected) in [
+                (0, 0),
+                (1, 1),
+                (1500, 1500),
+                (all, all),
+                (all + 1, all),
+                (i64::MAX, all),
+            ] {
+                let outcome = caller.call(&format!(
+                    "pg_prewarm_relation('t', '{mode}', max_blocks => {most}, workers => {workers})"
+                ));
+                assert_eq!(
+                    outcome.blocks(),
+                    expected,
+                    "{mode}, {workers}, {most}: {outcome:?}"
+                );
+                assert_eq!(outcome.notices, [""; 0]);
+            }
+        }
+    }
+}
+
+#[test]
+fn forks_are_done_where_they_are() {
+    let cluster = cluster();
+    cluster.sql(
+        "CREATE UNLOGGED TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT generate_series(1, 9)",
+    );
+    cluster.sql("VACUUM t");
+    let mut caller = Caller::of(&cluster, "postgres");
+    let mut forks = |forks: &str| -> Vec<(String, String, i64)> {
+        let outcome = caller.call(&format!("pg_prewarm_relation('t', forks => '{forks}')"));
+        let rows = outcome.rows.into_iter();
+        rows.map(|row| (row.relation, row.fork, row.blocks))
+            .collect()
+    };
+    let row = |relation: &str, fork: &str, blocks| (relation.to_owned(), fork.to_owned(), blocks);
+    assert_eq!(forks("{vm,fsm}"), [row("t", "vm", 1), row("t", "fsm", 3)]);
+    assert_eq!(
+        forks("{init}"),
+        [row("t_pkey", "init", 1), row("t", "init", 0)]
+    );
+    assert_eq!(
+        forks("{main,main}"),
+        [row("t_pkey", "main", 2), row("t", "main", 1)]
+    );
+    assert_eq!(forks("{}"), []);
+}
+
+#[test]
+fn a_bad_argument_is_refused_before_anything_is_read() {
+    let cluster = cluster();
+    cluster.sql(
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE VIEW v AS SELECT 1 AS a; \
+         CREATE FOREIGN DATA WRAPPER w; CREATE SERVER s FOREIGN DATA WRAPPER w; \
+         CREATE FOREIGN TABLE f (a int) SERVER s; CREATE ROLE plain LOGIN; \
+         INSERT INTO t VALUES (1)",
+    );
+    cluster.restart();
+    let invalid = |message: &str| SqlError::new("22023", message);
+    let mode = invalid("invalid prewarm type")
+        .hint("Valid prewarm types are \"prefetch\", \"read\", and \"buffer\".");
+    let fork = invalid("invalid fork name")
+        .hint("Valid fork names are \"main\", \"fsm\", \"vm\", and \"init\".");
+    let without_storage = |relation: &str, kinds: &str| {
+        SqlError::new(
+            "42809",
+            format!("relation \"{relation}\" does not have storage"),
+        )
+        .detail(&format!("This operation is not supported for {kinds}."))
+    };
+    let mut caller = Caller::of(&cluster, "postgres");
+    for (call, expected) in [
+        ("relation(NULL)", invalid("relation cannot be null")),
+        (
+            "relation('t', NULL)",
+            invalid("prewarm type cannot be null"),
+        ),
+        ("relation('t', 'Buffer')", mode.clone()),
+        (
+            "relation('t', forks => NULL)",
+            invalid("relation fork cannot be null"),
+        ),
+        (
+            "relation('t', forks => '{main,NULL}')",
+            invalid("relation fork cannot be null"),
+        ),
+        ("relation('t', forks => '{main,x}')", fork.clone()),
+        (
+            "relation('t', indexes => NULL)",
+            invalid("indexes cannot be null"),
+        ),
+        (
+            "relation('t', toast => NULL)",
+            invalid("toast cannot be null"),
+        ),
+        (
+            "relation('t', partitions => NULL)",
+            invalid("partitions cannot be null"),
+        ),
+        (
+            "relation('t', max_blocks => -1)",
+            invalid("max_blocks must not be negative"),
+        ),
+        (
+            "relation('t', workers => NULL)",
+            invalid("workers cannot be null"),
+        ),
+        (
+            "relation('t', workers => -1)",
+            invalid("workers must be between 0 and 1024"),
+        ),
+        (
+            "relation('t', workers => 1025)",
+            invalid("workers must be between 0 and 1024"),
+        ),
+        (
+            "relation(4000000000::oid::regclass)",
+            SqlError::new("XX000", "could not open relation with OID 4000000000"),
+        ),
+        ("relation('v')", without_storage("v", "views")),
+        ("relation('f')", without_storage("f", "foreign tables")),
+        ("schema(NULL)", invalid("schema cannot be null")),
+        (
+            "schema(4000000000::oid::regnamespace)",
+            SqlError::new("3F000", "schema with OID 4000000000 does not exist"),
+        ),
+        ("schema('public', 'x')", mode.clone()),
+        ("schema('public', forks => '{x}')", fork.clone()),
+        (
+            "schema('public', max_blocks => -1)",
+            invalid("max_blocks must not be negative"),
+        ),
+        ("database('x')", mode),
+        ("database(forks => '{vm,x}')", fork),
+        (
+            "database(catalogs => NULL)",
+            invalid("catalogs cannot be null"),
+        ),
+    ] {
+        let result = caller.try_call(&format!("pg_prewarm_{call}"));
+        assert_eq!(result.unwrap_err(), expected, "{call}");
+    }
+    let mut plain = Caller::of(&cluster, "plain");
+    assert_eq!(
+        plain.try_call("pg_prewarm_relation('t')").unwrap_err(),
+        SqlError::new("42501", "permission denied for table t")
+    );
+    assert_eq!(cached_blocks(&mut caller.client), BTreeMap::new());
+}
+
+#[test]
+fn what_is_empty_gives_no_blocks_and_no_error() {
+    let cluster = cluster();
+    cluster.sql(
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE SCHEMA empty; \
+         CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY LIST (id)",
+    );
+    let mut caller = Caller::of(&cluster, "postgres");
+    for workers in [0, 1] {
+        let outcome = caller.call(&format!("pg_prewarm_relation('t', workers => {workers})"));
+        assert_eq!(outcome.names(), ["t_pkey", "t"]);
+        assert_eq!(outcome.blocks(), 1);
+        for call in ["relation('parted'", "schema('empty'"] {
+            let outcome = caller.call(&format!("pg_prewarm_{call}, workers => {workers})"));
+            assert_eq!(outcome.rows, []);
+            assert_eq!(outcome.notices, [""; 0]);
+        }
+    }
+}
+
+#[test]
+fn select_on_a_table_covers_what_belongs_to_it_and_the_rest_is_counted() {
+    let cluster = cluster();
+    cluster.sql(TREE);
+    cluster.sql(
+        "CREATE ROLE plain LOGIN; CREATE TABLE mine AS SELECT 1 AS a; CREATE SEQUENCE s; \
+         CREATE MATERIALIZED VIEW m AS SELECT 1 AS a; CREATE TABLE secret AS SELECT 1 AS a; \
+         CREATE UNLOGGED TABLE u AS SELECT 1 AS a; \
+         CREATE SCHEMA other; CREATE TABLE other.elsewhere AS SELECT 1 AS a",
+    );
+    let mut plain = Caller::of(&cluster, "plain");
+    let mut superuser = Caller::of(&cluster, "postgres");
+    assert_eq!(
+        plain.try_call("pg_prewarm_relation('top')").unwrap_err(),
+        SqlError::new("42501", "permission denied for table top")
+    );
+    let outcome = plain.call("pg_prewarm_schema('public')");
+    assert_eq!(outcome.rows, []);
+    assert_eq!(
+        outcome.notices,
+        ["skipped 7 relations for which the SELECT privilege is missing"]
+    );
+
+    cluster.sql("GRANT SELECT ON top, mine, s, m, u TO plain");
+    let tree = plain.call("pg_prewarm_relation('top', workers => 1)");
+    assert_eq!(tree.rows.len(), 8);
+    assert_eq!(tree.notices, [""; 0]);
+    let schema = plain.call("pg_prewarm_schema('public')");
+    assert_eq!(schema.rows.len(), 12, "{schema:?}");
+    assert_eq!(
+        schema.notices,
+        ["skipped 1 relation for which the SELECT privilege is missing"]
+    );
+    for name in ["mine", "s", "m", "u", "leaf1", "toast of leaf2"] {
+        assert!(schema.names().contains(&name), "{name}");
+    }
+    let mut count = |call: &str| superuser.call(call).rows.len();
+    assert_eq!(count("pg_prewarm_schema('public')"), 13);
+    assert_eq!(count("pg_prewarm_schema('other', workers => 2)"), 1);
+    assert_eq!(count("pg_prewarm_database()"), 14);
+    assert!(count("pg_prewarm_database(catalogs => true)") > 150);
+    assert_eq!(
+        count("pg_prewarm_database(indexes => false, toast => false)"),
+        8
+    );
+}
+
+#[test]
+fn temporary_tables_are_their_sessions_own() {
+    let cluster = cluster();
+    let mut caller = Caller::of(&cluster, "postgres");
+    caller
+        .client
+        .batch_execute(
+            "CREATE TEMPORARY TABLE temp (id int PRIMARY KEY, filler text); \
+             INSERT INTO temp SELECT g, repeat('x', 500) FROM generate_series(1, 1500) g",
+        )
+        .unwrap();
+    for mode in ["buffer", "read", "prefetch"] {
+        let outcome = caller.call(&format!(
+            "pg_prewarm_relation('temp', '{mode}', workers => 2)"
+        ));
+        assert_eq!(outcome.names().last(), Some(&"temp"));
+        assert!(outcome.rows.last().unwrap().blocks >= 100, "{outcome:?}");
+    }
+    // More than there is room for.
+    caller
+        .client
+        .batch_execute(
+            "INSERT INTO temp SELECT g, repeat('x', 500) FROM generate_series(1501, 30000) g",
+        )
+        .unwrap();
+    let outcome = caller.call("pg_prewarm_relation('temp')");
+    assert!((900..1100).contains(&outcome.blocks()), "{outcome:?}");
+    assert!(
+        outcome.notices[0].starts_with("temporary buffers are full: "),
+        "{outcome:?}"
+    );
+    let oid: u32 = value(&mut caller.client, "SELECT 'temp'::regclass::oid");
+    let mut other = Caller::of(&cluster, "postgres");
+    assert_eq!(
+        other
+            .try_call(&format!("pg_prewarm_relation({oid})"))
+            .unwrap_err(),
+        SqlError::new("0A000", "cannot access temporary tables of other sessions")
+    );
+    let outcome = other.call("pg_prewarm_database()");
+    assert!(!outcome.names().contains(&"temp"), "{outcome:?}");
+    assert_eq!(outcome.notices, [""; 0]);
+}
+
+#[test]
+fn a_call_stops_when_it_has_filled_shared_buffers() {
+    let cluster = cluster_with_buffers("8MB");
+    cluster.sql("CREATE TABLE t (id int, filler text) WITH (autovacuum_enabled = off)");
+    cluster.sql("INSERT INTO t SELECT g, repeat('x', 500) FROM generate_series(1, 60000) g");
+    cluster.sql("CREATE INDEX t_id ON t (id)");
+    let indexes: i64 = cluster.value("SELECT pg_relation_size('t_id') / 8192");
+    // One more for the index of the TOAST table.
+    let all: i64 = cluster.value::<i64>("SELECT pg_relation_size('t') / 8192") + indexes + 1;
+    for workers in [0, 1] {
+        cluster.restart();
+        let mut caller = Caller::of(&cluster, "postgres");
+        let outcome = caller.call(&format!("pg_prewarm_relation('t', workers => {workers})"));
+        let done = outcome.blocks();
+        assert!((600..=1024 + 200).contains(&done), "{outcome:?}");
+        assert_eq!(
+            outcome.notices,
+            [format!(
+                "shared buffers are full: {done} of {all} blocks were prewarmed"
+            )]
+        );
+        // The index is still there, but for what was being read ahead.
+        let cached = cached_blocks(&mut caller.client);
+        let index: u32 = value(&mut caller.client, "SELECT 't_id'::regclass::oid");
+        assert!(
+            cached[&index] > indexes - 150,
+            "{} of {indexes}",
+            cached[&index]
+        );
+        // With a limit the caller knows what he does.
+        let outcome = caller.call("pg_prewarm_relation('t', 'read')");
+        assert_eq!(outcome.blocks(), all);
+        assert_eq!(outcome.notices, [""; 0]);
+    }
+}
+
+/// A cluster whose tables are read slowly, so many milliseconds for each read of a
+/// block, with table `t` of 3000 blocks.
+fn slow_cluster(milliseconds: u32) -> Cluster {
+    let cluster = Cluster::build().not_preloaded().create();
+    if cluster.major() >= 17 {
+        cluster.configure("io_combine_limit = 1");
+    }
+    if cluster.major() >= 18 {
+        cluster.configure("io_method = worker");
+    }
+    cluster.slow_reads(0);
+    cluster.start();
+    cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
+    cluster.table("t", 3000);
+    cluster.sql("CREATE TABLE small AS SELECT 1 AS a");
+    cluster.restart();
+    // The library and catalogs are there.
+    cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
+    cluster.slow_reads(milliseconds);
+    cluster
+}
+
+/// Runs a call, and something else once it is under way.
+fn meanwhile<T>(
+    caller: &mut Caller,
+    cluster: &Cluster,
+    call: &str,
+    act: impl FnOnce(&mut Client) -> T,
+) -> (Result<Outcome, SqlError>, T) {
+    let pid = caller.pid();
+    let mut other = cluster.connect("postgres");
+    thread::scope(|scope| {
+        let running = scope.spawn(|| caller.try_call(call));
+        wait_until("the call", || {
+            value(
+                &mut other,
+                &format!(
+                    "SELECT EXISTS (SELECT FROM pg_stat_progress_prewarm \
+                                    WHERE pid = {pid} AND blocks_done > 0)"
+                ),
+            )
+        });
+        let value = act(&mut other);
+        (running.join().unwrap(), value)
+    })
+}
+
+#[test]
+fn a_relation_that_is_changed_meanwhile_is_finished_with_what_was_done() {
+    let cluster = slow_cluster(2);
+    for workers in [0, 2] {
+        for (change, what) in [
+            ("VACUUM FULL t", "rewritten"),
+            ("TRUNCATE t", "rewritten"),
+            ("DROP TABLE t", "dropped"),
+        ] {
+            let mut caller = Caller::of(&cluster, "postgres");
+            let call = format!("pg_prewarm_relation('t', workers => {workers}, toast => false)");
+            let (outcome, ()) = meanwhile(&mut caller, &cluster, &call, |other| {
+                cluster.slow_reads(0);
+                other.batch_execute(change).unwrap();
+            });
+            let outcome = outcome.unwrap();
+            // The table may have been done before.
+            if outcome.blocks() < 3000 {
+                assert_eq!(
+                    outcome.notices,
+                    [format!("relation \"t\" was {what} while it was prewarmed")],
+                    "{outcome:?}"
+                );
+                assert!(outcome.blocks() > 0, "{outcome:?}");
+            }
+            cluster.sql("DROP TABLE IF EXISTS t");
+            cluster.table("t", 3000);
+            cluster.restart();
+            cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
+            cluster.slow_reads(2);
+        }
+    }
+}
+
+#[test]
+fn somebody_who_waits_for_a_relation_has_it_soon() {
+    let cluster = slow_cluster(2);
+    for call in [
+        "pg_prewarm_relation('t')",
+        "pg_prewarm_relation('t', workers => 2)",
+    ] {
+        let mut caller = Caller::of(&cluster, "postgres");
+        let (outcome, mut times) = meanwhile(&mut caller, &cluster, call, |other| {
+            (0..5)
+                .map(|_| {
+                    let start = Instant::now();
+                    other
+                        .batch_execute("BEGIN; LOCK TABLE t IN ACCESS EXCLUSIVE MODE; COMMIT")
+                        .unwrap();
+                    start.elapsed()
+                })
+                .collect::<Vec<_>>()
+        });
+        let outcome = outcome.unwrap();
+        assert_eq!(outcome.notices, [""; 0]);
+        assert_eq!(outcome.rows.last().unwrap().blocks, 3000);
+        times.sort();
+        assert!(times[2] < Duration::from_millis(100), "{call}: {times:?}");
+        assert!(times[4] < Duration::from_secs(1), "{call}: {times:?}");
+        cluster.restart();
+        cluster.slow_reads(0);
+        cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
+        cluster.slow_reads(2);
+    }
+}
+
+#[test]
+fn workers_share_the_work_and_end_with_their_caller() {
+    let cluster = slow_cluster(2);
+    let mut caller = Caller::of(&cluster, "postgres");
+    let call = "pg_prewarm_relation('t', workers => 2)";
+    const WORKERS: &str = "SELECT count(*) FROM pg_stat_activity \
+                           WHERE backend_type = 'parallel worker'";
+    let (result, (rows, took)) = meanwhile(&mut caller, &cluster, call, |other| {
+        wait_until("two workers", || {
+            value::<i64>(
+                other,
+                "SELECT count(*) FROM pg_stat_progress_prewarm \
+                     WHERE kind = 'pg_prewarm worker' AND blocks_done > 0",
+            ) == 2
+        });
+        let rows: Vec<String> = other
+            .query(
+                "SELECT kind || ' ' || relid::regclass || ' ' || fork \
+                     FROM pg_stat_progress_prewarm WHERE datname = 'postgres' ORDER BY 1",
+                &[],
+            )
+            .unwrap()
+            .iter()
+            .map(|row| row.get(0))
+            .collect();
+        let start = Instant::now();
+        let cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_progress_prewarm \
+                          WHERE kind = 'pg_prewarm_relation'";
+        assert!(value::<bool>(other, cancel));
+        wait_until("the workers' end", || value::<i64>(other, WORKERS) == 0);
+        (rows, start.elapsed())
+    });
+    assert_eq!(
+        rows,
+        [
+            "pg_prewarm worker t main",
+            "pg_prewarm worker t main",
+            "pg_prewarm_relation t main"
+        ]
+    );
+    assert_eq!(
+        result.unwrap_err(),
+        SqlError::new("57014", "canceling statement due to user request")
+    );
+    assert!(took < Duration::from_secs(1), "{took:?}");
+
+    // The same at a timeout, and with an exception block around it.
+    caller
+        .client
+        .batch_execute("SET statement_timeout = '300ms'")
+        .unwrap();
+    assert_eq!(
+        caller.try_call(call).unwrap_err(),
+        SqlError::new("57014", "canceling statement due to statement timeout")
+    );
+    assert_eq!(value::<i64>(&mut caller.client, WORKERS), 0);
+    caller
+        .client
+        .batch_execute(
+            "RESET statement_timeout; BEGIN; \
+             DO $$ BEGIN SET LOCAL statement_timeout = 0; \
+                 PERFORM pg_prewarm_relation('small', workers => 2); \
+                 BEGIN PERFORM pg_prewarm_relation('small', workers => 2000); \
+                 EXCEPTION WHEN invalid_parameter_value THEN NULL; END; \
+             END $$; CREATE TABLE after (id int); COMMIT",
+        )
+        .unwrap();
+    cluster.slow_reads(0);
+    assert_eq!(caller.call(call).rows.last().unwrap().blocks, 3000);
+}
+
+#[test]
+fn an_error_in_a_worker_reaches_the_caller() {
+    let cluster = Cluster::build()
+        .not_preloaded()
+        .checksums()
+        .setting("max_parallel_workers = 2")
+        .start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.table("t", 3000);
+    cluster.sql("CREATE TABLE small AS SELECT 1 AS a");
+    let path: String = cluster.value("SELECT pg_relation_filepath('t')");
+    cluster.stop(crate::common::Shutdown::Fast);
+    let mut bytes = std::fs::read(cluster.data(&path)).unwrap();
+    for block in (0..3000).step_by(500) {
+        bytes[block * 8192 + 4000] ^= 1;
+    }
+    std::fs::write(cluster.data(&path), bytes).unwrap();
+    cluster.start();
+    let mut caller = Caller::of(&cluster, "postgres");
+    for workers in [0, 2, 100] {
+        let raised = caller
+            .try_call(&format!("pg_prewarm_relation('t', workers => {workers})"))
+            .unwrap_err();
+        assert_eq!(raised.sqlstate, "XX001", "{raised:?}");
+        assert!(
+            raised.message.starts_with("invalid page in block "),
+            "{raised:?}"
+        );
+        assert_eq!(caller.call("pg_prewarm_relation('small')").blocks(), 1);
+    }
+}
+
+#[test]
+fn prefetching_with_direct_io_is_refused() {
+    let cluster = Cluster::build().not_preloaded().create();
+    if cluster.major() < 16 {
+        return;
+    }
+    cluster.configure("debug_io_direct = 'data'");
+    if !cluster.try_start() {
+        // The file system does not know how.
+        return;
+    }
+    cluster.sql("CREATE EXTENSION pg_prewarm; CREATE TABLE t AS SELECT 1 AS a");
+    let refused = SqlError::new(
+        "0A000",
+        "prewarm type \"prefetch\" is not supported with direct I/O",
+    )
+    .hint(
+        "\"debug_io_direct\" has the server read past the operating system's cache: use the \
+         prewarm type \"buffer\".",
+    );
+    let mut client = cluster.connect("postgres");
+    for call in [
+        "pg_prewarm('t', 'prefetch')",
+        "pg_prewarm_relation('t', 'prefetch')",
+    ] {
+        assert_eq!(error(&mut client, &format!("SELECT {call}")), refused);
+    }
+    for mode in ["read", "buffer"] {
+        let call = format!("SELECT pg_prewarm('t', '{mode}')");
+        assert_eq!(value::<i64>(&mut client, &call), 1);
+    }
+}

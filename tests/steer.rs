@@ -238,7 +238,7 @@ fn a_list_that_is_missing_corrupted_or_unreadable_is_told_from_one_that_is_loade
     );
 
     cluster.write_list(list_of(table.first(BLOCKS)));
-    fs::set_permissions(cluster.data(LIST), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(cluster.data(LIST), fs::Permissions::from_mode(0o000)).unwrap();
     for _ in 0..2 {
         assert_eq!(load(&mut client), ("failed".to_owned(), 0, 0));
         assert_eq!(LoadStats::get(&mut client).state, "load failed");

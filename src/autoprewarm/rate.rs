@@ -24,10 +24,12 @@ pub struct RateLimit {
 }
 
 impl RateLimit {
-    pub const UNLIMITED: Self = Self {
-        rate: AtomicU32::new(0),
-        paid_until: AtomicI64::new(0),
-    };
+    pub const fn unlimited() -> Self {
+        Self {
+            rate: AtomicU32::new(0),
+            paid_until: AtomicI64::new(0),
+        }
+    }
 
     /// Sets the rate in kB a second, 0 for none. What was taken at the old one is
     /// forgotten, lest it should count for longer at the new one.
@@ -88,14 +90,14 @@ mod tests {
 
     #[test]
     fn no_limit_gives_what_is_wanted_and_asks_for_no_time() {
-        let limit = RateLimit::UNLIMITED;
+        let limit = RateLimit::unlimited();
         assert_eq!(limit.take(512, || unreachable!()), Ok(512));
     }
 
     #[test]
     fn a_limit_is_kept_within_a_tenth_at_any_rate() {
         for rate in [8, 100, 1000, 50_000, 2_000_000, i32::MAX as u32] {
-            let limit = RateLimit::UNLIMITED;
+            let limit = RateLimit::unlimited();
             limit.set(rate, 0);
             let expected = 5 * i64::from(rate) / BLOCK_KB;
             let taken = take_for(&limit, 1, 5) as i64;
@@ -109,14 +111,14 @@ mod tests {
 
     #[test]
     fn time_in_which_nobody_takes_any_is_not_saved_up_for_long() {
-        let limit = RateLimit::UNLIMITED;
+        let limit = RateLimit::unlimited();
         limit.set(8000, 0);
         assert!(take_for(&limit, 3600 * SECOND, 1) <= 1100 + 100);
     }
 
     #[test]
     fn a_new_rate_holds_at_once() {
-        let limit = RateLimit::UNLIMITED;
+        let limit = RateLimit::unlimited();
         limit.set(1, 0);
         assert_eq!(limit.take(1, || 0), Ok(1));
         assert!(limit.take(1, || 0).is_err());
@@ -126,7 +128,7 @@ mod tests {
 
     #[test]
     fn what_is_given_back_can_be_taken_again() {
-        let limit = RateLimit::UNLIMITED;
+        let limit = RateLimit::unlimited();
         limit.set(8, 0);
         assert_eq!(limit.take(1, || 0), Ok(1));
         assert!(limit.take(1, || 1).is_err());

@@ -57,7 +57,7 @@ unsafe impl Shared for Load {
         shared: Cursor::INITIAL,
         workers: [const { Slot::new() }; MAX_WORKERS],
         ended_for: AtomicU32::new(NO_REASON),
-        rate_limit: RateLimit::UNLIMITED,
+        rate_limit: RateLimit::unlimited(),
         provided: AtomicUsize::new(0),
     };
 }

@@ -46,9 +46,9 @@ unsafe impl Shared for State {
         phase: AtomicU32::new(Phase::Due as u32),
         load_requested: AtomicBool::new(false),
         cancel_requested: AtomicBool::new(false),
-        load: LoadStats::INITIAL,
-        dump: DumpStats::INITIAL,
-        last_error: LastError::INITIAL,
+        load: LoadStats::new(),
+        dump: DumpStats::new(),
+        last_error: LastError::new(),
     };
 }
 

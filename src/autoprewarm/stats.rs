@@ -65,16 +65,18 @@ impl Counts {
 }
 
 impl LoadStats {
-    pub const INITIAL: Self = Self {
-        number: AtomicU32::new(0),
-        start: AtomicI64::new(0),
-        end: AtomicI64::new(0),
-        result: AtomicU32::new(0),
-        total: AtomicU64::new(0),
-        loaded: AtomicU64::new(0),
-        cached: AtomicU64::new(0),
-        skipped: [const { AtomicU64::new(0) }; SkipReason::ALL.len()],
-    };
+    pub const fn new() -> Self {
+        Self {
+            number: AtomicU32::new(0),
+            start: AtomicI64::new(0),
+            end: AtomicI64::new(0),
+            result: AtomicU32::new(0),
+            total: AtomicU64::new(0),
+            loaded: AtomicU64::new(0),
+            cached: AtomicU64::new(0),
+            skipped: [const { AtomicU64::new(0) }; SkipReason::ALL.len()],
+        }
+    }
 
     /// A new load begins.
     pub(super) fn begin(&self) {
@@ -159,11 +161,13 @@ pub struct DumpStats {
 }
 
 impl DumpStats {
-    pub const INITIAL: Self = Self {
-        time: AtomicI64::new(0),
-        blocks: AtomicU64::new(0),
-        microseconds: AtomicU64::new(0),
-    };
+    pub const fn new() -> Self {
+        Self {
+            time: AtomicI64::new(0),
+            blocks: AtomicU64::new(0),
+            microseconds: AtomicU64::new(0),
+        }
+    }
 
     /// So many blocks were listed, which took so long. By who uses the dump file.
     pub fn record(&self, blocks: u64, took: Duration) {
@@ -198,12 +202,14 @@ impl LastError {
     /// The most bytes of a message that are kept.
     const ROOM: usize = 256;
 
-    pub const INITIAL: Self = Self {
-        version: AtomicU32::new(0),
-        time: AtomicI64::new(0),
-        length: AtomicU32::new(0),
-        bytes: [const { AtomicU8::new(0) }; Self::ROOM],
-    };
+    pub const fn new() -> Self {
+        Self {
+            version: AtomicU32::new(0),
+            time: AtomicI64::new(0),
+            length: AtomicU32::new(0),
+            bytes: [const { AtomicU8::new(0) }; Self::ROOM],
+        }
+    }
 
     /// Keeps an error's message, or as much of it as there is room for; but not
     /// where another process is just doing that, since the two happened at the
@@ -215,7 +221,8 @@ impl LastError {
                 .compare_exchange(*version, version + 1, SeqCst, SeqCst)
                 .is_ok()
         };
-        let Some(version) = Some(version).filter(|version| version % 2 == 0 && mine(version))
+        let Some(version) =
+            Some(version).filter(|version| version.is_multiple_of(2) && mine(version))
         else {
             return;
         };
@@ -238,7 +245,7 @@ impl LastError {
                 .map(|byte| byte.load(SeqCst))
                 .collect();
             let time = self.time.load(SeqCst);
-            if version % 2 == 0 && self.version.load(SeqCst) == version {
+            if version.is_multiple_of(2) && self.version.load(SeqCst) == version {
                 let message = String::from_utf8_lossy(&bytes).into_owned();
                 return (time != 0).then_some((message, time));
             }
@@ -254,7 +261,7 @@ mod tests {
 
     #[test]
     fn each_result_is_read_back_as_itself() {
-        let stats = LoadStats::INITIAL;
+        let stats = LoadStats::new();
         assert_eq!(stats.result(), None);
         for result in [
             LoadResult::Completed,
@@ -268,7 +275,7 @@ mod tests {
 
     #[test]
     fn workers_of_a_former_load_count_no_more() {
-        let stats = LoadStats::INITIAL;
+        let stats = LoadStats::new();
         stats.count(0, 2, 1);
         stats.number.store(1, SeqCst);
         stats.count(0, 100, 100);

@@ -44,7 +44,9 @@ mod tests {
     #[pg_test]
     fn a_block_that_was_read_is_among_the_cached_blocks() {
         let (_, record) = table();
-        open(record).unwrap().read_into_buffers(Fork::Main, 0, 1);
+        open(record)
+            .unwrap()
+            .read_into_buffers(Fork::Main, 0, 1, |_| ());
         let cached: Vec<_> = cached_blocks()
             .filter(|block| block.record == record)
             .collect();

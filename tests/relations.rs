@@ -530,7 +530,7 @@ fn temporary_tables_are_their_sessions_own() {
         )
         .unwrap();
     let outcome = caller.call("pg_prewarm_relation('temp')");
-    assert!((900..1100).contains(&outcome.blocks()), "{outcome:?}");
+    assert!((800..1100).contains(&outcome.blocks()), "{outcome:?}");
     assert!(
         outcome.notices[0].starts_with("temporary buffers are full: "),
         "{outcome:?}"
@@ -557,12 +557,12 @@ fn a_call_stops_when_it_has_filled_shared_buffers() {
     let indexes: i64 = cluster.value("SELECT pg_relation_size('t_id') / 8192");
     // One more for the index of the TOAST table.
     let all: i64 = cluster.value::<i64>("SELECT pg_relation_size('t') / 8192") + indexes + 1;
-    for workers in [0, 1] {
+    for workers in [0, 1i64] {
         cluster.restart();
         let mut caller = Caller::of(&cluster, "postgres");
         let outcome = caller.call(&format!("pg_prewarm_relation('t', workers => {workers})"));
         let done = outcome.blocks();
-        assert!((600..=1024 + 200).contains(&done), "{outcome:?}");
+        assert!((600..=1024).contains(&done), "{outcome:?}");
         assert_eq!(
             outcome.notices,
             [format!(

@@ -108,12 +108,17 @@ pub extern "C-unwind" fn autoprewarm_database_main(argument: pg_sys::Datum) {
 ///
 /// # Safety
 /// The server gives it the table of contents that the call's own process made.
-#[pg_guard]
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn pg_prewarm_parallel_main(
     _segment: *mut pg_sys::dsm_segment,
     toc: *mut pg_sys::shm_toc,
 ) {
-    // SAFETY: the server's promise. What is on the stack here needs no dropping.
-    unsafe { crate::pg::error::with_exact_messages(|| crate::prewarm::job::worker_main(toc)) };
+    /// An ERROR leaves Rust here, as it does in an SQL function's wrapper.
+    #[pg_guard]
+    unsafe extern "C-unwind" fn main(toc: *mut pg_sys::shm_toc) {
+        // SAFETY: the server's promise.
+        unsafe { crate::prewarm::job::worker_main(toc) };
+    }
+    // SAFETY: nothing here needs dropping.
+    unsafe { crate::pg::error::with_exact_messages(|| main(toc)) };
 }

@@ -1,4 +1,5 @@
-//! The leader: loads the list once, then dumps it again and again.
+//! The leader: loads the list when it starts, and when it is asked to, and dumps it
+//! again and again.
 //!
 //! It outlives whatever goes wrong with either: a file that cannot be read or
 //! written is a warning and a later try, never the end of the process. And it
@@ -39,7 +40,7 @@ pub fn main() {
         let wait = settings::autoprewarm_interval()
             .map(|interval| interval.saturating_sub(last.elapsed()));
         let interval_is_over = wait == Some(Duration::ZERO);
-        let retry = state.phase() != Phase::Ended && (reloaded || interval_is_over);
+        let retry = state.phase() == Phase::Failed && (reloaded || interval_is_over);
         if retry || state.load_is_requested() {
             load(state);
             last = Instant::now();
@@ -52,21 +53,23 @@ pub fn main() {
     }
     // Most likely the server shuts down, which unlogged relations survive. A
     // load that was cut short must not cut the list short.
-    if state.phase() == Phase::Ended {
-        dump_and_survive(state, Unlogged::Included);
-    } else {
-        state.postpone_load();
+    match state.phase() {
+        Phase::Ended => dump_and_survive(state, Unlogged::Included),
+        Phase::Cancelled => {}
+        Phase::Due | Phase::Loading | Phase::Failed => state.postpone_load(),
     }
 }
 
 fn load(state: &'static State) {
+    let before = state.phase();
     state.begin_load();
     activity::report(b"loading".to_vec());
     let (phase, result) = match load::run(state) {
         Outcome::Completed => (Phase::Ended, LoadResult::Completed),
-        Outcome::Cancelled => (Phase::Ended, LoadResult::Cancelled),
-        Outcome::InUse => (Phase::Ended, LoadResult::Failed),
-        Outcome::StillDue => (Phase::Failed, LoadResult::Failed),
+        Outcome::Cancelled => (Phase::Cancelled, LoadResult::Cancelled),
+        // The new list may not come to be, and then the old one is to be had.
+        Outcome::InUse if before == Phase::Ended => (Phase::Ended, LoadResult::Failed),
+        Outcome::InUse | Outcome::StillDue => (Phase::Failed, LoadResult::Failed),
     };
     activity::report_idle();
     state.end_load(phase, result);
@@ -84,7 +87,7 @@ fn dump_and_survive(state: &State, unlogged: Unlogged) {
     };
     activity::report(b"dumping".to_vec());
     match transaction::run(|| dump::write(unlogged, &state.dump)) {
-        Ok(Ok(_)) => {}
+        Ok(Ok(_)) => state.list_was_replaced(),
         Ok(Err(error)) => {
             state.last_error.record(&error.to_string());
             error.warn(

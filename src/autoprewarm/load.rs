@@ -68,7 +68,10 @@ pub fn run(state: &'static State) -> Outcome {
     let _in_use = match state.use_dump_file() {
         Ok(in_use) => in_use,
         Err(pid) => {
-            log!("skipping prewarm because block dump file is being written by PID {pid}");
+            let message =
+                format!("skipping prewarm because block dump file is being written by PID {pid}");
+            state.last_error.record(&message);
+            log!("{message}");
             return Outcome::InUse;
         }
     };
@@ -142,10 +145,12 @@ impl Load {
         let stats = &state.load;
         stats.set_total(list.entries.len() as u64);
         let budget = buffer::count_free().saturating_sub(RESERVE);
-        let plan = Plan::new(list, budget as u64)
+        let cached = buffer::cached_blocks().map(|block| block.record);
+        let plan = Plan::new(list, cached, budget as u64)
             .map_err(|error| Error::ListTooLarge(error.to_string()))?;
         let number = stats.number();
         let skip = |reason, blocks| stats.skip(number, reason, blocks);
+        stats.count(number, 0, plan.cached());
         skip(SkipReason::Illegal, plan.illegal());
         skip(SkipReason::NoFreeBuffer, plan.over_budget());
 
@@ -353,6 +358,7 @@ impl Load {
         match transaction::run(Database::all) {
             Ok(existing) => reason_to_skip(existing.get(&self.databases[index].oid)),
             Err(caught) => {
+                self.state.last_error.record(&caught.message);
                 caught.warn();
                 None
             }

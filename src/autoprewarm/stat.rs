@@ -42,7 +42,14 @@ fn pg_stat_get_autoprewarm() -> TableIterator<
     ),
 > {
     let state = State::attach();
+    // In the opposite order of what the leader does at a load's end, so that a load
+    // that has ended has all its numbers, and one that runs has no result.
     let load = &state.load;
+    let name = state_name(state);
+    let (end, result) = match state.phase() {
+        Phase::Loading => (0, None),
+        _ => (load.end_time(), load.result()),
+    };
     let counts = load.counts();
     let skipped = |reason| counts.skipped.of(reason) as i64;
     let (dump_time, dump_blocks, dump_duration) = state.dump.last();
@@ -51,10 +58,10 @@ fn pg_stat_get_autoprewarm() -> TableIterator<
     let error = state.last_error.last();
     TableIterator::once((
         state.leader(),
-        state_name(state),
+        name,
         time(load.start_time()),
-        time(load.end_time()),
-        load.result().map(LoadResult::name),
+        time(end),
+        result.map(LoadResult::name),
         counts.total as i64,
         counts.loaded as i64,
         counts.cached as i64,

@@ -61,6 +61,9 @@ pub enum Phase {
     /// It could not be loaded as things are, or its leader died: it is tried
     /// again from time to time, and not replaced before.
     Failed,
+    /// Somebody cancelled the load, who may want the list later: it stays until
+    /// the next dump that is asked for, or that an interval brings.
+    Cancelled,
     /// There is nothing more to be had from it, so that it may be replaced.
     Ended,
 }
@@ -81,10 +84,11 @@ impl State {
         let state = STATE.get();
         process::at_exit(|| {
             if let Some(state) = STATE.get_if_mapped() {
-                if release(&state.leader) {
+                if state.leader() == Some(process::my_pid()) {
                     // Whoever comes next is not to be told that a load is coming.
                     state.load_requested.store(false, SeqCst);
                 }
+                release(&state.leader);
                 release(&state.dump_file_user);
             }
         });
@@ -142,22 +146,33 @@ impl State {
             0 => Phase::Due,
             1 => Phase::Loading,
             2 => Phase::Failed,
+            3 => Phase::Cancelled,
             _ => Phase::Ended,
         }
     }
 
-    /// A load begins.
+    /// A load begins. At no moment in between does it look as if none were wanted.
     pub fn begin_load(&self) {
-        self.load_requested.store(false, SeqCst);
         self.cancel_requested.store(false, SeqCst);
         self.load.begin();
         self.phase.store(Phase::Loading as u32, SeqCst);
+        self.load_requested.store(false, SeqCst);
     }
 
     /// The load has ended like that, and what becomes of the list is `phase`.
     pub fn end_load(&self, phase: Phase, result: LoadResult) {
         self.load.end(result);
         self.phase.store(phase as u32, SeqCst);
+    }
+
+    /// A new list was written.
+    pub fn list_was_replaced(&self) {
+        let _ = self.phase.compare_exchange(
+            Phase::Cancelled as u32,
+            Phase::Ended as u32,
+            SeqCst,
+            SeqCst,
+        );
     }
 
     /// The load was cut short in good order: the next leader may begin anew.
@@ -231,7 +246,6 @@ fn take(role: &AtomicI32) -> Result<(), i32> {
 }
 
 /// Gives a role back, if this process has it.
-fn release(role: &AtomicI32) -> bool {
-    role.compare_exchange(process::my_pid(), NOBODY, SeqCst, SeqCst)
-        .is_ok()
+fn release(role: &AtomicI32) {
+    let _ = role.compare_exchange(process::my_pid(), NOBODY, SeqCst, SeqCst);
 }

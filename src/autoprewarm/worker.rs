@@ -45,7 +45,7 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(250);
 /// After a read has failed, so many blocks are read one by one: the server reads
 /// several at once, and says of all of them that they could not be read. No
 /// version combines more.
-const ONE_BY_ONE: usize = 128;
+const ONE_BY_ONE: usize = 32;
 
 /// A worker's life.
 pub fn main(argument: WorkerArgument) {
@@ -369,6 +369,12 @@ impl Drop for Tally<'_> {
         // Should this worker be ended before the chunk's next turn, the one that
         // takes over must not count them again.
         worker.slot.set_done(self.turn.done.get());
-        worker.change_progress(|progress| progress.done += blocks);
+        let mut progress = worker.progress.get();
+        progress.done += blocks;
+        worker.progress.set(progress);
+        // An ERROR takes the row away with the transaction.
+        if !std::thread::panicking() {
+            progress.show();
+        }
     }
 }

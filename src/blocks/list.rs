@@ -20,6 +20,18 @@ pub struct FileFork {
     pub fork: u32,
 }
 
+impl FileFork {
+    /// The file of a record's block.
+    pub fn of(record: &Record) -> Self {
+        Self {
+            database: record.database,
+            tablespace: record.tablespace,
+            filenumber: record.filenumber,
+            fork: record.fork,
+        }
+    }
+}
+
 /// A record: its block, which of the list's files it is in, and its heat, in
 /// eight bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,12 +133,7 @@ impl Sink for ListBuilder {
     }
 
     fn record(&mut self, record: Record) -> Result<(), ReadError> {
-        let file = self.index(FileFork {
-            database: record.database,
-            tablespace: record.tablespace,
-            filenumber: record.filenumber,
-            fork: record.fork,
-        })?;
+        let file = self.index(FileFork::of(&record))?;
         reserve(&mut self.entries, self.most)?;
         self.entries.push(Entry::new(file, record.block));
         Ok(())

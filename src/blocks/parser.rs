@@ -335,7 +335,7 @@ impl<S: Sink> Parser<S> {
         Ok(())
     }
 
-    /// The current line is no record is no record; `byte` is what gave it away.
+    /// The current line is no record; `byte` is what gave it away.
     fn bad_line(&mut self, byte: u8) {
         self.first_bad_line.get_or_insert(self.breaks + 1);
         if byte == b'\n' {

@@ -21,8 +21,10 @@
 use std::collections::TryReserveError;
 use std::ops::Range;
 
+use rustc_hash::FxHashMap;
+
 use super::list::{BlockList, Entry, FileFork};
-use super::{BlockNumber, Fork, Heat, Oid};
+use super::{BlockNumber, Fork, Heat, Oid, Record};
 
 /// The most blocks of a chunk. What a worker that dies was at is lost, and must
 /// be little; what a worker claims should keep it busy for a while.
@@ -61,6 +63,7 @@ pub struct Plan {
     chunks: Vec<Chunk>,
     keys: Vec<Key>,
     illegal: u64,
+    cached: u64,
     over_budget: u64,
 }
 
@@ -114,13 +117,19 @@ impl Key {
 }
 
 impl Plan {
-    /// Plans to load the hottest `budget` blocks of the list.
-    pub fn new(list: BlockList, budget: u64) -> Result<Self, PlanError> {
+    /// Plans to load the hottest `budget` blocks of the list, but for those that
+    /// are cached already.
+    pub fn new(
+        list: BlockList,
+        cached: impl Iterator<Item = Record>,
+        budget: u64,
+    ) -> Result<Self, PlanError> {
         let BlockList { files, entries, .. } = list;
         let places = Places::of(&files)?;
         let mut plan = Self::default();
         let mut keys = plan.keys_of(entries, &files, &places);
         keys.sort_unstable();
+        plan.cached = remove_cached(&mut keys, &files, &places, cached)?;
         plan.over_budget = keep_hottest(&mut keys, budget);
         plan.keys = keys;
         plan.cut_into_chunks(&files, &places)?;
@@ -180,6 +189,11 @@ impl Plan {
     /// Records that name a fork or a block that cannot be.
     pub fn illegal(&self) -> u64 {
         self.illegal
+    }
+
+    /// Blocks left out because they are cached already.
+    pub fn cached(&self) -> u64 {
+        self.cached
     }
 
     /// Blocks left out because the budget does not suffice.
@@ -281,6 +295,40 @@ impl Places {
     fn find(&self, file: usize, heat: Heat) -> u32 {
         self.places[file][usize::from(heat.usage_count() < HOT)]
     }
+}
+
+/// Removes the keys of cached blocks, and returns how many those are.
+fn remove_cached(
+    keys: &mut Vec<Key>,
+    files: &[FileFork],
+    places: &Places,
+    cached: impl Iterator<Item = Record>,
+) -> Result<u64, TryReserveError> {
+    let by_file: FxHashMap<&FileFork, usize> = files.iter().zip(0..).collect();
+    let mut found = Vec::new();
+    for record in cached {
+        let Some(&file) = by_file.get(&FileFork::of(&record)) else {
+            continue;
+        };
+        for place in places.places[file] {
+            // The same block may be listed more than once.
+            let first = Key::new(place, record.block, Heat::from_usage_count(0));
+            let last = Key::new(place, record.block, Heat::MAX);
+            let start = keys.partition_point(|key| *key < first);
+            let count = keys[start..].iter().take_while(|key| **key <= last).count();
+            found.try_reserve(count)?;
+            found.extend(start..start + count);
+        }
+    }
+    found.sort_unstable();
+    let mut found_next = found.iter().peekable();
+    let mut index = 0;
+    keys.retain(|_| {
+        let is_cached = found_next.next_if_eq(&&index).is_some();
+        index += 1;
+        !is_cached
+    });
+    Ok(found.len() as u64)
 }
 
 /// Keeps the hottest `budget` keys, without changing their order, and returns how

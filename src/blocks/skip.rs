@@ -1,7 +1,6 @@
 //! Why a block of the list was not loaded, and how often.
 
 use std::fmt;
-use std::ops::Add;
 
 /// Why a record did not become a loaded block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,17 +76,6 @@ impl SkipCounts {
     /// All blocks skipped, whatever the reason.
     pub fn total(&self) -> u64 {
         self.0.iter().sum()
-    }
-}
-
-impl Add for SkipCounts {
-    type Output = Self;
-
-    fn add(mut self, other: Self) -> Self {
-        for (count, more) in self.0.iter_mut().zip(other.0) {
-            *count += more;
-        }
-        self
     }
 }
 

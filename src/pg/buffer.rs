@@ -36,6 +36,48 @@ pub fn count_free() -> usize {
     count_where(|state| state & USED == 0)
 }
 
+/// How many blocks could be read in, at most so many, before the server evicts the
+/// block of a buffer for which `keep` holds, if nobody else used any: it looks at
+/// the buffers in order from where it stopped, takes the first that has not been
+/// used since it last passed by, and counts a use of the others less. It is taken to
+/// have no free ones.
+pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usize {
+    /// How many buffers are looked at, for want of time.
+    const PATIENCE: usize = 1 << 17;
+    // SAFETY: it reads where the server stopped, and wants nothing else told.
+    let start = unsafe { pg_sys::StrategySyncStart(std::ptr::null_mut(), std::ptr::null_mut()) };
+    let count = count();
+    let mut evictable = 0;
+    for round in 0..=Heat::MAX.usage_count() {
+        for offset in 0..count.min(PATIENCE) {
+            let index = (start as usize + offset) % count;
+            let state = state(header(index)).load(Ordering::Relaxed);
+            if state & pg_sys::BUF_REFCOUNT_MASK != 0 || heat(state).usage_count() != round {
+                continue;
+            }
+            if keep(index) {
+                return evictable;
+            }
+            evictable += 1;
+            if evictable >= most {
+                return evictable;
+            }
+        }
+        // What lies beyond is not known to be kept.
+        if count > PATIENCE && evictable > 0 {
+            return evictable;
+        }
+    }
+    evictable
+}
+
+/// How many buffers this session has for temporary relations: 0 before it has used
+/// one.
+pub fn count_local() -> usize {
+    // SAFETY: this process's own.
+    usize::try_from(unsafe { (&raw const pg_sys::NLocBuffer).read() }).unwrap_or(0)
+}
+
 /// About how many blocks are in shared buffers; of permanent relations only, if
 /// wanted. Nothing is locked, so that some may come and go meanwhile.
 pub fn count_cached(permanent_only: bool) -> usize {

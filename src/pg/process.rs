@@ -90,7 +90,7 @@ pub fn sleep(timeout: Option<Duration>, what_for: WaitEvent) {
     let (events, milliseconds) = match timeout {
         Some(timeout) => (
             pg_sys::WL_TIMEOUT,
-            i32::try_from(timeout.as_millis())
+            i32::try_from(timeout.as_micros().div_ceil(1000))
                 .unwrap_or(i32::MAX)
                 .into(),
         ),

@@ -187,6 +187,8 @@ pub enum Full {
 pub struct Filled<'a> {
     shared: &'a [AtomicU32],
     local: RefCell<FxHashSet<i32>>,
+    /// How many buffers are free, at most; [`usize::MAX`] before it was counted.
+    free: Cell<usize>,
 }
 
 impl<'a> Filled<'a> {
@@ -199,7 +201,41 @@ impl<'a> Filled<'a> {
         Self {
             shared: words,
             local: RefCell::default(),
+            free: Cell::new(usize::MAX),
         }
+    }
+
+    /// How many blocks can be read, at most so many, before one of the call's would
+    /// be evicted. It is a guess, since others use buffers as well.
+    fn room(&self, is_temporary: bool, most: usize) -> usize {
+        if is_temporary {
+            let all = match buffer::count_local() {
+                0 => most,
+                all => all,
+            };
+            return all.saturating_sub(self.local.borrow().len()).min(most);
+        }
+        let is_filled =
+            |index: usize| self.shared[index / 32].load(Relaxed) & (1 << (index % 32)) != 0;
+        let free = self.count_free(most);
+        match free >= most {
+            true => most,
+            false => free + buffer::count_evictable_before(most - free, is_filled),
+        }
+    }
+
+    /// How many buffers are free. All are counted only where it may matter.
+    fn count_free(&self, most: usize) -> usize {
+        if !buffer::have_free_buffer() {
+            return 0;
+        }
+        let mut free = self.free.get();
+        if free == usize::MAX || free < 4 * most {
+            free = buffer::count_free();
+        }
+        // As if this turn, and one of each other process, took them all.
+        self.free.set(free.saturating_sub(2 * most));
+        free
     }
 
     fn mark(&self, buffer: &Pinned) -> ControlFlow<Full> {
@@ -319,6 +355,16 @@ impl<'a> Share<'a> {
             &target.part,
             None,
             work,
+            &|most| match self.filled.room(target.is_temporary, most) {
+                0 => {
+                    self.header.set_full(match target.is_temporary {
+                        true => Full::Local,
+                        false => Full::Shared,
+                    });
+                    0
+                }
+                room => (room / self.header.processes as usize).max(1),
+            },
             &mut |block, buffer| {
                 if let Break(full) = self.filled.mark(buffer) {
                     self.header.set_full(full);

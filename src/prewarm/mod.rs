@@ -157,6 +157,7 @@ fn run(relation: Relation, mode: Mode, fork: Fork, first: BlockNumber, end: Bloc
         &part,
         Some(relation),
         Work::range(first..end),
+        &|most| most,
         &mut |_, _| Continue(()),
         &mut |count| {
             let mut shown = progress.get();

@@ -152,13 +152,15 @@ impl<'a> Reader<'a> {
     }
 
     /// Reads blocks of a part of a relation, which may be open already. In buffer
-    /// mode each buffer is handed to `each`, until that breaks off; `count` is told
-    /// after each turn. Raises the server's ERROR where a block cannot be read.
+    /// mode `room` tells before each turn how many blocks it may read, at most so
+    /// many, and each buffer is handed to `each`, until that breaks off; `count` is
+    /// told after each turn. Raises the server's ERROR where a block cannot be read.
     pub fn read(
         &self,
         part: &Part,
         mut opened: Option<Relation>,
         mut work: Work,
+        room: &dyn Fn(usize) -> usize,
         each: &mut dyn FnMut(BlockNumber, &Pinned) -> ControlFlow<()>,
         count: &mut dyn FnMut(Count),
     ) -> End {
@@ -176,7 +178,14 @@ impl<'a> Reader<'a> {
             if relation.locator() != part.locator || !relation.has_fork(part.fork) {
                 return End::Changed(Change::Rewritten);
             }
-            let blocks = work.next(self.most_blocks(), relation.blocks(part.fork));
+            let most = match self.mode {
+                Mode::Buffer => room(self.most_blocks()),
+                Mode::Read | Mode::Prefetch => self.most_blocks(),
+            };
+            if most == 0 {
+                return End::Stopped;
+            }
+            let blocks = work.next(most, relation.blocks(part.fork));
             if blocks.is_empty() {
                 return match &work {
                     Work::Range { blocks, .. } if blocks.end <= relation.blocks(part.fork) => {

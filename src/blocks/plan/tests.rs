@@ -29,7 +29,7 @@ fn plan_within(records: &[HotRecord], budget: u64) -> Plan {
     }
     let text = writer.finish().unwrap().1.into_inner();
     let list = BlockList::read(&text[..], text.len() as u64).unwrap();
-    Plan::new(list, budget).unwrap()
+    Plan::new(list, std::iter::empty(), budget).unwrap()
 }
 
 fn plan(records: &[Record]) -> Plan {

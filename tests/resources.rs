@@ -21,6 +21,12 @@ fn cluster_without_leader(settings: &[&str]) -> Cluster {
     cluster
 }
 
+/// No worker is needed for what is cached already.
+fn empty_the_cache(cluster: &Cluster) {
+    cluster.stop(Shutdown::Fast);
+    cluster.start();
+}
+
 /// Writes the list, and starts the leader, which loads it.
 fn start_load(cluster: &Cluster, list: &str) {
     cluster.write_list(list);
@@ -77,6 +83,7 @@ fn a_load_goes_on_when_a_worker_slot_becomes_free() {
     let table = cluster.table_of_blocks("postgres", "t", 20);
     let list = list_of(blocks(table, 20));
 
+    empty_the_cache(&cluster);
     // The leader takes one slot, and a query the other.
     let slot = cluster.take_worker_slot();
     start_load(&cluster, &list);
@@ -191,6 +198,7 @@ fn databases_that_no_worker_may_connect_to_are_skipped_and_counted() {
             .chain(blocks(dropped, 7))
             .chain(blocks(limited, 11)),
     );
+    empty_the_cache(&cluster);
     let mark = cluster.log_end();
     start_load(&cluster, &list);
 
@@ -344,6 +352,7 @@ fn a_database_that_no_worker_can_connect_to_is_given_up_after_a_few_tries() {
     let broken = cluster.table_of_blocks("broken", "t", 5);
     let table = cluster.table("t", 3);
     fs::remove_file(cluster.data(&format!("base/{}/PG_VERSION", broken.database))).unwrap();
+    empty_the_cache(&cluster);
     let mark = cluster.log_end();
     start_load(&cluster, &list_of(broken.first(5).chain(table.first(3))));
     assert_eq!(cluster.wait_for_load(mark), (3, 8));

@@ -113,6 +113,20 @@ fn a_load_on_demand_brings_in_what_is_listed_and_counts_what_is_cached_already()
 }
 
 #[test]
+fn what_is_cached_needs_no_free_buffer() {
+    // All buffers are in use, by the table that is listed and by another.
+    let (cluster, _) = cluster_with_list(Cluster::build().setting("shared_buffers = 16MB"));
+    cluster.table("other", 4000);
+    let mut client = cluster.connect("postgres");
+    client
+        .batch_execute("SELECT pg_prewarm('other'); SELECT pg_prewarm('t')")
+        .unwrap();
+    client.batch_execute(LOAD).unwrap();
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!((stats.loaded, stats.cached, stats.skipped), (0, 1000, 0));
+}
+
+#[test]
 fn of_many_sessions_that_ask_at_once_one_starts_the_load() {
     for builder in [Cluster::build(), Cluster::build().not_preloaded()] {
         let (cluster, _) = slow_cluster(builder);
@@ -319,6 +333,31 @@ fn a_cancel_ends_the_load_at_once_and_leaves_the_list_and_what_is_loaded() {
     assert!(table.first(BLOCKS).all(|block| cached.contains(&block)));
     let log = cluster.log();
     assert!(!log.contains("WARNING"), "{log}");
+}
+
+#[test]
+fn after_a_cancel_a_shutdown_keeps_the_list_and_the_next_dump_replaces_it() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let list = cluster.list();
+    let mut client = cluster.connect("postgres");
+    begin_load(&mut client);
+    assert!(value::<bool>(&mut client, CANCEL));
+    drop(client);
+    cluster.stop(Shutdown::Fast);
+    assert_eq!(cluster.list(), list);
+
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    wait_for_load_to_run(&mut client);
+    assert!(value::<bool>(&mut client, CANCEL));
+    let _: i64 = value(&mut client, "SELECT autoprewarm_dump_now()");
+    client
+        .batch_execute("CREATE TABLE new AS SELECT 1")
+        .unwrap();
+    drop(client);
+    let new = cluster.file_of("postgres", "new");
+    cluster.stop(Shutdown::Fast);
+    assert!(cluster.lists(new));
 }
 
 #[test]

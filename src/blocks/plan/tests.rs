@@ -23,13 +23,17 @@ fn hot(record: Record, heat: u32) -> HotRecord {
 }
 
 fn plan_within(records: &[HotRecord], budget: u64) -> Plan {
+    plan_without(records, &[], budget)
+}
+
+fn plan_without(records: &[HotRecord], cached: &[Record], budget: u64) -> Plan {
     let mut writer = ListWriter::begin(Cursor::new(Vec::new()), records.len()).unwrap();
     for (record, heat) in records {
         writer.push(record, *heat).unwrap();
     }
     let text = writer.finish().unwrap().1.into_inner();
     let list = BlockList::read(&text[..], text.len() as u64).unwrap();
-    Plan::new(list, std::iter::empty(), budget).unwrap()
+    Plan::new(list, cached.iter().copied(), budget).unwrap()
 }
 
 fn plan(records: &[Record]) -> Plan {
@@ -108,6 +112,20 @@ fn hot_blocks_are_loaded_before_the_others_of_their_database() {
     assert_eq!(decode(&plan), in_order);
     let chunks: Vec<_> = plan.databases().map(|database| database.chunks).collect();
     assert_eq!(chunks, [0..4, 4..5]);
+}
+
+#[test]
+fn what_is_cached_is_left_out_and_uses_up_no_budget() {
+    let blocks: Vec<_> = (0..6).map(|block| record(5, 1, 0, block)).collect();
+    let records: Vec<_> = blocks
+        .iter()
+        .zip(0..)
+        .map(|(&at, heat)| hot(at, heat))
+        .collect();
+    let cached = [blocks[5], record(5, 2, 0, 0), blocks[0]];
+    let plan = plan_without(&records, &cached, 2);
+    assert_eq!(decode(&plan), [records[3], records[4]]);
+    assert_eq!((plan.cached(), plan.over_budget()), (2, 2));
 }
 
 #[test]

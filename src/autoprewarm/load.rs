@@ -376,8 +376,7 @@ impl Load {
             .collect();
         let plan = PlanView::new(self.segment.words());
         for (_, claim) in left_behind {
-            let blocks = plan.chunk(claim.chunk).1.numbers().len() as u64;
-            self.skip(reason, blocks - u64::from(claim.done));
+            self.skip(reason, claim.blocks_left(plan) as u64);
         }
     }
 

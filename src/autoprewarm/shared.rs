@@ -20,7 +20,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::rate::RateLimit;
-use crate::blocks::plan::DatabasePlan;
+use crate::blocks::plan::{DatabasePlan, PlanView};
 use crate::blocks::{Oid, SkipReason};
 use crate::pg::shmem::Shared;
 use crate::turn::Provided;
@@ -115,6 +115,13 @@ impl Cursor {
 pub struct Claim {
     pub chunk: u32,
     pub done: u32,
+}
+
+impl Claim {
+    /// How many blocks of it are to be done.
+    pub fn blocks_left(self, plan: PlanView) -> usize {
+        plan.chunk(self.chunk).1.numbers().len() - self.done as usize
+    }
 }
 
 /// How far a worker is.

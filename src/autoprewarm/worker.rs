@@ -18,7 +18,7 @@ use super::shared::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use super::state::State;
 use crate::blocks::plan::PlanView;
 use crate::blocks::{Fork, SkipReason};
-use crate::pg::activity::{self, Kind, Progress, WaitEvent};
+use crate::pg::activity::{self, Kind, Progress, ShownProgress, WaitEvent};
 use crate::pg::error::catch;
 use crate::pg::relation::{Opened, Relation};
 use crate::pg::{buffer, database, dsm, process, transaction};
@@ -70,7 +70,7 @@ pub fn main(argument: WorkerArgument) {
         pace: Pace::new(),
         database: database::name(slot.database()),
         reported: Cell::new(None),
-        progress: Cell::new(Progress {
+        progress: ShownProgress::new(Progress {
             kind: Kind::LoadWorker,
             relation: 0,
             fork: Fork::Main,
@@ -113,7 +113,7 @@ struct Worker<'a> {
     /// When it last said how far it is.
     reported: Cell<Option<Instant>>,
     /// What `pg_stat_progress_prewarm` shows of it.
-    progress: Cell<Progress>,
+    progress: ShownProgress,
 }
 
 /// How the work on a chunk ended.
@@ -136,9 +136,8 @@ enum TurnEnd {
 
 impl Worker<'_> {
     fn count_claim(&self, claim: Claim) {
-        let (_, blocks) = self.plan.chunk(claim.chunk);
-        let left = blocks.numbers().len() - claim.done as usize;
-        self.change_progress(|progress| progress.total += left as u64);
+        let left = claim.blocks_left(self.plan) as u64;
+        self.progress.change(|progress| progress.total += left);
     }
 
     /// Tries the chunks of locked relations again, until nothing has come of it
@@ -157,9 +156,7 @@ impl Worker<'_> {
                 last_progress = Instant::now();
             } else if last_try {
                 for claim in &still_locked {
-                    let (_, blocks) = self.plan.chunk(claim.chunk);
-                    let left = blocks.numbers().len() - claim.done as usize;
-                    self.skip(SkipReason::Locked, left);
+                    self.skip(SkipReason::Locked, claim.blocks_left(self.plan));
                 }
                 return;
             }
@@ -257,7 +254,7 @@ impl Worker<'_> {
         }
         let relation_end = relation.blocks(chunk.fork);
         turn.opened.set(true);
-        self.change_progress(|progress| {
+        self.progress.change(|progress| {
             progress.relation = relation.oid();
             progress.fork = chunk.fork;
         });
@@ -295,14 +292,8 @@ impl Worker<'_> {
         self.state
             .load
             .skip(self.load.number(), reason, blocks as u64);
-        self.change_progress(|progress| progress.skipped += blocks as u64);
-    }
-
-    fn change_progress(&self, change: impl FnOnce(&mut Progress)) {
-        let mut progress = self.progress.get();
-        change(&mut progress);
-        self.progress.set(progress);
-        progress.show();
+        self.progress
+            .change(|progress| progress.skipped += blocks as u64);
     }
 
     /// Says what this worker is doing and how far it is, if that is due.
@@ -369,12 +360,6 @@ impl Drop for Tally<'_> {
         // Should this worker be ended before the chunk's next turn, the one that
         // takes over must not count them again.
         worker.slot.set_done(self.turn.done.get());
-        let mut progress = worker.progress.get();
-        progress.done += blocks;
-        worker.progress.set(progress);
-        // An ERROR takes the row away with the transaction.
-        if !std::thread::panicking() {
-            progress.show();
-        }
+        worker.progress.change(|progress| progress.done += blocks);
     }
 }

@@ -1,6 +1,7 @@
 //! What this process shows of itself: in `pg_stat_activity`, in its title, and in
 //! `pg_stat_progress_prewarm`.
 
+use std::cell::Cell;
 use std::ffi::{CStr, CString};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
@@ -176,6 +177,30 @@ impl Progress {
             skipped: values[5] as u64,
             start: values[6],
         })
+    }
+}
+
+/// The progress of this process, which is shown anew whenever it changes.
+pub struct ShownProgress(Cell<Progress>);
+
+impl ShownProgress {
+    /// Nothing is shown before the first change.
+    pub fn new(progress: Progress) -> Self {
+        Self(Cell::new(progress))
+    }
+
+    pub fn get(&self) -> Progress {
+        self.0.get()
+    }
+
+    pub fn change(&self, change: impl FnOnce(&mut Progress)) {
+        let mut progress = self.0.get();
+        change(&mut progress);
+        self.0.set(progress);
+        // An ERROR takes the row away with the transaction.
+        if !std::thread::panicking() {
+            progress.show();
+        }
     }
 }
 

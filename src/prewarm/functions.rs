@@ -49,12 +49,8 @@ fn pg_prewarm_relation(
     let prewarm = || {
         let oid = relation.ok_or(Error::NullRelation)?;
         let mode = Mode::from_argument(mode)?;
-        let wanted = Wanted {
-            forks: forks_of(forks)?,
-            indexes: indexes.ok_or(Error::NullArgument("indexes"))?,
-            toast: toast.ok_or(Error::NullArgument("toast"))?,
-            partitions: partitions.ok_or(Error::NullArgument("partitions"))?,
-        };
+        let mut wanted = wanted(indexes, toast, forks)?;
+        wanted.partitions = partitions.ok_or(Error::NullArgument("partitions"))?;
         let limits = Limits::of(max_blocks, workers)?;
         mode.check_supported()?;
         let collection = Collection::of_relation(oid, &wanted);
@@ -130,6 +126,8 @@ fn pg_prewarm_database(
     TableIterator::new(prewarm().unwrap_or_else(|error: Error| error.raise()))
 }
 
+/// What these arguments ask for, without partitions: in a schema or a database these
+/// are found by themselves.
 fn wanted(
     indexes: Option<bool>,
     toast: Option<bool>,
@@ -139,7 +137,6 @@ fn wanted(
         forks: forks_of(forks)?,
         indexes: indexes.ok_or(Error::NullArgument("indexes"))?,
         toast: toast.ok_or(Error::NullArgument("toast"))?,
-        // They are in the schema themselves.
         partitions: false,
     })
 }

@@ -20,7 +20,7 @@ use super::Mode;
 use super::gate::Gate;
 use super::read::{Change, Count, End, Part, Reader, Work, contains};
 use crate::blocks::{BlockNumber, Fork};
-use crate::pg::activity::{Kind, Progress};
+use crate::pg::activity::{Kind, Progress, ShownProgress};
 use crate::pg::buffer::{self, Pinned, Place};
 use crate::pg::parallel::{self, Portable};
 use crate::pg::process::now;
@@ -264,7 +264,7 @@ pub struct Share<'a> {
     pub filled: &'a Filled<'a>,
     pub reader: Reader<'a>,
     /// The caller's row tells of all processes, a worker's of itself.
-    progress: Cell<Progress>,
+    progress: ShownProgress,
     is_caller: bool,
 }
 
@@ -296,7 +296,7 @@ impl<'a> Share<'a> {
                 memory: Some(Memory::new(&header.provided)),
                 pace: Pace::new(),
             },
-            progress: Cell::new(Progress {
+            progress: ShownProgress::new(Progress {
                 kind,
                 relation: 0,
                 fork: Fork::Main,
@@ -333,7 +333,8 @@ impl<'a> Share<'a> {
             {
                 let (start, count) = (target.except.0 as usize, target.except.1 as usize);
                 if !self.is_caller {
-                    self.change_progress(|progress| progress.total += blocks.len() as u64);
+                    self.progress
+                        .change(|progress| progress.total += blocks.len() as u64);
                 }
                 let work = Work::Range {
                     blocks,
@@ -347,7 +348,7 @@ impl<'a> Share<'a> {
     /// Reads blocks of a target, and hands them to `each`.
     pub fn read(&self, target: &Target, work: Work, each: &mut dyn FnMut(BlockNumber, &Pinned)) {
         target.begin();
-        self.change_progress(|progress| {
+        self.progress.change(|progress| {
             progress.relation = target.part.relation;
             progress.fork = target.part.fork;
         });
@@ -378,7 +379,7 @@ impl<'a> Share<'a> {
             &mut |count| {
                 target.count(count);
                 let all = self.header.done.fetch_add(count.blocks, SeqCst) + count.blocks;
-                self.change_progress(|progress| match self.is_caller {
+                self.progress.change(|progress| match self.is_caller {
                     true => progress.done = all,
                     false => progress.done += count.blocks,
                 });
@@ -387,13 +388,6 @@ impl<'a> Share<'a> {
         if let End::Changed(change) = end {
             target.give_up(change);
         }
-    }
-
-    fn change_progress(&self, change: impl FnOnce(&mut Progress)) {
-        let mut progress = self.progress.get();
-        change(&mut progress);
-        self.progress.set(progress);
-        progress.show();
     }
 }
 

@@ -9,7 +9,6 @@ pub mod job;
 mod read;
 mod upper;
 
-use std::cell::Cell;
 use std::ffi::CString;
 use std::ops::ControlFlow::Continue;
 
@@ -21,7 +20,7 @@ use read::{End, Part, Reader, Work};
 
 use crate::blocks::{BlockNumber, Fork};
 use crate::error::Error;
-use crate::pg::activity::{Kind, Progress};
+use crate::pg::activity::{Kind, Progress, ShownProgress};
 use crate::pg::process::now;
 use crate::pg::relation::{self, Relation};
 
@@ -143,7 +142,7 @@ fn within(
 fn run(relation: Relation, mode: Mode, fork: Fork, first: BlockNumber, end: BlockNumber) -> i64 {
     let part = Part::of(&relation, fork);
     let name = relation.name();
-    let progress = Cell::new(Progress {
+    let progress = ShownProgress::new(Progress {
         kind: Kind::Prewarm,
         relation: part.relation,
         fork,
@@ -152,19 +151,15 @@ fn run(relation: Relation, mode: Mode, fork: Fork, first: BlockNumber, end: Bloc
         skipped: 0,
         start: now(),
     });
-    progress.get().show();
+    // Shown from the beginning.
+    progress.change(|_| ());
     let how = Reader::alone(mode).read(
         &part,
         Some(relation),
         Work::range(first..end),
         &|most| most,
         &mut |_, _| Continue(()),
-        &mut |count| {
-            let mut shown = progress.get();
-            shown.done += count.blocks;
-            progress.set(shown);
-            shown.show();
-        },
+        &mut |count| progress.change(|progress| progress.done += count.blocks),
     );
     Progress::end();
     if let End::Changed(change) = how {

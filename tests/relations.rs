@@ -561,6 +561,25 @@ fn temporary_tables_are_their_sessions_own() {
 }
 
 #[test]
+fn what_is_cached_already_is_found_though_there_is_no_room_for_more() {
+    let cluster = cluster_with_buffers("8MB");
+    cluster.table("t", 900);
+    cluster.table("hot", 200);
+    cluster.restart();
+    let mut caller = Caller::of(&cluster, "postgres");
+    caller.call("pg_prewarm_relation('hot')");
+    let first = caller.call("pg_prewarm_relation('t')").blocks();
+    // There is no free buffer now, and nothing but what the call itself has found.
+    for workers in [0, 1] {
+        let again = caller.call(&format!(
+            "pg_prewarm_relation('t', max_blocks => {first}, workers => {workers})"
+        ));
+        assert_eq!(again.blocks(), first);
+        assert_eq!(again.notices, [""; 0]);
+    }
+}
+
+#[test]
 fn a_call_stops_when_it_has_filled_shared_buffers() {
     let cluster = cluster_with_buffers("8MB");
     cluster.sql("CREATE TABLE t (id int, filler text) WITH (autovacuum_enabled = off)");

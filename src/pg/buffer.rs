@@ -40,16 +40,17 @@ pub fn count_free() -> usize {
 /// block of a buffer for which `keep` holds, if nobody else used any: it looks at
 /// the buffers in order from where it stopped, takes the first that has not been
 /// used since it last passed by, and counts a use of the others less. It is taken to
-/// have no free ones.
+/// have no free ones. Of very many buffers only the next are looked at.
 pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usize {
-    /// How many buffers are looked at, for want of time.
-    const PATIENCE: usize = 1 << 17;
+    const LOOKED_AT: usize = 1 << 16;
+    /// What may be read when all that was looked at tells nothing.
+    const A_FEW: usize = 128;
     // SAFETY: it reads where the server stopped, and wants nothing else told.
     let start = unsafe { pg_sys::StrategySyncStart(std::ptr::null_mut(), std::ptr::null_mut()) };
     let count = count();
     let mut evictable = 0;
     for round in 0..=Heat::MAX.usage_count() {
-        for offset in 0..count.min(PATIENCE) {
+        for offset in 0..count.min(LOOKED_AT) {
             let index = (start as usize + offset) % count;
             let state = state(header(index)).load(Ordering::Relaxed);
             if state & pg_sys::BUF_REFCOUNT_MASK != 0 || heat(state).usage_count() != round {
@@ -63,9 +64,8 @@ pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usiz
                 return evictable;
             }
         }
-        // What lies beyond is not known to be kept.
-        if count > PATIENCE && evictable > 0 {
-            return evictable;
+        if count > LOOKED_AT {
+            return evictable.max(A_FEW).min(most);
         }
     }
     evictable

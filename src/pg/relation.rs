@@ -367,6 +367,13 @@ impl Relation {
         }
     }
 
+    /// Whether a block is in a buffer. One that is not may be asked for ahead.
+    pub fn is_cached(&self, fork: Fork, block: BlockNumber) -> bool {
+        // SAFETY: open.
+        let found = unsafe { pg_sys::PrefetchBuffer(self.relation, fork as i32, block) };
+        found.recent_buffer != pg_sys::InvalidBuffer as pg_sys::Buffer
+    }
+
     /// Reads blocks of a permanent relation into shared buffers, in ascending
     /// order, and hands each to `each` with its place among `blocks`, until that
     /// breaks off. Reads ahead, and never evicts a block that is in a buffer.

@@ -357,13 +357,7 @@ impl<'a> Share<'a> {
             None,
             work,
             &|most| match self.filled.room(target.is_temporary, most) {
-                0 => {
-                    self.header.set_full(match target.is_temporary {
-                        true => Full::Local,
-                        false => Full::Shared,
-                    });
-                    0
-                }
+                0 => 0,
                 room => (room / self.header.processes as usize).max(1),
             },
             &mut |block, buffer| {
@@ -385,8 +379,13 @@ impl<'a> Share<'a> {
                 });
             },
         );
-        if let End::Changed(change) = end {
-            target.give_up(change);
+        match end {
+            End::Over | End::Stopped => {}
+            End::Full => self.header.set_full(match target.is_temporary {
+                true => Full::Local,
+                false => Full::Shared,
+            }),
+            End::Changed(change) => target.give_up(change),
         }
     }
 }

@@ -97,6 +97,8 @@ pub fn contains(sorted: &[AtomicU32], block: BlockNumber) -> bool {
 pub enum End {
     /// All is read.
     Over,
+    /// There is no room for the next block.
+    Full,
     /// Whoever was handed the blocks wanted no more.
     Stopped,
     Changed(Change),
@@ -182,15 +184,20 @@ impl<'a> Reader<'a> {
                 Mode::Buffer => room(self.most_blocks()),
                 Mode::Read | Mode::Prefetch => self.most_blocks(),
             };
-            if most == 0 {
-                return End::Stopped;
+            let fork_end = relation.blocks(part.fork);
+            let mut blocks = work.next(most.max(1), fork_end);
+            if most == 0 && !blocks.is_empty() {
+                // What is in a buffer already needs no room.
+                blocks = work.next(self.most_blocks(), fork_end);
+                let is_cached = |block: &&BlockNumber| relation.is_cached(part.fork, **block);
+                blocks.truncate(blocks.iter().take_while(is_cached).count());
+                if blocks.is_empty() {
+                    return End::Full;
+                }
             }
-            let blocks = work.next(most, relation.blocks(part.fork));
             if blocks.is_empty() {
                 return match &work {
-                    Work::Range { blocks, .. } if blocks.end <= relation.blocks(part.fork) => {
-                        End::Over
-                    }
+                    Work::Range { blocks, .. } if blocks.end <= fork_end => End::Over,
                     _ => End::Changed(Change::Truncated),
                 };
             }

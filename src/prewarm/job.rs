@@ -293,7 +293,7 @@ impl<'a> Share<'a> {
             reader: Reader {
                 mode: header.mode,
                 gate: (header.processes > 1).then_some(&header.gate),
-                memory: Some(Memory::new(&header.provided)),
+                memory: Memory::new(&header.provided),
                 pace: Pace::new(),
             },
             progress: ShownProgress::new(Progress {

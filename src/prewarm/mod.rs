@@ -23,6 +23,7 @@ use crate::error::Error;
 use crate::pg::activity::{Kind, Progress, ShownProgress};
 use crate::pg::process::now;
 use crate::pg::relation::{self, Relation};
+use crate::turn::Provided;
 
 /// How far blocks are brought.
 #[derive(Clone, Copy, Debug)]
@@ -153,7 +154,7 @@ fn run(relation: Relation, mode: Mode, fork: Fork, first: BlockNumber, end: Bloc
     });
     // Shown from the beginning.
     progress.change(|_| ());
-    let how = Reader::alone(mode).read(
+    let how = Reader::alone(mode, &Provided::new()).read(
         &part,
         Some(relation),
         Work::range(first..end),

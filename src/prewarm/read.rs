@@ -16,7 +16,7 @@ use crate::blocks::{BlockNumber, Fork, Oid};
 use crate::pg::buffer::{self, Pinned, Place};
 use crate::pg::process::check_for_interrupts;
 use crate::pg::relation::{self, Locator, Relation};
-use crate::turn::{Memory, Pace, TURN};
+use crate::turn::{Memory, Pace, Provided, TURN};
 
 /// One fork of a relation, in the file that it has now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,16 +139,16 @@ pub struct Reader<'a> {
     pub mode: Mode,
     /// What processes that share the work have to pass.
     pub gate: Option<&'a Gate>,
-    pub memory: Option<Memory<'a>>,
+    pub memory: Memory<'a>,
     pub pace: Pace,
 }
 
 impl<'a> Reader<'a> {
-    pub fn alone(mode: Mode) -> Self {
+    pub fn alone(mode: Mode, provided: &'a Provided) -> Self {
         Self {
             mode,
             gate: None,
-            memory: None,
+            memory: Memory::new(provided),
             pace: Pace::new(),
         }
     }
@@ -240,11 +240,10 @@ impl<'a> Reader<'a> {
         match self.mode {
             Mode::Buffer => relation.read_into_buffers(fork, blocks, |index, buffer| {
                 done += 1;
-                if let Some(memory) = &self.memory
-                    && let Place::Shared(index) = buffer.place()
+                if let Place::Shared(index) = buffer.place()
                     && buffer::hits() == hits
                 {
-                    memory.provide_after(index);
+                    self.memory.provide_after(index);
                 }
                 if flow.is_continue() {
                     flow = each(blocks[index], buffer);

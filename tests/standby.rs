@@ -15,6 +15,8 @@ fn a_standby_comes_back_warm_and_stays_so_when_promoted() {
     assert!(standby.value::<bool>("SELECT pg_is_in_recovery()"));
     let blocks: i64 = standby.value("SELECT pg_prewarm('t')");
     assert!(blocks > 100);
+    let with_workers = "SELECT sum(blocks)::int8 FROM pg_prewarm_relation('t', workers => 2)";
+    assert!(standby.value::<i64>(with_workers) > blocks);
 
     // The dump at shutdown, and one on demand, work in recovery.
     assert!(standby.value::<i64>("SELECT autoprewarm_dump_now()") > blocks);

@@ -84,10 +84,10 @@ impl Caught {
 /// Runs an SQL function's body so that the server's own errors reach the caller
 /// byte for byte.
 ///
-/// On its way through Rust an ERROR's text becomes UTF-8, which is wrong in a
-/// database of another encoding: names and translated messages would be mangled,
-/// or not even be valid text any more. So the text is kept when the ERROR is
-/// raised, and put back when it is raised again on the way out, both from a
+/// On its way through Rust an ERROR loses its context, and its text becomes UTF-8,
+/// which is wrong in a database of another encoding: names and translated messages
+/// would be mangled, or not even be valid text any more. So both are kept when the
+/// ERROR is raised, and put back when it is raised again on the way out, from a
 /// callback that the server calls for each.
 ///
 /// # Safety
@@ -147,6 +147,9 @@ unsafe extern "C-unwind" fn keep_or_restore(raised: *mut c_void) {
         }
         if !(*former).hint.is_null() {
             ffi::errhint(format, (*former).hint);
+        }
+        if !(*former).context.is_null() {
+            ffi::errcontext_msg(format, (*former).context);
         }
     }
 }

@@ -75,9 +75,19 @@ impl<'a, H: Portable, C: Portable> Job<'a, H, C> {
     }
 }
 
+/// Where workers find the library: where the server's functions of it do.
+const LIBRARY: &CStr = c"$libdir/pg_prewarm";
+
+fn is_parallel_worker() -> bool {
+    // SAFETY: set when the process began.
+    unsafe { pg_sys::ParallelWorkerNumber >= 0 }
+}
+
 /// Lays a job out in shared memory, starts up to so many workers, which call the
 /// library's function of that name, does `work` in this process as well, waits for
-/// the workers, and returns what `finish` makes of it all.
+/// the workers, and returns what `finish` makes of it all. In a process that is a
+/// parallel worker itself, none are started: the server does not check that they
+/// never are.
 pub fn run<H: Portable, C: Portable, R>(
     entry: &CStr,
     workers: u16,
@@ -87,7 +97,7 @@ pub fn run<H: Portable, C: Portable, R>(
     work: impl FnOnce(&Job<H, C>),
     finish: impl FnOnce(&Job<H, C>) -> R,
 ) -> R {
-    if workers == 0 {
+    if workers == 0 || is_parallel_worker() {
         let job = Job {
             header: &header,
             cells,
@@ -108,7 +118,7 @@ pub fn run<H: Portable, C: Portable, R>(
     unsafe {
         pg_sys::EnterParallelMode();
         let context =
-            pg_sys::CreateParallelContext(c"pg_prewarm".as_ptr(), entry.as_ptr(), workers.into());
+            pg_sys::CreateParallelContext(LIBRARY.as_ptr(), entry.as_ptr(), workers.into());
         const TOC_ALIGNMENT: usize = 128;
         (*context).estimator.space_for_chunks += size.next_multiple_of(TOC_ALIGNMENT);
         (*context).estimator.number_of_keys += 1;

@@ -152,7 +152,8 @@ impl Relation {
         // SAFETY: open; the name is the server's own, in its own encoding.
         unsafe {
             let oid = (*self.relation).rd_id;
-            let result = select_right(self.table.unwrap_or(oid));
+            let result = select_right(self.table.unwrap_or(oid))
+                .unwrap_or(pg_sys::AclResult::ACLCHECK_NO_PRIV);
             if result != pg_sys::AclResult::ACLCHECK_OK {
                 let kind = (*(*self.relation).rd_rel).relkind;
                 pg_sys::aclcheck_error(
@@ -161,24 +162,6 @@ impl Relation {
                     (*(*self.relation).rd_rel).relname.data.as_ptr(),
                 );
             }
-        }
-    }
-
-    /// Whether the current user may SELECT from it, or from a partitioned table
-    /// that it is a partition of.
-    pub fn may_be_selected_from(&self) -> bool {
-        let may = |oid| select_right(oid) == pg_sys::AclResult::ACLCHECK_OK;
-        // SAFETY: open; a catalog look-up, behind the guard that pgrx puts around
-        // what it binds itself.
-        unsafe {
-            let oid = (*self.relation).rd_id;
-            may(oid)
-                || (*(*self.relation).rd_rel).relispartition
-                    && take_oids(pg_sys::ffi::pg_guard_ffi_boundary(|| {
-                        ffi::get_partition_ancestors(oid)
-                    }))
-                    .into_iter()
-                    .any(|ancestor| may(ancestor.into()))
         }
     }
 
@@ -475,15 +458,36 @@ const READ_BYTES: usize = READ_BLOCKS_MAX as usize * pg_sys::BLCKSZ as usize;
 #[repr(C, align(4096))]
 struct IoAligned([u8; READ_BYTES]);
 
-fn select_right(relation: pg_sys::Oid) -> pg_sys::AclResult::Type {
+/// Whether the current user may SELECT from a relation; nothing where there is none.
+fn select_right(relation: pg_sys::Oid) -> Option<pg_sys::AclResult::Type> {
+    let mut is_missing = false;
     // SAFETY: catalog look-ups, in a transaction.
-    unsafe {
-        pg_sys::pg_class_aclcheck(
+    let right = unsafe {
+        pg_sys::pg_class_aclcheck_ext(
             relation,
             pg_sys::GetUserId(),
             pg_sys::ACL_SELECT as pg_sys::AclMode,
+            &mut is_missing,
         )
-    }
+    };
+    (!is_missing).then_some(right)
+}
+
+/// Whether the current user may SELECT from a relation, or from a partitioned table
+/// that it is a partition of; nothing where there is none.
+pub fn may_be_selected_from(relation: Oid) -> Option<bool> {
+    let may = |oid: Oid| Some(select_right(oid.into())? == pg_sys::AclResult::ACLCHECK_OK);
+    // SAFETY: catalog look-ups, behind the guard that pgrx puts around what it
+    // binds itself.
+    let ancestors = || unsafe {
+        match pg_sys::get_rel_relispartition(relation.into()) {
+            true => take_oids(pg_sys::ffi::pg_guard_ffi_boundary(|| {
+                ffi::get_partition_ancestors(relation.into())
+            })),
+            false => Vec::new(),
+        }
+    };
+    Some(may(relation)? || ancestors().into_iter().any(|oid| may(oid) == Some(true)))
 }
 
 /// The OIDs of a list that nobody else has.

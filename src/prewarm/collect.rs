@@ -57,7 +57,9 @@ impl Collection {
         relation.check_select_right();
         if !relation.is_partitioned() {
             relation.check_storage();
-            relation.check_not_others();
+        }
+        relation.check_not_others();
+        if !relation.is_partitioned() {
             collection.add(relation, wanted);
         } else if wanted.partitions {
             drop(relation);
@@ -73,16 +75,11 @@ impl Collection {
         let mut collection = Self::default();
         for oid in relation::all_with_storage(schema, system) {
             check_for_interrupts();
-            let Some(relation) = Relation::try_open_with_table(oid) else {
-                continue;
-            };
-            if relation.is_others_temporary() {
-                continue;
-            }
-            if relation.may_be_selected_from() {
-                collection.add(relation, wanted);
-            } else {
-                collection.denied += 1;
+            // Who may not read it is not kept waiting for its lock.
+            match relation::may_be_selected_from(oid) {
+                Some(true) => collection.add_if_there(oid, wanted),
+                Some(false) => collection.denied += 1,
+                None => {}
             }
         }
         collection
@@ -100,7 +97,10 @@ impl Collection {
         if relation.is_foreign_table() {
             self.foreign += 1;
         }
-        if !relation.has_storage() || !self.seen.insert(relation.oid()) {
+        if !relation.has_storage()
+            || relation.is_others_temporary()
+            || !self.seen.insert(relation.oid())
+        {
             return;
         }
         for &fork in &wanted.forks {

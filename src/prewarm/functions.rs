@@ -9,10 +9,11 @@ use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::SeqCst;
 
 use pgrx::prelude::*;
+use rustc_hash::FxHashSet;
 
 use super::Mode;
 use super::collect::{Collection, Wanted};
-use super::job::{Filled, Full, Header, Share, Target, WORKER_ENTRY, full};
+use super::job::{Filled, FilledLocal, Full, Header, Share, Target, WORKER_ENTRY};
 use super::upper;
 use crate::blocks::Fork;
 use crate::error::Error;
@@ -25,8 +26,10 @@ use crate::pg::{parallel, relation};
 /// that were in shared buffers already, and how long it took.
 type Row = (pg_sys::Oid, &'static str, i64, i64, Interval);
 
+// pgrx wants to see each function's row type itself.
+
 #[pg_extern(sql = false)]
-#[allow(clippy::too_many_arguments, clippy::type_complexity)]
+#[allow(clippy::too_many_arguments)]
 fn pg_prewarm_relation(
     relation: Option<pg_sys::Oid>,
     mode: Option<&[u8]>,
@@ -36,31 +39,18 @@ fn pg_prewarm_relation(
     forks: Option<Array<&[u8]>>,
     max_blocks: Option<i64>,
     workers: Option<i32>,
-) -> TableIterator<
-    'static,
-    (
-        name!(relation, pg_sys::Oid),
-        name!(fork, &'static str),
-        name!(blocks, i64),
-        name!(already_cached, i64),
-        name!(elapsed, Interval),
-    ),
-> {
-    let prewarm = || {
+) -> TableIterator<'static, (pg_sys::Oid, &'static str, i64, i64, Interval)> {
+    rows(|| {
         let oid = relation.ok_or(Error::NullRelation)?;
-        let mode = Mode::from_argument(mode)?;
-        let mut wanted = wanted(indexes, toast, forks)?;
-        wanted.partitions = partitions.ok_or(Error::NullArgument("partitions"))?;
-        let limits = Limits::of(max_blocks, workers)?;
-        mode.check_supported()?;
-        let collection = Collection::of_relation(oid, &wanted);
-        Ok(run(Kind::PrewarmRelation, mode, collection, limits))
-    };
-    TableIterator::new(prewarm().unwrap_or_else(|error: Error| error.raise()))
+        let mut request = Request::of(mode, indexes, toast, forks, max_blocks, workers)?;
+        request.wanted.partitions = partitions.ok_or(Error::NullArgument("partitions"))?;
+        request.mode.check_supported()?;
+        let collection = Collection::of_relation(oid, &request.wanted);
+        Ok(run(Kind::PrewarmRelation, collection, request))
+    })
 }
 
 #[pg_extern(sql = false)]
-#[allow(clippy::type_complexity)]
 fn pg_prewarm_schema(
     schema: Option<pg_sys::Oid>,
     mode: Option<&[u8]>,
@@ -69,33 +59,20 @@ fn pg_prewarm_schema(
     forks: Option<Array<&[u8]>>,
     max_blocks: Option<i64>,
     workers: Option<i32>,
-) -> TableIterator<
-    'static,
-    (
-        name!(relation, pg_sys::Oid),
-        name!(fork, &'static str),
-        name!(blocks, i64),
-        name!(already_cached, i64),
-        name!(elapsed, Interval),
-    ),
-> {
-    let prewarm = || {
+) -> TableIterator<'static, (pg_sys::Oid, &'static str, i64, i64, Interval)> {
+    rows(|| {
         let schema = schema.ok_or(Error::NullArgument("schema"))?;
-        let mode = Mode::from_argument(mode)?;
-        let wanted = wanted(indexes, toast, forks)?;
-        let limits = Limits::of(max_blocks, workers)?;
-        mode.check_supported()?;
+        let request = Request::of(mode, indexes, toast, forks, max_blocks, workers)?;
+        request.mode.check_supported()?;
         if !relation::schema_exists(schema) {
             return Err(Error::MissingSchema(schema.to_u32()));
         }
-        let collection = Collection::of_schema(Some(schema), true, &wanted);
-        Ok(run(Kind::PrewarmSchema, mode, collection, limits))
-    };
-    TableIterator::new(prewarm().unwrap_or_else(|error: Error| error.raise()))
+        let collection = Collection::of_schema(Some(schema), true, &request.wanted);
+        Ok(run(Kind::PrewarmSchema, collection, request))
+    })
 }
 
 #[pg_extern(sql = false)]
-#[allow(clippy::type_complexity)]
 fn pg_prewarm_database(
     mode: Option<&[u8]>,
     indexes: Option<bool>,
@@ -104,41 +81,63 @@ fn pg_prewarm_database(
     max_blocks: Option<i64>,
     workers: Option<i32>,
     catalogs: Option<bool>,
-) -> TableIterator<
-    'static,
-    (
-        name!(relation, pg_sys::Oid),
-        name!(fork, &'static str),
-        name!(blocks, i64),
-        name!(already_cached, i64),
-        name!(elapsed, Interval),
-    ),
-> {
-    let prewarm = || {
-        let mode = Mode::from_argument(mode)?;
-        let wanted = wanted(indexes, toast, forks)?;
-        let limits = Limits::of(max_blocks, workers)?;
+) -> TableIterator<'static, (pg_sys::Oid, &'static str, i64, i64, Interval)> {
+    rows(|| {
+        let request = Request::of(mode, indexes, toast, forks, max_blocks, workers)?;
         let catalogs = catalogs.ok_or(Error::NullArgument("catalogs"))?;
-        mode.check_supported()?;
-        let collection = Collection::of_schema(None, catalogs, &wanted);
-        Ok(run(Kind::PrewarmDatabase, mode, collection, limits))
-    };
-    TableIterator::new(prewarm().unwrap_or_else(|error: Error| error.raise()))
+        request.mode.check_supported()?;
+        let collection = Collection::of_schema(None, catalogs, &request.wanted);
+        Ok(run(Kind::PrewarmDatabase, collection, request))
+    })
 }
 
-/// What these arguments ask for, without partitions: in a schema or a database these
-/// are found by themselves.
-fn wanted(
-    indexes: Option<bool>,
-    toast: Option<bool>,
-    forks: Option<Array<&[u8]>>,
-) -> Result<Wanted, Error> {
-    Ok(Wanted {
-        forks: forks_of(forks)?,
-        indexes: indexes.ok_or(Error::NullArgument("indexes"))?,
-        toast: toast.ok_or(Error::NullArgument("toast"))?,
-        partitions: false,
-    })
+fn rows(prewarm: impl FnOnce() -> Result<Vec<Row>, Error>) -> TableIterator<'static, Row> {
+    TableIterator::new(prewarm().unwrap_or_else(|error| error.raise()))
+}
+
+/// What all of them are asked for.
+struct Request {
+    mode: Mode,
+    wanted: Wanted,
+    max_blocks: Option<u64>,
+    workers: u16,
+}
+
+impl Request {
+    /// As many as the server's own settings for parallel workers allow.
+    const MOST_WORKERS: i32 = 1024;
+
+    /// What these arguments ask for, without partitions: in a schema or a database
+    /// these are found by themselves.
+    fn of(
+        mode: Option<&[u8]>,
+        indexes: Option<bool>,
+        toast: Option<bool>,
+        forks: Option<Array<&[u8]>>,
+        max_blocks: Option<i64>,
+        workers: Option<i32>,
+    ) -> Result<Self, Error> {
+        let mode = Mode::from_argument(mode)?;
+        let wanted = Wanted {
+            forks: forks_of(forks)?,
+            indexes: indexes.ok_or(Error::NullArgument("indexes"))?,
+            toast: toast.ok_or(Error::NullArgument("toast"))?,
+            partitions: false,
+        };
+        let max_blocks = max_blocks
+            .map(|blocks| u64::try_from(blocks).map_err(|_| Error::NegativeMaxBlocks))
+            .transpose()?;
+        let workers = workers.ok_or(Error::NullArgument("workers"))?;
+        if !(0..=Self::MOST_WORKERS).contains(&workers) {
+            return Err(Error::WorkersOutOfRange(Self::MOST_WORKERS));
+        }
+        Ok(Self {
+            mode,
+            wanted,
+            max_blocks,
+            workers: workers as u16,
+        })
+    }
 }
 
 /// The forks of these names, each once.
@@ -153,78 +152,57 @@ fn forks_of(names: Option<Array<&[u8]>>) -> Result<Vec<Fork>, Error> {
     Ok(forks)
 }
 
-/// How much is to be done, and by how many.
-struct Limits {
-    max_blocks: Option<u64>,
-    workers: u16,
-}
-
-impl Limits {
-    /// As many as the server's own settings for parallel workers allow.
-    const MOST_WORKERS: i32 = 1024;
-
-    fn of(max_blocks: Option<i64>, workers: Option<i32>) -> Result<Self, Error> {
-        let max_blocks = max_blocks
-            .map(|blocks| u64::try_from(blocks).map_err(|_| Error::NegativeMaxBlocks))
-            .transpose()?;
-        let workers = workers.ok_or(Error::NullArgument("workers"))?;
-        if !(0..=Self::MOST_WORKERS).contains(&workers) {
-            return Err(Error::WorkersOutOfRange(Self::MOST_WORKERS));
-        }
-        Ok(Self {
-            max_blocks,
-            workers: workers as u16,
-        })
-    }
-}
-
 /// Does all of it, and returns a row for each part that was done.
-fn run(kind: Kind, mode: Mode, mut collection: Collection, limits: Limits) -> Vec<Row> {
+fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
     collection.sort();
     tell_what_is_left_out(&collection);
     let start = now();
     let parts = &collection.parts;
     let all: u64 = parts.iter().map(|part| u64::from(part.blocks)).sum();
-    let total = limits.max_blocks.unwrap_or(u64::MAX).min(all);
+    let total = request.max_blocks.unwrap_or(u64::MAX).min(all);
     let mut targets: Vec<Target> = parts
         .iter()
         .map(|part| Target::new(part.part, part.is_temporary, part.blocks))
         .collect();
     let mut words: Vec<AtomicU32> = (0..Filled::words()).map(|_| AtomicU32::new(0)).collect();
+    let local = FilledLocal::default();
 
     // First the upper levels of indexes, alone.
     let mut left = total;
-    let mut full_before = None;
-    if let Mode::Buffer = mode {
-        let header = Header::new(mode, 1, 0);
-        let filled = Filled::new(&words);
-        let share = Share::of_caller(&header, &filled, kind, total, start);
+    let mut full = None;
+    if let Mode::Buffer = request.mode {
+        let header = Header::new(request.mode, 1, 0);
+        let filled = Filled::new(&words, &local);
+        let share = Share::new(&header, &filled, kind, total, start);
         let mut done = Vec::new();
         for (part, target) in parts.iter().zip(&mut targets) {
-            if share.full().is_some() {
+            if header.full().is_some() {
                 break;
             }
             let blocks = upper::read(&share, part, target, left);
+            target.pause();
             left -= (blocks.len() as u64).min(left);
             target.except = ((words.len() + done.len()) as u32, blocks.len() as u32);
             done.extend(blocks);
         }
-        full_before = share.full();
+        full = header.full();
         words.extend(done.into_iter().map(AtomicU32::new));
     }
     // Then the rest, as far as the limit goes.
     for target in &mut targets {
-        let (start, count) = (target.except.0 as usize, target.except.1 as usize);
-        left = target.cut(left, &words[start..start + count]);
+        left = target.cut(left, &words);
     }
 
-    let workers = match left_to_do(&targets) {
-        0 => 0,
-        blocks => limits.workers.min(blocks.div_ceil(512).min(1024) as u16),
+    const LEAST_FOR_A_WORKER: u64 = 512;
+    let workers = match full {
+        Some(Full::Shared) => 0,
+        _ => for_others(&targets)
+            .div_ceil(LEAST_FOR_A_WORKER)
+            .min(request.workers.into()) as u16,
     };
     let done_before = targets.iter().map(|target| target.done.load(SeqCst)).sum();
-    let header = Header::new(mode, u32::from(workers) + 1, done_before);
-    if let Some(full) = full_before {
+    let header = Header::new(request.mode, u32::from(workers) + 1, done_before);
+    if let Some(full) = full {
         header.set_full(full);
     }
     let rows = parallel::run(
@@ -234,8 +212,8 @@ fn run(kind: Kind, mode: Mode, mut collection: Collection, limits: Limits) -> Ve
         &targets,
         &words,
         |job| {
-            let filled = Filled::new(&job.words[..Filled::words()]);
-            let share = Share::of_caller(job.header, &filled, kind, total, start);
+            let filled = Filled::new(job.words, &local);
+            let share = Share::new(job.header, &filled, kind, total, start);
             share.work(job.cells, job.words);
         },
         |job| {
@@ -247,12 +225,10 @@ fn run(kind: Kind, mode: Mode, mut collection: Collection, limits: Limits) -> Ve
     rows
 }
 
-fn left_to_do(targets: &[Target]) -> u64 {
-    targets
-        .iter()
-        .filter(|target| !target.is_temporary)
-        .map(|target| u64::from(target.end))
-        .sum()
+/// How many blocks are left that workers may do.
+fn for_others(targets: &[Target]) -> u64 {
+    let shared = targets.iter().filter(|target| !target.is_temporary);
+    shared.map(Target::left).sum()
 }
 
 /// The row of a part that was begun, or that is empty.
@@ -275,11 +251,10 @@ fn tell_what_is_left_out(collection: &Collection) {
             relations(collection.denied)
         ));
     }
-    if collection.foreign > 0 {
-        notice(format!(
-            "skipped {} that are foreign tables",
-            relations(collection.foreign)
-        ));
+    match collection.foreign {
+        0 => {}
+        1 => notice("skipped 1 relation that is a foreign table".to_owned()),
+        count => notice(format!("skipped {count} relations that are foreign tables")),
     }
 }
 
@@ -291,18 +266,16 @@ fn relations(count: usize) -> String {
 }
 
 fn tell_how_it_ended(collection: &Collection, header: &Header, targets: &[Target], total: u64) {
-    let mut told = None;
+    let mut told = FxHashSet::default();
     for (part, target) in collection.parts.iter().zip(targets) {
-        let what = target.change().map(|change| (change, target.part.relation));
-        if let Some((change, _)) = what
-            && what != told
+        if let Some(change) = target.change()
+            && told.insert(target.part.relation)
         {
             change.notice(&part.name);
         }
-        told = what.or(told);
     }
     let done = header.done.load(SeqCst);
-    match full(header) {
+    match header.full() {
         None => {}
         Some(Full::Shared) => notice(format!(
             "shared buffers are full: {done} of {total} blocks were prewarmed"

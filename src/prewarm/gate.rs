@@ -4,7 +4,8 @@
 //! To the server, a session and its parallel workers are one: while one of them
 //! holds a lock, another gets it at once, ahead of those who wait for it. So a
 //! process that gives a lock back for which somebody may be waiting asks for a
-//! pause: all others give theirs back as well, and none takes one before all have.
+//! pause: all others give theirs back as well, and none asks for one before all
+//! have.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use crate::pg::process;
 const POLL: Duration = Duration::from_millis(1);
 
 pub struct Gate {
-    /// How many processes hold a relation's lock.
+    /// How many processes hold a relation's lock, or are about to ask for one.
     inside: AtomicU32,
     pause: AtomicBool,
 }
@@ -28,21 +29,23 @@ impl Gate {
         }
     }
 
-    /// Waits until no pause is on. Before a lock is asked for.
-    pub fn wait(&self) {
-        while self.pause.load(SeqCst) {
+    /// Waits until no pause is on. The process may ask for a lock then, and has
+    /// given it back when it lets go of what this returns.
+    pub fn pass(&self) -> Inside<'_> {
+        loop {
+            // First it is counted: who asks for a pause from here on waits for it.
+            self.inside.fetch_add(1, SeqCst);
+            let inside = Inside(self);
+            if !self.pause.load(SeqCst) {
+                return inside;
+            }
+            drop(inside);
             if self.inside.load(SeqCst) == 0 {
                 self.pause.store(false, SeqCst);
             } else {
                 process::sleep(Some(POLL), WaitEvent::Pause);
             }
         }
-    }
-
-    /// The process holds a lock now, until it lets go of what this returns.
-    pub fn pass(&self) -> Inside<'_> {
-        self.inside.fetch_add(1, SeqCst);
-        Inside(self)
     }
 
     pub fn ask_for_pause(&self) {
@@ -54,7 +57,7 @@ impl Gate {
     }
 }
 
-/// Counts a process that holds a lock.
+/// Counts a process that may hold a lock.
 pub struct Inside<'a>(&'a Gate);
 
 impl Drop for Inside<'_> {

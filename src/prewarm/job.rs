@@ -18,7 +18,7 @@ use rustc_hash::FxHashSet;
 
 use super::Mode;
 use super::gate::Gate;
-use super::read::{Change, Count, End, Part, Reader, Work, contains};
+use super::read::{Change, Count, End, Part, Reader, Work};
 use crate::blocks::{BlockNumber, Fork};
 use crate::pg::activity::{Kind, Progress, ShownProgress};
 use crate::pg::buffer::{self, Pinned, Place};
@@ -35,7 +35,7 @@ pub struct Header {
     pub processes: u32,
     /// Blocks that are done, by all of them.
     pub done: AtomicU64,
-    /// Why nothing more is to be done, if so: a [`Full`], or 0.
+    /// Why nothing more is to be done, if so: each [`Full`] is a bit.
     full: AtomicU32,
     gate: Gate,
     provided: Provided,
@@ -58,7 +58,15 @@ impl Header {
 
     /// Nothing more is to be done.
     pub fn set_full(&self, full: Full) {
-        self.full.store(full as u32, SeqCst);
+        self.full.fetch_or(full as u32, SeqCst);
+    }
+
+    /// Why nothing more is to be done, if so.
+    pub fn full(&self) -> Option<Full> {
+        let bits = self.full.load(SeqCst);
+        [Full::Shared, Full::Local]
+            .into_iter()
+            .find(|&full| bits & full as u32 != 0)
     }
 }
 
@@ -80,6 +88,8 @@ pub struct Target {
     /// When work on it began and ended, by the server's clock; 0 for not yet.
     began: AtomicI64,
     ended: AtomicI64,
+    /// Microseconds that work on it took beforehand.
+    took: AtomicI64,
     /// A [`Change`], counted from 1; 0 for none.
     change: AtomicU32,
 }
@@ -100,29 +110,38 @@ impl Target {
             cached: AtomicU64::new(0),
             began: AtomicI64::new(0),
             ended: AtomicI64::new(0),
+            took: AtomicI64::new(0),
             change: AtomicU32::new(0),
         }
     }
 
+    /// Its blocks that were done beforehand, sorted.
+    pub fn done_before<'w>(&self, words: &'w [AtomicU32]) -> &'w [AtomicU32] {
+        let (start, count) = (self.except.0 as usize, self.except.1 as usize);
+        &words[start..start + count]
+    }
+
+    /// How many blocks are still to be done.
+    pub fn left(&self) -> u64 {
+        u64::from(self.end).saturating_sub(u64::from(self.except.1))
+    }
+
     /// Leaves out what is more than so many blocks, beside those done already.
     /// Returns how many may be done after it.
-    pub fn cut(&mut self, most: u64, except: &[AtomicU32]) -> u64 {
-        let is_done = |block: &BlockNumber| contains(except, *block);
-        let wanted = u64::from(self.end) - except.len() as u64;
+    pub fn cut(&mut self, most: u64, words: &[AtomicU32]) -> u64 {
+        let wanted = self.left();
         if wanted <= most {
             return most - wanted;
         }
-        // The block after the last one that may be done.
-        self.end = match usize::try_from(most)
-            .ok()
-            .and_then(|most| most.checked_sub(1))
-        {
-            None => 0,
-            Some(last) => (0..self.end)
-                .filter(|block| !is_done(block))
-                .nth(last)
-                .map_or(0, |block| block + 1),
-        };
+        // The end moves on by one for each block before it that is done already.
+        let mut end = most as BlockNumber;
+        for block in self.done_before(words) {
+            if end == 0 || block.load(Relaxed) >= end {
+                break;
+            }
+            end += 1;
+        }
+        self.end = end;
         0
     }
 
@@ -147,7 +166,14 @@ impl Target {
     }
 
     pub fn has_begun(&self) -> bool {
-        self.began.load(SeqCst) != 0
+        self.began.load(SeqCst) != 0 || self.done.load(SeqCst) > 0
+    }
+
+    /// What is done of it from here on is done later.
+    pub fn pause(&self) {
+        self.took.store(self.elapsed(), SeqCst);
+        self.began.store(0, SeqCst);
+        self.ended.store(0, SeqCst);
     }
 
     fn count(&self, count: Count) {
@@ -156,9 +182,10 @@ impl Target {
         self.ended.fetch_max(now(), SeqCst);
     }
 
-    /// Microseconds from the beginning of the work on it to its end.
+    /// Microseconds from the beginning of the work on it to its end, without pauses.
     pub fn elapsed(&self) -> i64 {
-        (self.ended.load(SeqCst) - self.began.load(SeqCst)).max(0)
+        let last = self.ended.load(SeqCst) - self.began.load(SeqCst);
+        self.took.load(SeqCst) + last.max(0)
     }
 
     /// Nothing more can be done of it.
@@ -181,12 +208,15 @@ pub enum Full {
     Local = 2,
 }
 
-/// The buffers that a call has brought something into. The first time that a block
-/// is read into one of these, something of the call's has been evicted: then there
-/// are no others any more.
+/// The local buffers that a call has brought something into.
+pub type FilledLocal = RefCell<FxHashSet<i32>>;
+
+/// The buffers that a call has brought something into. The first time that another
+/// block is found in one of these, something of the call's has been evicted, by it
+/// or by others: then there are no others any more.
 pub struct Filled<'a> {
     shared: &'a [AtomicU32],
-    local: RefCell<FxHashSet<i32>>,
+    local: &'a FilledLocal,
     /// How many buffers are free, at most; [`usize::MAX`] before it was counted.
     free: Cell<usize>,
 }
@@ -197,10 +227,10 @@ impl<'a> Filled<'a> {
         buffer::count().div_ceil(32)
     }
 
-    pub fn new(words: &'a [AtomicU32]) -> Self {
+    pub fn new(words: &'a [AtomicU32], local: &'a FilledLocal) -> Self {
         Self {
-            shared: words,
-            local: RefCell::default(),
+            shared: &words[..Self::words()],
+            local,
             free: Cell::new(usize::MAX),
         }
     }
@@ -269,23 +299,12 @@ pub struct Share<'a> {
 }
 
 impl<'a> Share<'a> {
-    pub fn of_caller(
+    pub fn new(
         header: &'a Header,
         filled: &'a Filled<'a>,
         kind: Kind,
         total: u64,
         start: i64,
-    ) -> Self {
-        Self::new(header, filled, kind, total, start, true)
-    }
-
-    fn new(
-        header: &'a Header,
-        filled: &'a Filled<'a>,
-        kind: Kind,
-        total: u64,
-        start: i64,
-        is_caller: bool,
     ) -> Self {
         Self {
             header,
@@ -305,17 +324,12 @@ impl<'a> Share<'a> {
                 skipped: 0,
                 start,
             }),
-            is_caller,
+            is_caller: kind != Kind::PrewarmWorker,
         }
     }
 
-    /// Why nothing more is to be done, if so.
-    pub fn full(&self) -> Option<Full> {
-        full(self.header)
-    }
-
     fn is_to_stop(&self, target: &Target) -> bool {
-        match self.full() {
+        match self.header.full() {
             None => false,
             Some(Full::Shared) => true,
             Some(Full::Local) => target.is_temporary,
@@ -331,14 +345,13 @@ impl<'a> Share<'a> {
             while !self.is_to_stop(target)
                 && let Some(blocks) = target.claim(self.header.processes)
             {
-                let (start, count) = (target.except.0 as usize, target.except.1 as usize);
                 if !self.is_caller {
                     self.progress
                         .change(|progress| progress.total += blocks.len() as u64);
                 }
                 let work = Work::Range {
                     blocks,
-                    except: &words[start..start + count],
+                    except: target.done_before(words),
                 };
                 self.read(target, work, &mut |_, _| ());
             }
@@ -356,9 +369,16 @@ impl<'a> Share<'a> {
             &target.part,
             None,
             work,
-            &|most| match self.filled.room(target.is_temporary, most) {
-                0 => 0,
-                room => (room / self.header.processes as usize).max(1),
+            &|most| {
+                // Each process leaves the others as much. Only the caller reads what
+                // is temporary.
+                let processes = match target.is_temporary {
+                    true => 1,
+                    false => self.header.processes as usize,
+                };
+                self.filled
+                    .room(target.is_temporary, most.saturating_mul(processes))
+                    .div_ceil(processes)
             },
             &mut |block, buffer| {
                 if let Break(full) = self.filled.mark(buffer) {
@@ -390,15 +410,6 @@ impl<'a> Share<'a> {
     }
 }
 
-/// Why nothing more was to be done, if so.
-pub fn full(header: &Header) -> Option<Full> {
-    match header.full.load(SeqCst) {
-        0 => None,
-        1 => Some(Full::Shared),
-        _ => Some(Full::Local),
-    }
-}
-
 /// A parallel worker's life.
 ///
 /// # Safety
@@ -407,8 +418,9 @@ pub unsafe fn worker_main(toc: *mut pgrx::pg_sys::shm_toc) {
     // SAFETY: the caller's promise; whoever names that entry point shares such a
     // job.
     let job = unsafe { parallel::attach::<Header, Target>(toc) };
-    let filled = Filled::new(&job.words[..Filled::words()]);
-    let share = Share::new(job.header, &filled, Kind::PrewarmWorker, 0, now(), false);
+    let local = FilledLocal::default();
+    let filled = Filled::new(job.words, &local);
+    let share = Share::new(job.header, &filled, Kind::PrewarmWorker, 0, now());
     share.work(job.cells, job.words);
     Progress::end();
 }

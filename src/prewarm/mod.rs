@@ -110,7 +110,8 @@ fn prewarm(
     if first > last {
         return Ok(0);
     }
-    if let Mode::Prefetch = mode {
+    // As the server does where it reads into buffers, but for some releases.
+    if !matches!(mode, Mode::Read) {
         relation.check_not_others();
     }
 

@@ -86,7 +86,7 @@ impl Work<'_> {
     }
 }
 
-pub fn contains(sorted: &[AtomicU32], block: BlockNumber) -> bool {
+fn contains(sorted: &[AtomicU32], block: BlockNumber) -> bool {
     sorted
         .binary_search_by_key(&block, |word| word.load(Relaxed))
         .is_ok()
@@ -167,23 +167,20 @@ impl<'a> Reader<'a> {
         count: &mut dyn FnMut(Count),
     ) -> End {
         while !work.is_over() {
-            if let Some(gate) = self.gate {
-                gate.wait();
-            }
+            let most = match self.mode {
+                Mode::Buffer => room(self.most_blocks()),
+                Mode::Read | Mode::Prefetch => self.most_blocks(),
+            };
+            let _inside = self.gate.map(Gate::pass);
             let relation = opened
                 .take()
                 .or_else(|| Relation::try_open_with_table(part.relation));
             let Some(relation) = relation else {
                 return End::Changed(Change::Dropped);
             };
-            let _inside = self.gate.map(Gate::pass);
             if relation.locator() != part.locator || !relation.has_fork(part.fork) {
                 return End::Changed(Change::Rewritten);
             }
-            let most = match self.mode {
-                Mode::Buffer => room(self.most_blocks()),
-                Mode::Read | Mode::Prefetch => self.most_blocks(),
-            };
             let fork_end = relation.blocks(part.fork);
             let mut blocks = work.next(most.max(1), fork_end);
             if most == 0 && !blocks.is_empty() {
@@ -232,14 +229,30 @@ impl<'a> Reader<'a> {
         each: &mut dyn FnMut(BlockNumber, &Pinned) -> ControlFlow<()>,
         count: &mut dyn FnMut(Count),
     ) -> (usize, ControlFlow<()>) {
+        if let Mode::Buffer = self.mode {
+            // Its look-up in a catalog would be counted among the hits.
+            relation.look_up_tablespace();
+        }
         let start = Instant::now();
         let hits = buffer::hits();
         let mut done = 0;
         let mut flow = Continue(());
-        let is_over = || start.elapsed() >= TURN || self.gate.is_some_and(Gate::pause_is_asked_for);
+        let go_on = |flow: ControlFlow<()>| match start.elapsed() >= TURN
+            || self.gate.is_some_and(Gate::pause_is_asked_for)
+        {
+            true => Break(()),
+            false => flow,
+        };
+        // Blocks are in a row in the modes without buffers.
+        let (first, end) = (blocks[0], blocks[blocks.len() - 1] + 1);
+        let count_run = |blocks| {
+            done += blocks as usize;
+            go_on(Continue(()))
+        };
         match self.mode {
+            Mode::Prefetch => relation.prefetch(fork, first, end, count_run),
+            Mode::Read => relation.read(fork, first, end, count_run),
             Mode::Buffer => relation.read_into_buffers(fork, blocks, |index, buffer| {
-                done += 1;
                 if let Place::Shared(index) = buffer.place()
                     && buffer::hits() == hits
                 {
@@ -248,26 +261,9 @@ impl<'a> Reader<'a> {
                 if flow.is_continue() {
                     flow = each(blocks[index], buffer);
                 }
-                match flow.is_break() || is_over() {
-                    true => Break(()),
-                    false => Continue(()),
-                }
+                done += 1;
+                go_on(flow)
             }),
-            Mode::Read | Mode::Prefetch => {
-                // Blocks are in a row in these modes.
-                let (first, end) = (blocks[0], blocks[blocks.len() - 1] + 1);
-                let count = |blocks| {
-                    done += blocks as usize;
-                    match is_over() {
-                        true => Break(()),
-                        false => Continue(()),
-                    }
-                };
-                match self.mode {
-                    Mode::Read => relation.read(fork, first, end, count),
-                    _ => relation.prefetch(fork, first, end, count),
-                }
-            }
         }
         let blocks = done as u64;
         count(Count {

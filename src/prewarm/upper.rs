@@ -5,8 +5,6 @@
 //! block is taken, where most keep what they begin with. Only into shared buffers:
 //! the other modes bring whole files.
 
-use std::cell::RefCell;
-
 use rustc_hash::FxHashSet;
 
 use super::collect::{Class, Collected};
@@ -21,18 +19,27 @@ pub fn read(share: &Share, part: &Collected, target: &Target, most: u64) -> Vec<
     if part.class != Class::Index || part.part.fork != Fork::Main || part.blocks == 0 || most == 0 {
         return Vec::new();
     }
-    let root = RefCell::new(None);
-    share.read(target, Work::List(&[btree::METAPAGE]), &mut |_, buffer| {
-        if part.is_btree {
-            *root.borrow_mut() = btree::root(&buffer.copy_page());
-        }
-    });
-    let mut done: FxHashSet<BlockNumber> = [btree::METAPAGE].into_iter().collect();
-    let Some((root, mut level)) = root.take() else {
+    let mut done = FxHashSet::default();
+    let mut root = None;
+    share.read(
+        target,
+        Work::List(&[btree::METAPAGE]),
+        &mut |block, buffer| {
+            done.insert(block);
+            if part.is_btree {
+                root = btree::root(&buffer.copy_page());
+            }
+        },
+    );
+    let Some((root, mut level)) = root else {
         return sorted(done);
     };
     let mut blocks = vec![root];
-    while level > 0 && !blocks.is_empty() && target.change().is_none() && share.full().is_none() {
+    while level > 0
+        && !blocks.is_empty()
+        && target.change().is_none()
+        && share.header.full().is_none()
+    {
         blocks.retain(|&block| block < part.blocks && !done.contains(&block));
         blocks.truncate(most.saturating_sub(done.len() as u64) as usize);
         let mut children = Vec::new();

@@ -15,12 +15,16 @@ pub fn set_read_ahead() -> String {
     for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let path = device.path().join("queue/read_ahead_kb");
         let _ = fs::write(&path, READ_AHEAD_KB);
+        // Not those that are no disks.
+        let name = device.file_name();
+        if ["loop", "ram", "zram"]
+            .iter()
+            .any(|kind| name.to_string_lossy().starts_with(kind))
+        {
+            continue;
+        }
         if let Ok(value) = fs::read_to_string(&path) {
-            found.push(format!(
-                "{} {} kB",
-                device.file_name().display(),
-                value.trim()
-            ));
+            found.push(format!("{} {} kB", name.display(), value.trim()));
         }
     }
     found.join(", ")
@@ -54,6 +58,25 @@ pub fn touch_memory(megabytes: u32) {
         *page = 1;
     }
     std::hint::black_box(&memory);
+}
+
+/// Whether servers are to have their shared memory in huge pages, as large ones
+/// should: `HUGE_PAGES=on` says so.
+pub fn huge_pages() -> bool {
+    match std::env::var("HUGE_PAGES").as_deref() {
+        Ok("on") => true,
+        Err(_) | Ok("" | "off") => false,
+        Ok(other) => panic!("HUGE_PAGES={other}: on or off"),
+    }
+}
+
+/// Has the system keep that much memory in huge pages of 2 MB.
+pub fn keep_huge_pages(megabytes: u32) {
+    let pages = megabytes.div_ceil(2).to_string();
+    let path = "/proc/sys/vm/nr_hugepages";
+    fs::write(path, &pages).expect("huge pages are for root to keep");
+    let kept = fs::read_to_string(path).unwrap();
+    assert_eq!(kept.trim(), pages, "there is no memory for huge pages");
 }
 
 /// How many random blocks of these files the disk can read in a second, by fio
@@ -91,5 +114,6 @@ pub fn describe() -> String {
         .find_map(|line| line.strip_prefix("model name"))
         .map_or("unknown", |line| line.trim_start_matches([' ', '\t', ':']));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    format!("{cores} cores, {model}")
+    let pages = if huge_pages() { ", huge pages" } else { "" };
+    format!("{cores} cores, {model}{pages}")
 }

@@ -3,8 +3,8 @@
 //! For each scenario both load the same list into the same cluster, in turn (A B
 //! A B …), on the same machine in the same run; what counts is the ratio of the
 //! medians. Scenarios are chosen by their names as arguments; without any, all
-//! are run. The environment says how large (`SIZE=smoke` or `full`) and how often
-//! (`RUNS`). Results go to `$OUT` as JSON and SVG, and as tables to the output.
+//! are run. The environment says how large (`SIZE=smoke` or `full`), how often
+//! (`RUNS`), and whether in huge pages (`HUGE_PAGES=on`). Results go to `$OUT` as JSON and SVG, and as tables to the output.
 
 #[allow(dead_code, unused_imports)]
 #[path = "../src/blocks/mod.rs"]
@@ -110,4 +110,7 @@ fn main() {
         }
     }
     report.finish();
+    if machine::huge_pages() {
+        machine::keep_huge_pages(0);
+    }
 }

@@ -114,6 +114,11 @@ pub fn cluster(buffers: u32, settings: &[&str]) -> Cluster {
         .setting("checkpoint_timeout = 1h")
         .setting("max_locks_per_transaction = 5000")
         .setting("pg_prewarm.autoprewarm_interval = 0");
+    if machine::huge_pages() {
+        // Beside the buffers there are locks, and what belongs to each buffer.
+        machine::keep_huge_pages(buffers + buffers / 8 + 256);
+        builder = builder.setting("huge_pages = on");
+    }
     for setting in settings {
         builder = builder.setting(setting);
     }

@@ -77,12 +77,12 @@ export!(
 export!(
     "pg_stat_get_autoprewarm",
     "pg_finfo_pg_stat_get_autoprewarm",
-    crate::autoprewarm::stat::pg_stat_get_autoprewarm_wrapper
+    crate::autoprewarm::views::pg_stat_get_autoprewarm_wrapper
 );
 export!(
     "pg_stat_get_progress_prewarm",
     "pg_finfo_pg_stat_get_progress_prewarm",
-    crate::autoprewarm::stat::pg_stat_get_progress_prewarm_wrapper
+    crate::autoprewarm::views::pg_stat_get_progress_prewarm_wrapper
 );
 export!(
     "autoprewarm_blocks",

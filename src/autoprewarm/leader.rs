@@ -48,7 +48,7 @@ pub fn main() {
             last = Instant::now();
             dump_and_survive(state, Unlogged::LeftOut);
         } else {
-            process::sleep(wait, WaitEvent::Leader);
+            process::sleep_as_worker(wait, WaitEvent::Leader);
         }
     }
     // Most likely the server shuts down, which unlogged relations survive. A

@@ -42,7 +42,7 @@ fn autoprewarm_blocks() -> TableIterator<
     if let Some(line) = reader.first_bad_line() {
         new_report(
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-            format!("autoprewarm block dump file is corrupted at line {line}"),
+            super::corrupted_at(line),
             Some(format!(
                 "Whatever else \"{DUMP_FILE}\" lists is returned, and the next block dump \
                  replaces it."

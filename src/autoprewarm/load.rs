@@ -269,7 +269,7 @@ impl Load {
             // A worker that finishes, starts or ends sets the latch, and so does
             // whoever cancels the load or has the configuration reloaded.
             let timeout = cancelled_since.map_or(RETRY, |_| CANCEL_PATIENCE);
-            process::sleep(Some(timeout), WaitEvent::Load);
+            process::sleep_as_worker(Some(timeout), WaitEvent::Load);
             process::reload_configuration_if_due();
         }
     }
@@ -489,7 +489,7 @@ impl Load {
 /// Logs what is odd about a list, of which the rest is loaded.
 fn report_oddities(list: &BlockList, state: &State) {
     if let Some(line) = list.first_bad_line {
-        let message = format!("autoprewarm block dump file is corrupted at line {line}");
+        let message = super::corrupted_at(line);
         state.last_error.record(&message);
         new_report(
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,

@@ -15,9 +15,9 @@ mod load;
 mod rate;
 mod shared;
 pub mod sql;
-pub mod stat;
 mod state;
 mod stats;
+pub mod views;
 pub mod worker;
 
 use crate::pg::worker::Kind;
@@ -38,6 +38,11 @@ const WORKER: Kind = Kind {
     function: c"autoprewarm_database_main",
     restart: false,
 };
+
+/// What is said of a list that has a line which is no record.
+fn corrupted_at(line: u64) -> String {
+    format!("autoprewarm block dump file is corrupted at line {line}")
+}
 
 /// What is to be done while the server starts, when the library is preloaded.
 pub fn prepare_with_server() {

@@ -73,8 +73,8 @@ fn dump_now() -> Result<i64, Error> {
     Ok(records as i64)
 }
 
-/// Has the leader load the list now; starts a leader where there is none. Does
-/// not wait for the load's end.
+/// Has the leader load the list now; starts a leader where there is none. Returns
+/// when the load has begun.
 #[pg_extern(sql = false)]
 fn autoprewarm_load_now() {
     load_now().unwrap_or_else(|error| error.raise());
@@ -88,16 +88,25 @@ fn load_now() -> Result<(), Error> {
     if let Some(pid) = state.dump_file_user() {
         return Err(Error::ListInUse(pid));
     }
+    let number = state.load.number();
     let request = state.request_load().ok_or(Error::LoadInProgress)?;
-    if state.leader().is_none() {
-        let started = start_leader();
-        // One that somebody else started will do as well.
+    let mut asked = None;
+    while state.load.number() == number {
         if state.leader().is_none() {
-            wait_for_leader(state, &started?)?;
+            let started = start_leader();
+            // One that somebody else started will do as well.
+            if state.leader().is_none() {
+                wait_for_leader(state, &started?)?;
+            }
         }
+        let leader = state.leader();
+        if leader != asked {
+            asked = leader;
+            request.repeat();
+            state.wake_leader();
+        }
+        process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
     }
-    state.wake_leader();
-    request.leave();
     Ok(())
 }
 

@@ -27,9 +27,10 @@ pub struct State {
     awaited_since: AtomicI64,
     /// A [`Phase`].
     phase: AtomicU32,
-    /// Somebody wants the list to be loaded now; or the load to end.
+    /// Somebody wants the list to be loaded now.
     load_requested: AtomicBool,
-    cancel_requested: AtomicBool,
+    /// The number of the load that somebody wants to end; 0 for none.
+    load_to_cancel: AtomicU32,
     pub load: LoadStats,
     pub dump: DumpStats,
     pub last_error: LastError,
@@ -45,7 +46,7 @@ unsafe impl Shared for State {
         awaited_since: AtomicI64::new(0),
         phase: AtomicU32::new(Phase::Due as u32),
         load_requested: AtomicBool::new(false),
-        cancel_requested: AtomicBool::new(false),
+        load_to_cancel: AtomicU32::new(0),
         load: LoadStats::new(),
         dump: DumpStats::new(),
         last_error: LastError::new(),
@@ -153,7 +154,6 @@ impl State {
 
     /// A load begins. At no moment in between does it look as if none were wanted.
     pub fn begin_load(&self) {
-        self.cancel_requested.store(false, SeqCst);
         self.load.begin();
         self.phase.store(Phase::Loading as u32, SeqCst);
         self.load_requested.store(false, SeqCst);
@@ -196,18 +196,20 @@ impl State {
         (!requested_before).then(|| LoadRequest(self))
     }
 
-    /// Asks for the end of the load that runs. False where none does.
+    /// Asks for the end of the load that runs, and of no later one. False where none
+    /// does.
     pub fn request_cancel(&self) -> bool {
+        let number = self.load.number();
         let runs = self.leader().is_some() && self.phase() == Phase::Loading;
         if runs {
-            self.cancel_requested.store(true, SeqCst);
+            self.load_to_cancel.store(number, SeqCst);
             self.wake_leader();
         }
         runs
     }
 
     pub fn cancel_is_requested(&self) -> bool {
-        self.cancel_requested.load(SeqCst)
+        self.load_to_cancel.load(SeqCst) == self.load.number()
     }
 }
 
@@ -220,13 +222,13 @@ impl Drop for DumpFileInUse<'_> {
     }
 }
 
-/// A load that was asked for; dropping it withdraws that.
+/// A load that was asked for; dropping it withdraws that, if it has not begun.
 pub struct LoadRequest<'a>(&'a State);
 
 impl LoadRequest<'_> {
-    /// Leaves it to the leader.
-    pub fn leave(self) {
-        std::mem::forget(self);
+    /// Asks once more: a leader that ends takes what it was asked for with it.
+    pub fn repeat(&self) {
+        self.0.load_requested.store(true, SeqCst);
     }
 }
 

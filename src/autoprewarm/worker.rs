@@ -19,7 +19,6 @@ use super::state::State;
 use crate::blocks::plan::PlanView;
 use crate::blocks::{Fork, SkipReason};
 use crate::pg::activity::{self, Kind, Progress, ShownProgress, WaitEvent};
-use crate::pg::error::catch;
 use crate::pg::relation::{Opened, Relation};
 use crate::pg::{buffer, database, dsm, process, transaction};
 use crate::turn::{Memory, Pace, TURN};
@@ -87,7 +86,7 @@ pub fn main(argument: WorkerArgument) {
         if let ChunkEnd::Locked(rest) = worker.load_chunk(claim) {
             locked.push(rest);
             if pauses.next().is_some() {
-                sleep(LOCKED_PAUSE, WaitEvent::LockedRelation);
+                process::sleep_as_worker(Some(LOCKED_PAUSE), WaitEvent::LockedRelation);
             }
         }
         slot.give_up_claim();
@@ -162,7 +161,7 @@ impl Worker<'_> {
             }
             locked = still_locked;
             if !locked.is_empty() {
-                sleep(LOCKED_RETRY, WaitEvent::LockedRelation);
+                process::sleep_as_worker(Some(LOCKED_RETRY), WaitEvent::LockedRelation);
             }
         }
     }
@@ -180,14 +179,16 @@ impl Worker<'_> {
             let allowed = match self.load.rate_limit.take(wanted, process::monotonic_micros) {
                 Ok(allowed) => allowed,
                 Err(wait) => {
-                    sleep(wait.min(RATE_PATIENCE), WaitEvent::RateLimit);
+                    process::sleep_as_worker(Some(wait.min(RATE_PATIENCE)), WaitEvent::RateLimit);
                     continue;
                 }
             };
             self.report_now_and_then();
+            let once_more = done.get() < one_by_one;
             let turn = Turn {
                 done: &done,
-                most: if done.get() < one_by_one { 1 } else { allowed },
+                most: if once_more { 1 } else { allowed },
+                once_more,
                 opened: Cell::new(false),
                 read: Cell::new(0),
             };
@@ -222,7 +223,7 @@ impl Worker<'_> {
                     if !turn.opened.get() {
                         self.skip(SkipReason::Unreadable, total - done.get());
                         return ChunkEnd::Done;
-                    } else if done.get() < one_by_one {
+                    } else if turn.once_more {
                         self.skip(SkipReason::Unreadable, 1);
                         done.set(done.get() + 1);
                     } else {
@@ -307,19 +308,14 @@ impl Worker<'_> {
     }
 }
 
-/// Sleeps, or until the latch is set. Before 17, a conflict with recovery may be
-/// raised then, after the transaction that it was meant for: there is nothing to
-/// undo.
-fn sleep(time: Duration, what_for: WaitEvent) {
-    let _ = catch(|| process::sleep(Some(time), what_for));
-}
-
 /// One turn at a chunk.
 struct Turn<'a> {
     /// How many of the chunk's blocks are done.
     done: &'a Cell<usize>,
     /// The most blocks that may be read.
     most: usize,
+    /// Whether they have been tried before, together with one that is unreadable.
+    once_more: bool,
     /// Whether it came to reading.
     opened: Cell<bool>,
     /// How many blocks have been read that were not in shared buffers already.
@@ -349,7 +345,11 @@ impl<'a> Tally<'a> {
 impl Drop for Tally<'_> {
     fn drop(&mut self) {
         let blocks = (self.turn.done.get() - self.first) as u64;
-        let cached = (buffer::hits() - self.hits).min(blocks);
+        let cached = match self.turn.once_more {
+            // What was read along with the unreadable one was not cached before.
+            true => 0,
+            false => (buffer::hits() - self.hits).min(blocks),
+        };
         let loaded = blocks - cached;
         self.turn.read.set(loaded as usize);
         let worker = self.worker;

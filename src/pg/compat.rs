@@ -82,7 +82,8 @@ pub unsafe fn signal(number: c_int, handler: unsafe extern "C-unwind" fn(c_int))
     }
 }
 
-/// The number of a wait event of that name.
+/// The number of a wait event of that name; that of all extensions' where the server
+/// has no names for them, or has given all of them away.
 pub fn wait_event(name: &CStr) -> u32 {
     #[cfg(any(feature = "pg15", feature = "pg16"))]
     {
@@ -90,9 +91,25 @@ pub fn wait_event(name: &CStr) -> u32 {
         pg_sys::PG_WAIT_EXTENSION
     }
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-    // SAFETY: a C string, which the server copies.
-    unsafe {
-        pg_sys::WaitEventExtensionNew(name.as_ptr())
+    {
+        // The server has 128, and raises an ERROR for one more; some may be asked
+        // for at this moment.
+        const ENOUGH: usize = 120;
+        let mut count = 0;
+        // SAFETY: C strings: the server copies the one, and gives copies of the others.
+        unsafe {
+            let names = pg_sys::GetWaitEventCustomNames(pg_sys::PG_WAIT_EXTENSION, &mut count);
+            let taken = std::slice::from_raw_parts(names, count as usize);
+            let is_taken = taken.iter().any(|&taken| CStr::from_ptr(taken) == name);
+            for &taken in taken {
+                pg_sys::pfree(taken.cast());
+            }
+            pg_sys::pfree(names.cast());
+            match is_taken || taken.len() < ENOUGH {
+                true => pg_sys::WaitEventExtensionNew(name.as_ptr()),
+                false => pg_sys::PG_WAIT_EXTENSION,
+            }
+        }
     }
 }
 

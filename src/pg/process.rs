@@ -6,6 +6,7 @@ use std::time::Duration;
 use pgrx::{pg_guard, pg_sys};
 
 use super::activity::WaitEvent;
+use super::error::catch;
 use super::{compat, ffi};
 
 /// This process's ID, as the log and `pg_stat_activity` show it.
@@ -107,6 +108,13 @@ pub fn sleep(timeout: Option<Duration>, what_for: WaitEvent) {
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }
     check_for_interrupts();
+}
+
+/// The same for background workers outside of transactions. On a standby before 17,
+/// a conflict with recovery may be raised then, after the transaction that it was
+/// meant for: there is nothing to undo.
+pub fn sleep_as_worker(timeout: Option<Duration>, what_for: WaitEvent) {
+    let _ = catch(|| sleep(timeout, what_for));
 }
 
 /// Sets another process's latch, if that is a background worker of ours, as the

@@ -209,14 +209,18 @@ fn every_state_of_the_leader_is_shown() {
     // Asked for, and not seen by the leader yet.
     let leader = cluster.leader().unwrap();
     signal(leader, libc::SIGSTOP);
-    client.batch_execute(LOAD).unwrap();
-    let pending = pid_and_state(&mut client);
-    let ready = value::<bool>(&mut client, "SELECT autoprewarm_wait('0')");
-    let refused = error(&mut client, LOAD);
-    signal(leader, libc::SIGCONT);
-    assert_eq!(pending, (Some(leader), "load pending".to_owned()));
-    assert!(!ready);
-    assert_eq!(refused.message, "autoprewarm load is already in progress");
+    thread::scope(|scope| {
+        let asked = scope.spawn(|| cluster.sql(LOAD));
+        wait_until("the request", || {
+            pid_and_state(&mut client) == (Some(leader), "load pending".to_owned())
+        });
+        let ready = value::<bool>(&mut client, "SELECT autoprewarm_wait('0')");
+        let refused = error(&mut client, LOAD);
+        let returned = asked.is_finished();
+        signal(leader, libc::SIGCONT);
+        assert!(!ready && !returned);
+        assert_eq!(refused.message, "autoprewarm load is already in progress");
+    });
     LoadStats::wait_for(&mut client, |stats| stats.state == "loading");
     client.batch_execute(CANCEL).unwrap();
 

@@ -17,9 +17,9 @@ fn contrib() -> Option<Installation> {
     contrib
 }
 
-/// Everything that the catalogs hold of the extension and its functions, in this
+/// Everything that the catalogs hold of the extension, its functions and views, in this
 /// database, but for OIDs and the extension's version.
-fn objects(client: &mut Client) -> Vec<String> {
+pub fn objects(client: &mut Client) -> Vec<String> {
     value(
         client,
         "WITH extension AS (SELECT * FROM pg_extension WHERE extname = 'pg_prewarm'), \
@@ -31,6 +31,9 @@ fn objects(client: &mut Client) -> Vec<String> {
          SELECT (to_jsonb(e) - 'oid' - 'extversion')::text FROM extension e \
          UNION ALL SELECT (to_jsonb(p) - 'oid' - 'proargdefaults')::text FROM function p \
          UNION ALL SELECT pg_get_functiondef(p.oid) FROM function p \
+         UNION ALL SELECT concat_ws(' ', 'view:', c.oid::regclass, relowner, relacl, \
+                                    pg_get_viewdef(c.oid)) \
+             FROM pg_class c JOIN depending ON classid = 'pg_class'::regclass AND objid = c.oid \
          UNION ALL SELECT format('comment: %s', description) FROM pg_description \
              WHERE objoid IN (SELECT oid FROM extension UNION SELECT oid FROM function) \
          UNION ALL SELECT format('first rights: %s %s', proname, initprivs) \

@@ -116,7 +116,7 @@ install_extension() {
     cargo pgrx install --pg-config "$PG_CONFIG" "${pg_features[@]}" "$@" >"$log" 2>&1 ||
         { cat "$log" >&2; rm -f "$log"; die "the extension does not build or cannot be installed"; }
     rm -f "$log"
-    cp "$project"/sql/pg_prewarm--1.1.sql "$("$PG_CONFIG" --sharedir)/extension/"
+    cp "$project"/sql/pg_prewarm--1.[12].sql "$("$PG_CONFIG" --sharedir)/extension/"
 }
 
 # Fails if the library that was installed (built for release) names a folder of

@@ -42,7 +42,7 @@ const WORKER: Kind = Kind {
 /// What is to be done while the server starts, when the library is preloaded.
 pub fn prepare_with_server() {
     state::reserve();
-    if settings::autoprewarm() {
+    if settings::leader_starts_with_server() {
         LEADER.start_with_server();
     }
 }

@@ -6,6 +6,7 @@
 mod common;
 
 mod bad_files;
+mod discard;
 mod functions;
 mod heat;
 mod list;

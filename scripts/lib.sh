@@ -18,6 +18,8 @@ fi
 export PG_PREWARM_CACHE=$cache
 
 cargo_pgrx_version=0.18.1
+cargo_deny_version=0.20.2
+cargo_fuzz_version=0.13.2
 
 # The folders that tell whose machine a library was built on.
 build_folders() {

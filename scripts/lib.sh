@@ -31,7 +31,8 @@ build_folders() {
 
 # Panics name the source file that they come from. What is built names neither
 # the checkout nor the folder of the crates, but /build in their place; of
-# several that fit, the last counts.
+# several that fit, the last counts. (Cargo then leaves aside the flags of its own
+# configuration files, though not those in RUSTFLAGS.)
 hide_build_folders() {
     local flags=() folder separator=$'\x1f'
     read -r -a flags <<<"${RUSTFLAGS:-}"
@@ -124,10 +125,12 @@ install_extension() {
 # Fails if the library that was installed (built for release) names a folder of
 # this machine's.
 check_hides_build_folders() {
-    local library
+    local library found
     library=$("$PG_CONFIG" --pkglibdir)/pg_prewarm.so
-    ! build_folders | grep -a -o -F -f - "$library" | sort | uniq -c >&2 ||
-        die "$library names folders of this machine; see above"
+    [ -s "$library" ] || die "there is no $library"
+    if found=$(build_folders | grep -a -o -F -f - "$library"); then
+        die "$library names folders of this machine:" $(sort -u <<<"$found")
+    fi
 }
 
 # Runs contrib's own regression and TAP tests, of the version that is installed

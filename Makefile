@@ -5,7 +5,9 @@
 #   make test [PG=16]      all tests, on one major version (default 15)
 #   make test-all          all tests, on every supported version
 #   make bench [PG=18]     contrib and this, side by side (SIZE=smoke: a minute)
-#   make check             formatting, lints, documentation
+#   make check             formatting, lints, documentation, dependencies
+#   make fuzz [TIME=60]    inputs that a fuzzer makes up, so many seconds each
+#   make valgrind [PG=18]  a load, a dump and every function under valgrind
 #   make install PG_CONFIG=/path/to/pg_config
 #                          install into a PostgreSQL of yours
 #   make clean             remove what was built here
@@ -15,7 +17,7 @@
 PG ?= 15
 PG_CONFIG ?= pg_config
 
-.PHONY: demo test test-all bench check install clean
+.PHONY: demo test test-all bench check fuzz valgrind install clean
 
 demo:
 	@scripts/demo
@@ -31,6 +33,12 @@ bench:
 
 check:
 	@scripts/check
+
+fuzz:
+	@scripts/fuzz
+
+valgrind:
+	@scripts/valgrind $(PG)
 
 install:
 	@scripts/install $(PG_CONFIG)

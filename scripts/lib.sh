@@ -18,7 +18,31 @@ fi
 export PG_PREWARM_CACHE=$cache
 
 cargo_pgrx_version=0.18.1
+cargo_deny_version=0.20.2
+cargo_fuzz_version=0.13.2
 
+# The folders that tell whose machine a library was built on.
+build_folders() {
+    local folder
+    for folder in "${HOME:-/}" "${CARGO_HOME:-${HOME:-}/.cargo}" "$project"; do
+        [ "$folder" = / ] || printf '%s\n' "$folder"
+    done
+}
+
+# Panics name the source file that they come from. What is built names neither
+# the checkout nor the folder of the crates, but /build in their place; of
+# several that fit, the last counts. (Cargo then leaves aside the flags of its own
+# configuration files, though not those in RUSTFLAGS.)
+hide_build_folders() {
+    local flags=() folder separator=$'\x1f'
+    read -r -a flags <<<"${RUSTFLAGS:-}"
+    while read -r folder; do
+        flags+=("--remap-path-prefix=$folder=/build")
+    done < <(build_folders)
+    CARGO_ENCODED_RUSTFLAGS=$(IFS=$separator; printf '%s' "${flags[*]}")
+    export CARGO_ENCODED_RUSTFLAGS
+}
+[ -n "${CARGO_ENCODED_RUSTFLAGS:-}" ] || hide_build_folders
 
 # A backtrace in every error's DETAIL helps nobody who compares messages.
 unset RUST_BACKTRACE
@@ -95,7 +119,18 @@ install_extension() {
     cargo pgrx install --pg-config "$PG_CONFIG" "${pg_features[@]}" "$@" >"$log" 2>&1 ||
         { cat "$log" >&2; rm -f "$log"; die "the extension does not build or cannot be installed"; }
     rm -f "$log"
-    cp "$project"/sql/pg_prewarm--1.1.sql "$("$PG_CONFIG" --sharedir)/extension/"
+    cp "$project"/sql/pg_prewarm--1.[12].sql "$("$PG_CONFIG" --sharedir)/extension/"
+}
+
+# Fails if the library that was installed (built for release) names a folder of
+# this machine's.
+check_hides_build_folders() {
+    local library found
+    library=$("$PG_CONFIG" --pkglibdir)/pg_prewarm.so
+    [ -s "$library" ] || die "there is no $library"
+    if found=$(build_folders | grep -a -o -F -f - "$library"); then
+        die "$library names folders of this machine:" $(sort -u <<<"$found")
+    fi
 }
 
 # Runs contrib's own regression and TAP tests, of the version that is installed

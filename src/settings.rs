@@ -69,9 +69,10 @@ pub fn autoprewarm() -> bool {
     AUTOPREWARM.get()
 }
 
-/// Whether the server itself starts a leader.
+/// Whether the server itself starts a leader. What `pg_upgrade` caches is not
+/// worth a list, nor does it want others in its databases.
 pub fn leader_starts_with_server() -> bool {
-    PRELOADED.load(Relaxed) && autoprewarm()
+    PRELOADED.load(Relaxed) && autoprewarm() && !process::is_upgrading()
 }
 
 /// `pg_prewarm.autoprewarm_workers`: the most workers of a load at once.

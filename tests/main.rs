@@ -6,6 +6,7 @@
 mod common;
 
 mod bad_files;
+mod discard;
 mod functions;
 mod heat;
 mod list;
@@ -14,6 +15,7 @@ mod neighbour;
 mod relations;
 mod resources;
 mod restart;
+mod security;
 mod settings;
 mod slow_disk;
 mod standby;

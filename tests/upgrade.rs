@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use postgres::Client;
 
-use crate::common::{Block, Cluster, Installation, Shutdown, error, value};
+use crate::common::{Block, Cluster, Installation, LIST, Shutdown, error, value};
 
 /// The installation with contrib's module; nothing, with a note, where there is
 /// none to compare with.
@@ -17,9 +17,9 @@ fn contrib() -> Option<Installation> {
     contrib
 }
 
-/// Everything that the catalogs hold of the extension and its functions, in this
+/// Everything that the catalogs hold of the extension, its functions and views, in this
 /// database, but for OIDs and the extension's version.
-fn objects(client: &mut Client) -> Vec<String> {
+pub fn objects(client: &mut Client) -> Vec<String> {
     value(
         client,
         "WITH extension AS (SELECT * FROM pg_extension WHERE extname = 'pg_prewarm'), \
@@ -31,6 +31,9 @@ fn objects(client: &mut Client) -> Vec<String> {
          SELECT (to_jsonb(e) - 'oid' - 'extversion')::text FROM extension e \
          UNION ALL SELECT (to_jsonb(p) - 'oid' - 'proargdefaults')::text FROM function p \
          UNION ALL SELECT pg_get_functiondef(p.oid) FROM function p \
+         UNION ALL SELECT concat_ws(' ', 'view:', c.oid::regclass, relowner, relacl, \
+                                    pg_get_viewdef(c.oid)) \
+             FROM pg_class c JOIN depending ON classid = 'pg_class'::regclass AND objid = c.oid \
          UNION ALL SELECT format('comment: %s', description) FROM pg_description \
              WHERE objoid IN (SELECT oid FROM extension UNION SELECT oid FROM function) \
          UNION ALL SELECT format('first rights: %s %s', proname, initprivs) \
@@ -246,5 +249,247 @@ fn each_module_loads_all_of_the_list_that_the_other_wrote() {
         let after = restart_with(&mut cluster, reader);
         let missing: Vec<_> = before.difference(&after).collect();
         assert!(missing.is_empty(), "{reader:?} lacks {missing:?}");
+    }
+}
+
+/// Roles that were granted something of 2.0, and one that was not.
+const GRANTS: &str =
+    "CREATE ROLE operator LOGIN; CREATE ROLE viewer LOGIN; CREATE ROLE plain LOGIN";
+const GRANT: &str = "GRANT EXECUTE ON FUNCTION autoprewarm_load_now(), autoprewarm_dump_now() \
+        TO operator; \
+    GRANT SELECT ON pg_stat_autoprewarm TO viewer; \
+    GRANT EXECUTE ON FUNCTION pg_stat_get_autoprewarm() TO viewer; \
+    REVOKE EXECUTE ON FUNCTION pg_prewarm FROM PUBLIC";
+
+/// Only what `GRANTS` and `GRANT` gave, is given.
+fn check_grants(cluster: &Cluster, database: &str) {
+    let queries = [
+        "SELECT autoprewarm_dump_now()",
+        "SELECT * FROM pg_stat_autoprewarm",
+        "SELECT pg_prewarm('t')",
+    ];
+    for (role, may) in [
+        ("operator", [true, false, false]),
+        ("viewer", [false, true, false]),
+        ("plain", [false, false, false]),
+        ("postgres", [true, true, true]),
+    ] {
+        let mut client = cluster.connect_as(role, database);
+        for (query, may) in queries.into_iter().zip(may) {
+            if may {
+                client.batch_execute(query).unwrap();
+            } else {
+                assert_eq!(
+                    error(&mut client, query).sqlstate,
+                    "42501",
+                    "{role}: {query}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_dump_of_a_database_brings_back_the_extension_and_what_was_granted() {
+    let cluster = Cluster::build().start();
+    let dumped = |from: &str, to: &str| {
+        let file = cluster.path("dump.sql");
+        let file = file.to_str().unwrap();
+        cluster.run_client("pg_dump", &["-f", file, from]);
+        cluster.sql(&format!("CREATE DATABASE {to}"));
+        cluster.run_client(
+            "psql",
+            &["-q", "-X", "-v", "ON_ERROR_STOP=1", "-f", file, to],
+        );
+        cluster.connect(to)
+    };
+    let make = |database: &str, create: &str| {
+        cluster.sql(&format!("CREATE DATABASE {database}"));
+        cluster.sql_in(
+            database,
+            &format!("CREATE TABLE t AS SELECT 1 AS a; {create}"),
+        );
+    };
+    cluster.sql(GRANTS);
+
+    make("new", &format!("CREATE EXTENSION pg_prewarm; {GRANT}"));
+    let mut copy = dumped("new", "new_copy");
+    assert_eq!(version(&mut copy), "2.0");
+    assert_eq!(objects(&mut copy), objects(&mut cluster.connect("new")));
+    check_grants(&cluster, "new_copy");
+
+    // A dump names no version, so that a restored 1.2 is 2.0.
+    make(
+        "old",
+        "CREATE EXTENSION pg_prewarm VERSION '1.2'; \
+         GRANT EXECUTE ON FUNCTION autoprewarm_dump_now() TO operator",
+    );
+    let mut copy = dumped("old", "old_copy");
+    assert_eq!(version(&mut copy), "2.0");
+    let dump = "SELECT autoprewarm_dump_now()";
+    assert!(value::<i64>(&mut cluster.connect_as("operator", "old_copy"), dump) > 0);
+    let mut plain = cluster.connect_as("plain", "old_copy");
+    assert_eq!(error(&mut plain, dump).sqlstate, "42501");
+}
+
+#[test]
+fn back_at_1_2_a_database_works_with_contribs_library() {
+    let Some(contrib) = contrib() else { return };
+    let mut cluster = Cluster::build().start();
+    cluster.sql(GRANTS);
+    let mut client = cluster.connect("postgres");
+    // How rights are written down is all that differs in the end.
+    let but_rights = |client: &mut Client| {
+        let mut objects = objects(client);
+        objects.retain(|line| !line.contains("proacl") && !line.starts_with("first rights"));
+        objects
+    };
+    client
+        .batch_execute("CREATE EXTENSION pg_prewarm VERSION '1.2'")
+        .unwrap();
+    let made = but_rights(&mut client);
+    client
+        .batch_execute(&format!(
+            "DROP EXTENSION pg_prewarm; CREATE EXTENSION pg_prewarm; {GRANT}; \
+             CREATE VIEW v AS SELECT * FROM pg_stat_autoprewarm"
+        ))
+        .unwrap();
+    fill(&cluster);
+
+    // What others made of the new objects is not dropped with them.
+    let back = "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'";
+    assert_eq!(error(&mut client, back).sqlstate, "2BP01");
+    assert_eq!(version(&mut client), "2.0");
+    client.batch_execute("DROP VIEW v").unwrap();
+    client.batch_execute(back).unwrap();
+    assert_eq!(version(&mut client), "1.2");
+
+    assert_eq!(but_rights(&mut client), made);
+    let rights = |cluster: &Cluster| {
+        for (function, may) in [
+            ("autoprewarm_dump_now()", true),
+            ("autoprewarm_start_worker()", true),
+            ("pg_prewarm(regclass,text,text,int8,int8)", false),
+        ] {
+            let query = format!("SELECT has_function_privilege('plain', '{function}', 'execute')");
+            assert_eq!(cluster.value::<bool>(&query), may, "{function}");
+        }
+    };
+    rights(&cluster);
+    check_functions(&cluster);
+    restart_with(&mut cluster, &contrib);
+    check_functions(&cluster);
+    rights(&cluster);
+
+    // And forth again.
+    restart_with(&mut cluster, &Installation::ours());
+    cluster.sql("ALTER EXTENSION pg_prewarm UPDATE; GRANT SELECT ON t TO plain");
+    check_functions(&cluster);
+}
+
+#[test]
+fn what_is_new_in_2_0_is_an_error_with_contribs_library_and_the_rest_works() {
+    let Some(contrib) = contrib() else { return };
+    let mut cluster = Cluster::build().start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    fill(&cluster);
+    restart_with(&mut cluster, &contrib);
+    check_functions(&cluster);
+    let mut client = cluster.connect("postgres");
+    for (name, query) in [
+        ("autoprewarm_wait", "SELECT autoprewarm_wait()"),
+        (
+            "pg_stat_get_autoprewarm",
+            "SELECT * FROM pg_stat_autoprewarm",
+        ),
+        ("pg_prewarm_database", "SELECT * FROM pg_prewarm_database()"),
+    ] {
+        let raised = error(&mut client, query);
+        assert_eq!(raised.sqlstate, "42883");
+        assert!(
+            raised
+                .message
+                .starts_with(&format!("could not find function \"{name}\" in file ")),
+            "{raised:?}"
+        );
+    }
+    // Without the new scripts, dropping is what is left.
+    client
+        .batch_execute("DROP EXTENSION pg_prewarm; CREATE EXTENSION pg_prewarm")
+        .unwrap();
+    assert_eq!(version(&mut client), "1.2");
+    check_functions(&cluster);
+}
+
+#[test]
+fn pg_upgrade_keeps_the_extension_and_a_copied_list_warms_the_new_cluster() {
+    let Some(old) = Installation::old() else {
+        println!("OLD_PG_CONFIG names no PostgreSQL 15: pg_upgrade was not run");
+        return;
+    };
+    let old = Cluster::build().installation(old).start();
+    assert_eq!(old.major(), 15);
+    old.sql(GRANTS);
+    old.create_tablespace("elsewhere");
+    old.sql("CREATE DATABASE old");
+    old.sql_in("old", "CREATE EXTENSION pg_prewarm VERSION '1.2'");
+    old.sql(&format!("CREATE EXTENSION pg_prewarm; {GRANT}"));
+    let tables = [
+        old.table("t", 300),
+        old.table("away", 100),
+        old.table_of_blocks("old", "t", 200),
+    ];
+    old.sql("ALTER TABLE away SET TABLESPACE elsewhere; SELECT count(*) FROM away");
+    let tables = [tables[0], old.file_of("postgres", "away"), tables[2]];
+    // 18 words views in another way, and says more of what depends on what.
+    let functions = |cluster: &Cluster, database: &str| {
+        let mut objects = objects(&mut cluster.connect(database));
+        objects.retain(|line| {
+            !["view:", "depends:"]
+                .iter()
+                .any(|kind| line.starts_with(kind))
+        });
+        objects
+    };
+    let before = ["postgres", "old"].map(|database| functions(&old, database));
+    for database in ["postgres", "old", "template1"] {
+        // Some releases of 15 mark every column in a way that 18's own pg_dump takes
+        // for an option, which 18 then does not know.
+        old.sql_in(
+            database,
+            "UPDATE pg_attribute SET attoptions = NULL WHERE attoptions::text LIKE '{pg_attver=%'",
+        );
+    }
+    old.stop(Shutdown::Fast);
+    let list = old.list();
+    assert!(tables.iter().all(|table| old.lists(*table)));
+
+    // It starts both servers several times, which load and dump nothing.
+    let new = Cluster::build().create();
+    new.upgrade_from(&old);
+    assert_eq!(old.list(), list);
+    assert!(!new.data(LIST).exists());
+
+    // Databases, tablespaces and relations have their numbers still.
+    new.write_list(&list);
+    new.start();
+    new.wait_for_load(0);
+    let cached = new.cached();
+    for (table, blocks) in tables.into_iter().zip([300, 100, 200]) {
+        let missing = table.first(blocks).filter(|block| !cached.contains(block));
+        assert_eq!(missing.count(), 0, "{table:?}");
+    }
+    let after = ["postgres", "old"].map(|database| functions(&new, database));
+    assert_eq!(before, after);
+    check_grants(&new, "postgres");
+    for (database, is) in [("postgres", "2.0"), ("old", "1.2")] {
+        let mut client = new.connect(database);
+        assert_eq!(version(&mut client), is);
+        assert!(value::<i64>(&mut client, "SELECT pg_prewarm('t')") > 0);
+        client
+            .batch_execute("ALTER EXTENSION pg_prewarm UPDATE")
+            .unwrap();
+        assert_eq!(version(&mut client), "2.0");
+        assert!(value::<bool>(&mut client, "SELECT autoprewarm_wait()"));
     }
 }

@@ -47,7 +47,7 @@ fn corrupted_at(line: u64) -> String {
 /// What is to be done while the server starts, when the library is preloaded.
 pub fn prepare_with_server() {
     state::reserve();
-    if settings::autoprewarm() {
+    if settings::leader_starts_with_server() {
         LEADER.start_with_server();
     }
 }

@@ -7,7 +7,7 @@ use std::io::Read;
 use rustc_hash::FxHashMap;
 
 pub use super::parser::ReadError;
-use super::parser::{SHORTEST_RECORD, Sink, read_all};
+use super::parser::{CHUNK, SHORTEST_RECORD, Sink, read_all};
 use super::trailer::Heats;
 use super::{BlockNumber, Heat, Oid, Record};
 
@@ -81,9 +81,14 @@ impl BlockList {
     /// Reads the list of a file of `size` bytes, which bounds the memory that
     /// is asked for. Bad lines are no errors: see [`BlockList::first_bad_line`].
     pub fn read(input: impl Read, size: u64) -> Result<Self, ReadError> {
+        Self::read_in_chunks(input, size, CHUNK)
+    }
+
+    /// The same with chunks of another size, which hold the header at least.
+    pub fn read_in_chunks(input: impl Read, size: u64, chunk: usize) -> Result<Self, ReadError> {
         let most = usize::try_from(size).unwrap_or(usize::MAX) / SHORTEST_RECORD + 1;
-        let (mut builder, summary) =
-            read_all(input, ListBuilder::new(most), ListBuilder::set_heat)?;
+        let builder = ListBuilder::new(most);
+        let (mut builder, summary) = read_all(input, chunk, builder, ListBuilder::set_heat)?;
         if summary.heats != Heats::Saved {
             for entry in &mut builder.entries {
                 *entry = entry.with_heat(Heat::ONCE);
@@ -97,8 +102,8 @@ impl BlockList {
         })
     }
 
-    /// The records, each with its heat.
-    #[cfg(test)]
+    /// The records, each with its heat: what tests compare.
+    #[allow(dead_code)]
     pub fn records(&self) -> impl Iterator<Item = (Record, Heat)> {
         self.entries.iter().map(|entry| {
             let file = self.files[entry.file()];

@@ -60,11 +60,12 @@ pub(super) struct Summary {
     pub digits_at: u64,
 }
 
-/// Reads a list to its end. `heat` is told the heat of each record, by the number
-/// of the record, and returns whether there is such a record; only the summary
-/// tells whether any of it is to be believed.
+/// Reads a list to its end, `chunk` bytes in one go. `heat` is told the heat of each
+/// record, by the number of the record, and returns whether there is such a record;
+/// only the summary tells whether any of it is to be believed.
 pub(super) fn read_all<S: Sink>(
     mut input: impl Read,
+    chunk: usize,
     sink: S,
     mut heat: impl FnMut(&mut S, u64, Heat) -> bool,
 ) -> Result<(S, Summary), ReadError> {
@@ -72,7 +73,7 @@ pub(super) fn read_all<S: Sink>(
     let mut trailer = TrailerReader::default();
     let mut checksum = 0;
     let mut list_length = 0;
-    let mut chunk = vec![0; CHUNK];
+    let mut chunk = vec![0; chunk];
     loop {
         let filled = fill(&mut input, &mut chunk)?;
         let bytes = &chunk[..filled];
@@ -82,7 +83,7 @@ pub(super) fn read_all<S: Sink>(
         trailer.read(&bytes[at..], &mut checksum, |index, digit| {
             Heat::from_digit(digit).is_some_and(|digit| heat(&mut parser.sink, index, digit))
         });
-        if filled < CHUNK || trailer.has_ended() {
+        if filled < chunk.len() || trailer.has_ended() {
             break;
         }
     }

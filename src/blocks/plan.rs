@@ -92,6 +92,7 @@ struct Key(u64);
 
 impl Key {
     const HEAT_BITS: u32 = 3;
+    const HEAT: u64 = (1 << Self::HEAT_BITS) - 1;
     const PLACE_SHIFT: u32 = 32 + Self::HEAT_BITS;
     const MAX_FILES: usize = (1 << (64 - Self::PLACE_SHIFT)) / TIERS;
 
@@ -112,7 +113,20 @@ impl Key {
     }
 
     fn heat(self) -> Heat {
-        Heat::from_usage_count(self.0 as u32 & ((1 << Self::HEAT_BITS) - 1))
+        Heat::from_usage_count((self.0 & Self::HEAT) as u32)
+    }
+
+    fn is_same_block(self, other: Self) -> bool {
+        self.0 & !Self::HEAT == other.0 & !Self::HEAT
+    }
+
+    /// Puts a mark in the place of the heat, which is never that high.
+    fn mark_cached(&mut self) {
+        self.0 |= Self::HEAT;
+    }
+
+    fn is_marked_cached(self) -> bool {
+        self.0 & Self::HEAT == Self::HEAT
     }
 }
 
@@ -304,31 +318,29 @@ fn remove_cached(
     places: &Places,
     cached: impl Iterator<Item = Record>,
 ) -> Result<u64, TryReserveError> {
-    let by_file: FxHashMap<&FileFork, usize> = files.iter().zip(0..).collect();
-    let mut found = Vec::new();
+    let mut by_file: FxHashMap<&FileFork, usize> = FxHashMap::default();
+    by_file.try_reserve(files.len())?;
+    by_file.extend(files.iter().zip(0..));
     for record in cached {
         let Some(&file) = by_file.get(&FileFork::of(&record)) else {
             continue;
         };
         for place in places.places[file] {
-            // The same block may be listed more than once.
-            let first = Key::new(place, record.block, Heat::from_usage_count(0));
-            let last = Key::new(place, record.block, Heat::MAX);
-            let start = keys.partition_point(|key| *key < first);
-            let count = keys[start..].iter().take_while(|key| **key <= last).count();
-            found.try_reserve(count)?;
-            found.extend(start..start + count);
+            let block = Key::new(place, record.block, Heat::from_usage_count(0));
+            let start = keys.partition_point(|key| *key < block);
+            // The same block may be listed more than once, and be seen in two buffers
+            // when it moves from one to the other meanwhile.
+            for key in &mut keys[start..] {
+                if !key.is_same_block(block) {
+                    break;
+                }
+                key.mark_cached();
+            }
         }
     }
-    found.sort_unstable();
-    let mut found_next = found.iter().peekable();
-    let mut index = 0;
-    keys.retain(|_| {
-        let is_cached = found_next.next_if_eq(&&index).is_some();
-        index += 1;
-        !is_cached
-    });
-    Ok(found.len() as u64)
+    let total = keys.len();
+    keys.retain(|key| !key.is_marked_cached());
+    Ok((total - keys.len()) as u64)
 }
 
 /// Keeps the hottest `budget` keys, without changing their order, and returns how

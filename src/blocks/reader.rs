@@ -27,13 +27,20 @@ pub struct ListReader<R> {
 impl<R: Read> ListReader<R> {
     /// Reads the list once. `from` gives the file's bytes from an offset on.
     pub fn new(from: impl Fn(u64) -> R) -> Result<Self, ReadError> {
-        let (_, summary) = read_all(from(0), Counter(0), |counter, index, _| index < counter.0)?;
+        Self::in_chunks(from, CHUNK)
+    }
+
+    /// The same with chunks of another size, which hold the header at least.
+    pub fn in_chunks(from: impl Fn(u64) -> R, chunk: usize) -> Result<Self, ReadError> {
+        let (_, summary) = read_all(from(0), chunk, Counter(0), |counter, index, _| {
+            index < counter.0
+        })?;
         let heats = (summary.heats == Heats::Saved)
             .then(|| BufReader::new(from(summary.digits_at)).bytes());
-        let most = CHUNK / SHORTEST_RECORD + 1;
+        let most = chunk / SHORTEST_RECORD + 1;
         Ok(Self {
             input: from(0),
-            chunk: vec![0; CHUNK],
+            chunk: vec![0; chunk],
             parser: Parser::new(VecDeque::with_capacity(most)),
             heats,
             first_bad_line: summary.first_bad_line,
@@ -49,7 +56,7 @@ impl<R: Read> ListReader<R> {
     fn read_chunk(&mut self) -> Result<(), ReadError> {
         let filled = fill(&mut self.input, &mut self.chunk)?;
         self.parser.read(&self.chunk[..filled])?;
-        if filled < CHUNK {
+        if filled < self.chunk.len() {
             self.parser.end()?;
         }
         Ok(())

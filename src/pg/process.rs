@@ -191,3 +191,9 @@ pub fn is_preloading() -> bool {
     // SAFETY: a flag that the postmaster sets around the loading.
     unsafe { pg_sys::process_shared_preload_libraries_in_progress }
 }
+
+/// Whether `pg_upgrade` has started the server, for itself.
+pub fn is_upgrading() -> bool {
+    // SAFETY: set before anything is loaded, and never changed.
+    unsafe { pg_sys::IsBinaryUpgrade }
+}

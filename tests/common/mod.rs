@@ -50,6 +50,12 @@ impl Installation {
         Self::from_env("CONTRIB_PG_CONFIG", "contrib")
     }
 
+    /// One of PostgreSQL 15 with this extension, where ours is of 18: `pg_upgrade`
+    /// goes from the one to the other.
+    pub fn old() -> Option<Self> {
+        Self::from_env("OLD_PG_CONFIG", "old")
+    }
+
     fn from_env(variable: &str, name: &'static str) -> Option<Self> {
         let pg_config = std::env::var_os(variable).filter(|value| !value.is_empty())?;
         let bin = run(Command::new(pg_config).arg("--bindir"));
@@ -64,6 +70,11 @@ impl Installation {
         as_server_user(self.bin.join(name))
     }
 
+    /// Where its programs are.
+    pub fn bin(&self) -> &Path {
+        &self.bin
+    }
+
     pub fn major(&self) -> u32 {
         let version = run(Command::new(self.bin.join("postgres")).arg("--version"));
         let number = version.split_whitespace().nth(2).unwrap();
@@ -72,9 +83,11 @@ impl Installation {
 
     /// A freshly initialised data folder, made once and copied for each cluster.
     fn template(&self, checksums: bool) -> &'static Path {
-        static TEMPLATES: [OnceLock<PathBuf>; 4] = [const { OnceLock::new() }; 4];
-        let index = usize::from(self.name == "contrib") * 2 + usize::from(checksums);
-        TEMPLATES[index].get_or_init(|| {
+        static TEMPLATES: [OnceLock<PathBuf>; 6] = [const { OnceLock::new() }; 6];
+        let kind = ["ours", "contrib", "old"]
+            .iter()
+            .position(|&name| name == self.name);
+        TEMPLATES[kind.unwrap() * 2 + usize::from(checksums)].get_or_init(|| {
             let folder = new_folder("template");
             let mut initdb = self.program("initdb");
             initdb.args([
@@ -173,8 +186,9 @@ pub fn run(command: &mut Command) -> String {
     let output = output(command);
     assert!(
         output.status.success(),
-        "{command:?}: {}\n{}",
+        "{command:?}: {}\n{}{}",
         output.status,
+        String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8(output.stdout).unwrap()
@@ -676,6 +690,29 @@ impl Cluster {
             fork: 0,
             block: 0,
         }
+    }
+
+    /// What a client program of this installation prints, connected to this cluster.
+    pub fn run_client(&self, program: &str, arguments: &[&str]) -> String {
+        let mut command = self.installation.program(program);
+        command.arg("-h").arg(&self.folder).args(["-U", "postgres"]);
+        run(command.args(arguments))
+    }
+
+    /// Fills this cluster, which is new, with what `old` holds; both are stopped.
+    pub fn upgrade_from(&self, old: &Cluster) {
+        let mut command = self.installation.program("pg_upgrade");
+        command.current_dir(&self.folder).args(["-U", "postgres"]);
+        for (option, path) in [
+            ("-b", old.installation.bin()),
+            ("-B", self.installation.bin()),
+            ("-d", &old.data("")),
+            ("-D", &self.data("")),
+            ("-s", &self.folder),
+        ] {
+            command.arg(option).arg(path);
+        }
+        run(&mut command);
     }
 
     /// A standby that follows this cluster, not started.

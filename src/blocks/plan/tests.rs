@@ -129,6 +129,15 @@ fn what_is_cached_is_left_out_and_uses_up_no_budget() {
 }
 
 #[test]
+fn a_block_that_is_seen_in_two_buffers_is_cached_once() {
+    let blocks: Vec<_> = (0..4).map(|block| hot(record(5, 1, 0, block), 1)).collect();
+    let cached = [0, 2, 0].map(|block| blocks[block].0);
+    let plan = plan_without(&blocks, &cached, u64::MAX);
+    assert_eq!(decode(&plan), [blocks[1], blocks[3]]);
+    assert_eq!((plan.cached(), plan.over_budget()), (2, 0));
+}
+
+#[test]
 fn databases_know_their_chunks_and_blocks() {
     let plan = plan(&[
         record(9, 1, 0, 0),

@@ -1,0 +1,127 @@
+//! Reading a list: any bytes, in pieces of any size.
+
+use std::io::{Cursor, Read};
+
+use super::blocks::list::BlockList;
+use super::blocks::reader::ListReader;
+use super::blocks::trailer::Heats;
+use super::blocks::writer::ListWriter;
+use super::blocks::{Heat, Record};
+use super::memory;
+
+/// The most that a byte of a list may cost, beside the chunk and what holds its
+/// records.
+const BYTES_FOR_A_BYTE: usize = 16;
+const BYTES_BESIDE: usize = 64 * 1024;
+
+/// Takes the first two bytes for the sizes of chunks and of reads, and the others
+/// for a list, whose checksum is put right for every other size of a read: the
+/// fuzzer would never find it.
+pub fn check(input: &[u8]) {
+    let [chunk, step, text @ ..] = input else {
+        return;
+    };
+    let mut text = text.to_vec();
+    if step % 2 == 1 {
+        put_checksum_right(&mut text);
+    }
+    let text = &text[..];
+    let whole = read_at_once(text);
+
+    // In other pieces, and where the file's size is not what it was: no
+    // difference, and little memory.
+    let chunk = header_length(text).max(1 + usize::from(*chunk));
+    let piecewise = || Pieces::of(text, *step);
+    let limit = BYTES_FOR_A_BYTE * text.len() + BYTES_BESIDE;
+    for size in [0, text.len()] {
+        let list = memory::within(limit, || {
+            BlockList::read_in_chunks(piecewise(), size as u64, chunk).unwrap()
+        });
+        assert_eq!(list.files, whole.files);
+        assert_eq!(list.entries, whole.entries);
+        assert_eq!(list.first_bad_line, whole.first_bad_line);
+        assert_eq!(list.heats, whole.heats);
+    }
+
+    // One by one.
+    let from = |at| Pieces::of(&text[at as usize..], *step);
+    memory::within(BYTES_BESIDE, || {
+        let mut reader = ListReader::in_chunks(from, chunk).unwrap();
+        assert_eq!(reader.first_bad_line(), whole.first_bad_line);
+        for record in whole.records() {
+            assert_eq!(reader.next().unwrap().unwrap(), record);
+        }
+        assert!(reader.next().is_none());
+    });
+
+    // Written, and read again.
+    let records: Vec<_> = whole.records().collect();
+    let copy = write(&records);
+    let again = read_at_once(&copy);
+    assert!(again.records().eq(records));
+    assert_eq!(again.first_bad_line, None);
+    let heats = match again.entries.is_empty() {
+        true => Heats::Missing,
+        false => Heats::Saved,
+    };
+    assert_eq!(again.heats, heats);
+}
+
+/// A list of these records.
+pub fn write(records: &[(Record, Heat)]) -> Vec<u8> {
+    let mut writer = ListWriter::begin(Cursor::new(Vec::new()), records.len()).unwrap();
+    for (record, heat) in records {
+        writer.push(record, *heat).unwrap();
+    }
+    writer.finish().unwrap().1.into_inner()
+}
+
+/// The list of a text that lies in one chunk.
+pub fn read_at_once(text: &[u8]) -> BlockList {
+    BlockList::read_in_chunks(text, text.len() as u64, text.len() + 1).unwrap()
+}
+
+fn put_checksum_right(text: &mut [u8]) {
+    let name = b"# crc32c 0x";
+    let Some(line) = text.windows(name.len()).position(|bytes| bytes == name) else {
+        return;
+    };
+    let digits = format!("{:08x}", crc32c::crc32c(&text[..line]));
+    let rest = &mut text[line + name.len()..];
+    let length = digits.len().min(rest.len());
+    rest[..length].copy_from_slice(&digits.as_bytes()[..length]);
+}
+
+/// How long the header is, if there is one: it must lie within a chunk.
+fn header_length(text: &[u8]) -> usize {
+    let end = text.windows(2).position(|two| two == b">>");
+    end.map_or(0, |end| end + 2)
+}
+
+/// Bytes that come in pieces of different sizes.
+struct Pieces<'a> {
+    bytes: &'a [u8],
+    step: usize,
+    most: usize,
+}
+
+impl<'a> Pieces<'a> {
+    fn of(bytes: &'a [u8], most: u8) -> Self {
+        Self {
+            bytes,
+            step: 0,
+            most: usize::from(most) + 1,
+        }
+    }
+}
+
+impl Read for Pieces<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.step = self.step % self.most + 1;
+        let length = self.step.min(buffer.len()).min(self.bytes.len());
+        let (piece, rest) = self.bytes.split_at(length);
+        buffer[..length].copy_from_slice(piece);
+        self.bytes = rest;
+        Ok(length)
+    }
+}

@@ -1,0 +1,140 @@
+//! Planning a load: any records and heats, whatever is cached, any budget.
+
+use std::collections::{HashMap, HashSet};
+
+use super::blocks::plan::{CHUNK_BLOCKS, Plan, PlanView};
+use super::blocks::{Fork, Heat, Record};
+use super::{list, memory};
+
+/// The most that a record may cost, with its share of a file and of a chunk, and
+/// the least that is asked for.
+const BYTES_FOR_A_RECORD: usize = 160;
+const BYTES_BESIDE: usize = 16 * 1024;
+
+/// A record and its heat, in the order in which a plan has them.
+type Place = (u32, bool, Record, Heat);
+
+/// More than that many times blocks take long, and show nothing new.
+const MOST: usize = 50;
+
+/// Takes the first two bytes for the budget, and each five of the others for
+/// blocks that are listed, cached, or both.
+pub fn check(input: &[u8]) {
+    let Some((budget, blocks)) = input.split_first_chunk() else {
+        return;
+    };
+    let budget = u64::from(u16::from_le_bytes(*budget));
+    let (mut listed, mut cached) = (Vec::new(), Vec::new());
+    for bytes in blocks.as_chunks().0.iter().take(MOST) {
+        add_blocks(*bytes, &mut listed, &mut cached);
+    }
+    let text = list::write(&listed);
+    let list = list::read_at_once(&text);
+    let limit = BYTES_FOR_A_RECORD * (listed.len() + cached.len()) + BYTES_BESIDE;
+    let plan = memory::within(limit, || {
+        Plan::new(list, cached.iter().copied(), budget).unwrap()
+    });
+    let planned = decode(&plan);
+
+    // In order, and as many as there is room for.
+    assert!(planned.is_sorted());
+    assert!(planned.len() as u64 <= budget);
+    assert!(plan.over_budget() == 0 || planned.len() as u64 == budget);
+
+    // Each block that is listed is in the plan, or in one of the counts.
+    let cached: HashSet<_> = cached.into_iter().collect();
+    let mut left = HashMap::new();
+    let (mut illegal, mut found) = (0, 0);
+    for (record, heat) in listed.iter().copied() {
+        if !is_legal(&record) {
+            illegal += 1;
+        } else if cached.contains(&record) {
+            found += 1;
+        } else {
+            *left.entry((record, heat)).or_insert(0u64) += 1;
+        }
+    }
+    assert_eq!((plan.illegal(), plan.cached()), (illegal, found));
+    for &(_, _, record, heat) in &planned {
+        let times = left
+            .get_mut(&(record, heat))
+            .expect("a block not asked for");
+        *times = times
+            .checked_sub(1)
+            .expect("a block more often than listed");
+    }
+    left.retain(|_, times| *times > 0);
+    assert_eq!(left.values().sum::<u64>(), plan.over_budget());
+
+    // The hottest win.
+    let coldest = planned.iter().map(|&(_, _, _, heat)| heat).min();
+    let hottest_left = left.keys().map(|&(_, heat)| heat).max();
+    if let (Some(coldest), Some(left)) = (coldest, hottest_left) {
+        assert!(left <= coldest);
+    }
+}
+
+fn add_blocks(bytes: [u8; 5], listed: &mut Vec<(Record, Heat)>, cached: &mut Vec<Record>) {
+    let [flags, file, fork, block, more] = bytes;
+    let first = match (block, more) {
+        (255, 255) => u32::MAX,
+        _ => u32::from(u16::from_le_bytes([block, more])),
+    };
+    let count = match flags & 0x20 {
+        0 => 1,
+        _ => 4 * u32::from(more),
+    };
+    let heat = Heat::from_usage_count(u32::from(fork >> 5));
+    for block in (first..=u32::MAX).take(count as usize) {
+        let record = Record {
+            database: u32::from(flags & 3),
+            tablespace: 1663 + u32::from(flags >> 2 & 1),
+            filenumber: u32::from(file),
+            fork: u32::from(fork & 7),
+            block,
+        };
+        if flags & 0x40 == 0 {
+            listed.push((record, heat));
+        }
+        if flags & 0x80 != 0 {
+            cached.push(record);
+        }
+    }
+}
+
+fn is_legal(record: &Record) -> bool {
+    record.block != u32::MAX && record.filenumber != 0 && Fork::from_number(record.fork).is_some()
+}
+
+/// The blocks of a plan as a worker reads them in shared memory, in their order.
+fn decode(plan: &Plan) -> Vec<Place> {
+    let mut words = vec![u32::MAX; plan.words()];
+    plan.encode(&mut words);
+    let view = PlanView::new(&words);
+    let mut places = Vec::new();
+    let mut next = 0;
+    for database in plan.databases() {
+        assert_eq!(database.chunks.start, next);
+        next = database.chunks.end;
+        let before = places.len();
+        for index in database.chunks {
+            let (chunk, blocks) = view.chunk(index);
+            assert_eq!(chunk.database, database.database);
+            let numbers = blocks.numbers();
+            assert!((1..=CHUNK_BLOCKS as usize).contains(&numbers.len()));
+            places.extend(numbers.iter().enumerate().map(|(index, &block)| {
+                let record = Record {
+                    database: chunk.database,
+                    tablespace: chunk.tablespace,
+                    filenumber: chunk.filenumber,
+                    fork: chunk.fork as u32,
+                    block,
+                };
+                let heat = blocks.heat(index);
+                (record.database, heat.usage_count() < 2, record, heat)
+            }));
+        }
+        assert_eq!((places.len() - before) as u64, database.blocks);
+    }
+    places
+}

@@ -1,0 +1,20 @@
+-- Back to 1.2, before contrib's library takes the place of this one: contrib's
+-- has no functions but these three, and whoever held a right to one keeps it.
+-- What others made of the rest, such as a view of theirs, is in the way.
+
+\echo Use "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'" to load this file. \quit
+
+DROP VIEW pg_stat_progress_prewarm;
+DROP VIEW pg_stat_autoprewarm;
+DROP FUNCTION pg_stat_get_progress_prewarm();
+DROP FUNCTION pg_stat_get_autoprewarm();
+DROP FUNCTION autoprewarm_blocks();
+DROP FUNCTION autoprewarm_wait(interval);
+DROP FUNCTION autoprewarm_cancel();
+DROP FUNCTION autoprewarm_load_now();
+DROP FUNCTION pg_prewarm_database(text, boolean, boolean, text[], bigint, integer, boolean);
+DROP FUNCTION pg_prewarm_schema(regnamespace, text, boolean, boolean, text[], bigint, integer);
+DROP FUNCTION pg_prewarm_relation(regclass, text, boolean, boolean, boolean, text[], bigint, integer);
+
+GRANT EXECUTE ON FUNCTION autoprewarm_start_worker() TO PUBLIC;
+GRANT EXECUTE ON FUNCTION autoprewarm_dump_now() TO PUBLIC;

@@ -1,0 +1,135 @@
+//! What others do while a load runs: DDL on the relations that it reads, databases
+//! that come and go, commands that steer it, a clock that is set.
+
+use rand::Rng;
+
+use super::arena::Arena;
+use super::churn::{self, Churn};
+use crate::common::{Fault, Shutdown};
+
+pub const FAULTS: &[super::Kind] = &[
+    ("rewrites", rewrites),
+    ("drops-and-truncates", drops_and_truncates),
+    ("databases", databases),
+    ("steering", steering),
+    ("many-loads", many_loads),
+    ("clock", clock),
+];
+
+/// VACUUM FULL, REINDEX, SET TABLESPACE and the like.
+fn rewrites(arena: &mut Arena) {
+    arena.begin_slow_load();
+    let churn = Churn::begin(arena, churn::rewrites, 3);
+    arena.round.pause(1500);
+    if arena.round.choose(&[false, true]) {
+        arena.back_to_normal();
+        arena.settle();
+    }
+    churn.end();
+    arena.back_to_normal();
+    leave_nothing_half_built(arena);
+}
+
+/// REINDEX CONCURRENTLY that was cut short leaves an invalid index.
+fn leave_nothing_half_built(arena: &Arena) {
+    for database in super::arena::DATABASES {
+        let rows = arena.query(
+            database,
+            "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid",
+        );
+        for row in rows {
+            arena.run(database, &format!("DROP INDEX {}", row.get::<_, &str>(0)));
+        }
+    }
+}
+
+fn drops_and_truncates(arena: &mut Arena) {
+    arena.begin_slow_load();
+    for _ in 0..10 {
+        arena.work();
+    }
+    arena.back_to_normal();
+}
+
+fn databases(arena: &mut Arena) {
+    arena.begin_slow_load();
+    let churn = Churn::begin(arena, churn::databases, 3);
+    arena.round.pause(1500);
+    arena.back_to_normal();
+    arena.round.pause(300);
+    churn.end();
+    if arena.round.choose(&[false, true]) {
+        // They are in the list now, and then gone.
+        arena.restart(Shutdown::Fast);
+    }
+    // A worker connects to a database that is being dropped.
+    arena
+        .round
+        .allowed
+        .extend(["does not exist", "is not currently accepting connections"]);
+}
+
+/// Everything that can be asked of the leader, at once. Whoever dumps in mid-load
+/// lists what is there so far.
+fn steering(arena: &mut Arena) {
+    arena.round.may_skip = true;
+    arena.begin_slow_load();
+    let churn = Churn::begin(
+        arena,
+        |rng, _, _| {
+            let sql = match rng.random_range(0..6) {
+                0 | 1 => "SELECT autoprewarm_load_now()",
+                2 => "SELECT autoprewarm_cancel()",
+                3 => "SELECT autoprewarm_dump_now()",
+                4 => "SELECT autoprewarm_wait('100 ms')",
+                _ => "SELECT count(*) FROM autoprewarm_blocks()",
+            };
+            ("postgres", sql.to_owned())
+        },
+        4,
+    );
+    arena.round.pause(1500);
+    churn.end();
+    arena.back_to_normal();
+    arena.round.list_replaced = true;
+    arena.settle();
+    // It may have been the last one that was cancelled.
+    arena.run("postgres", "SELECT autoprewarm_load_now()");
+    arena.settle();
+    // Of workers that were ended by a cancel's impatience.
+    arena.warm();
+}
+
+/// One leader that loads and dumps again and again has no more than one that has
+/// done so once.
+fn many_loads(arena: &mut Arena) {
+    let leader = arena.settle();
+    for _ in 0..20 {
+        arena.run("postgres", "SELECT autoprewarm_load_now()");
+        assert_eq!(arena.settle(), leader);
+        arena.run("postgres", "SELECT autoprewarm_dump_now()");
+    }
+}
+
+/// The time of day goes back, forth, and back again.
+fn clock(arena: &mut Arena) {
+    arena.round.clock_set = true;
+    arena.set("pg_prewarm.autoprewarm_interval", "1");
+    arena.begin_slow_load();
+    for _ in 0..arena.round.rng.random_range(1..6) {
+        let days = arena.round.rng.random_range(-400..400);
+        arena
+            .cluster
+            .set_fault(Fault::Clock, days * 24 * 3600 * 1_000_000);
+        arena.round.pause(400);
+    }
+    if arena.round.choose(&[false, true]) {
+        let how = arena.round.choose(&[Shutdown::Fast, Shutdown::Immediate]);
+        arena.restart(how);
+    }
+    arena.set("pg_prewarm.autoprewarm_interval", "0");
+    arena.back_to_normal();
+    // Times that were taken while the clock was wrong are not to be compared with.
+    arena.settle();
+    arena.restart(Shutdown::Fast);
+}

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::JoinHandle;
 
-use postgres::{Client, Config, NoTls};
+use postgres::{Config, NoTls};
 use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -49,14 +49,20 @@ impl Churn {
     }
 
     /// Ends them; panics where one was told something that should never be.
-    pub fn end(self) {
+    pub fn end(mut self) {
         self.stop.store(true, Relaxed);
-        let wrong: Vec<String> = self
-            .sessions
+        let wrong: Vec<String> = std::mem::take(&mut self.sessions)
             .into_iter()
             .flat_map(|session| session.join().unwrap())
             .collect();
         assert!(wrong.is_empty(), "{wrong:#?}");
+    }
+}
+
+/// A round that has found something does not wait for them.
+impl Drop for Churn {
+    fn drop(&mut self) {
+        self.stop.store(true, Relaxed);
     }
 }
 
@@ -71,17 +77,19 @@ fn run(config: &Config, database: &str, sql: &str) -> Option<String> {
             std::thread::sleep(std::time::Duration::from_millis(10));
             return None;
         }
-        Ok(client) => check(client, sql).err()?,
+        Ok(mut client) => client.batch_execute(sql).err()?,
     };
     let code = error.as_db_error()?.code().code();
-    let internal = code.starts_with("XX") && !is_the_servers_own(&error);
+    let internal = code.starts_with("XX") && !is_known(&error);
     (internal || code == "57014").then(|| format!("{sql}: {error:?}"))
 }
 
-/// What PostgreSQL says when two sessions do DDL at once.
-fn is_the_servers_own(error: &postgres::Error) -> bool {
+/// What PostgreSQL says when two sessions do DDL at once, and contrib's module, and
+/// so ours, where two dump: errors without a code of their own.
+fn is_known(error: &postgres::Error) -> bool {
     error.as_db_error().is_some_and(|error| {
         [
+            "could not perform block dump",
             "tuple concurrently",
             "cache lookup failed",
             "could not open relation with OID",
@@ -89,10 +97,6 @@ fn is_the_servers_own(error: &postgres::Error) -> bool {
         .iter()
         .any(|text| error.message().starts_with(text))
     })
-}
-
-fn check(mut client: Client, sql: &str) -> Result<(), postgres::Error> {
-    client.batch_execute(sql)
 }
 
 /// What any application may do, and what looks at autoprewarm.

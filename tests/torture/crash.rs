@@ -68,9 +68,7 @@ fn kill_if_there(arena: &mut Arena, pid: i32) {
     let mark = arena.cluster.log_end();
     arena.round.kill(pid);
     let died = format!("(PID {pid}) was terminated by signal 9");
-    crate::common::wait_until("the end of a process", || {
-        process::status(pid, "VmSize").is_none()
-    });
+    process::wait_for_end(pid);
     // Its end is logged before the next connection is served.
     drop(arena.connect("postgres"));
     if arena.cluster.log_since(mark).contains(&died) {
@@ -182,6 +180,8 @@ fn kill_postmaster(arena: &mut Arena) {
         arena.cluster.set_fault(fault, 0);
     }
     process::wait_for_none(&data);
+    // While anybody has yet to learn of its end, the system keeps its process ID.
+    process::wait_for_end(postmaster);
     arena.cluster.start();
 }
 

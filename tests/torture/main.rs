@@ -28,7 +28,7 @@
 //!
 //! Everything that is left to chance follows from the seed and the round's number,
 //! but for the system's own timing; every kind of fault comes up once before any
-//! comes up again. The environment says: `ROUNDS`, or `SECONDS` for how long;
+//! comes up again. The environment says: `ROUNDS`, or `DURATION` in seconds;
 //! `SEED`; `ONLY`, a part of the kinds' names; `ROUND`, to do one round alone. A
 //! round that finds something is printed with the server's log, and the next one
 //! has a new cluster. The exit status tells whether there was any.
@@ -61,7 +61,6 @@ use rand::Rng;
 use rand::seq::SliceRandom;
 
 use arena::{Arena, Round};
-use census::Most;
 use churn::Churn;
 
 /// A kind of fault: its name, and what it does.
@@ -89,7 +88,7 @@ impl Plan {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap();
-        let seconds = number("SECONDS");
+        let seconds = number("DURATION");
         let rounds = match (number("ROUND"), number("ROUNDS")) {
             (Some(round), _) => round..round + 1,
             (None, Some(rounds)) => 0..rounds,
@@ -189,7 +188,9 @@ fn torture(plan: &Plan) -> usize {
             if findings >= ENOUGH {
                 return findings;
             }
+            let most = arena.census.most;
             arena = Arena::new();
+            arena.census.most = most;
         }
     }
     for (name, (rounds, time)) in &times {
@@ -198,8 +199,7 @@ fn torture(plan: &Plan) -> usize {
             time.as_secs_f64() / f64::from(*rounds)
         );
     }
-    let most: Most = arena.census.most;
-    println!("{most}");
+    println!("{}", arena.census.most);
     let thorough = catch_unwind(AssertUnwindSafe(|| arena.check_thoroughly()));
     findings + usize::from(thorough.is_err())
 }

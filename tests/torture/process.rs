@@ -49,6 +49,11 @@ pub fn wait_for_none(data: &Path) {
     wait_until("the end of all server processes", || all(data).is_empty());
 }
 
+pub fn wait_for_end(pid: i32) {
+    let path = format!("/proc/{pid}");
+    wait_until("the end of a process", || !Path::new(&path).exists());
+}
+
 /// A number of `/proc/PID/status`, in kB; nothing where the process is gone.
 pub fn status(pid: i32, name: &str) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;

@@ -37,9 +37,7 @@ fn end_leader(arena: &mut Arena) {
     };
     let mark = arena.cluster.log_end();
     process::signal(pid, libc::SIGTERM);
-    crate::common::wait_until("the leader's end", || {
-        process::status(pid, "VmSize").is_none()
-    });
+    process::wait_for_end(pid);
     // One that was about to start had no handler yet: it is started again.
     let log = arena.cluster.log_since(mark);
     arena

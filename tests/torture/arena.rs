@@ -86,6 +86,10 @@ impl Round {
         from.choose(&mut self.rng).unwrap().clone()
     }
 
+    pub fn coin(&mut self) -> bool {
+        self.rng.random()
+    }
+
     /// Lets up to so many milliseconds pass.
     pub fn pause(&mut self, milliseconds: u64) {
         let micros = self.rng.random_range(0..=milliseconds * 1000);

@@ -338,17 +338,25 @@ pub fn check_log(log: &str, round: &super::arena::Round) {
                 "a process died that was not killed: {line}"
             );
         }
-        let ours = line.starts_with("autoprewarm ");
-        let complains = [" WARNING: ", " ERROR: ", " FATAL: "]
-            .iter()
-            .any(|level| line.contains(level));
         let leader_failed =
             line.contains("\"autoprewarm leader\"") && line.contains("exited with exit code 1");
-        if ours && complains || leader_failed {
+        if is_complaint(line) || leader_failed {
             assert!(
                 is_allowed(line, &ALWAYS_ALLOWED) || is_allowed(line, &round.allowed),
                 "unexpected: {line}"
             );
         }
     }
+}
+
+/// A warning or an error of one of autoprewarm's processes.
+fn is_complaint(line: &str) -> bool {
+    line.starts_with("autoprewarm ")
+        && [" WARNING: ", " ERROR: ", " FATAL: "]
+            .iter()
+            .any(|level| line.contains(level))
+}
+
+pub fn complaints(log: &str) -> usize {
+    log.lines().filter(|line| is_complaint(line)).count()
 }

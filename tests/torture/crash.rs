@@ -198,7 +198,7 @@ fn kill_postmaster_in_dump(arena: &mut Arena) {
 }
 
 fn kill_postmaster_in_call(arena: &mut Arena) {
-    let workers = arena.round.choose(&[false, true]);
+    let workers = arena.round.coin();
     let call = begin_call(arena, workers);
     arena.round.pause(300);
     kill_postmaster(arena);
@@ -241,7 +241,7 @@ fn stop_in_dump(arena: &mut Arena) {
 }
 
 fn stop_in_call(arena: &mut Arena) {
-    let workers = arena.round.choose(&[false, true]);
+    let workers = arena.round.coin();
     let call = begin_call(arena, workers);
     arena.round.pause(300);
     // A smart one would wait for the caller.

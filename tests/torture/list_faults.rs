@@ -32,7 +32,7 @@ const NEW_LIST: &str = "autoprewarm.blocks.tmp";
 /// A dump, by the leader or by a caller, that must fail and leave the list alone.
 fn failing_dump(arena: &mut Arena, error: &'static str) {
     let before = arena.read_list();
-    if arena.round.choose(&[false, true]) {
+    if arena.round.coin() {
         let state = arena
             .call("postgres", "SELECT autoprewarm_dump_now()")
             .wait();
@@ -194,7 +194,7 @@ fn in_place_of_list(arena: &mut Arena, spoil: impl Fn(&Path), repair: impl Fn(&P
     arena
         .cluster
         .wait_for_log(mark, "could not read file \"autoprewarm.blocks\"");
-    if arena.round.choose(&[false, true]) {
+    if arena.round.coin() {
         let how = arena.round.choose(&[Shutdown::Fast, Shutdown::Immediate]);
         let mark = arena.cluster.log_end();
         arena.restart(how);
@@ -339,7 +339,7 @@ fn spoil(arena: &mut Arena, bytes: &mut Vec<u8>) {
 fn no_list(arena: &mut Arena) {
     arena.round.may_skip = true;
     arena.settle();
-    if arena.round.choose(&[false, true]) {
+    if arena.round.coin() {
         arena.cluster.stop(Shutdown::Fast);
         fs::remove_file(arena.cluster.data(LIST)).unwrap();
         arena.cluster.start();

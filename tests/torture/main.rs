@@ -158,24 +158,36 @@ fn kind_of(kinds: &[Kind], seed: u64, round: u64) -> Kind {
     order[(round % count) as usize]
 }
 
+/// The rounds of one kind, and how often autoprewarm's processes have complained of
+/// what was done: that shows whether it has hurt.
+#[derive(Default)]
+struct Sum {
+    rounds: u32,
+    time: Duration,
+    complaints: usize,
+}
+
 fn torture(plan: &Plan) -> usize {
     let kinds = kinds();
     let mut arena = Arena::new();
     let mut findings = 0;
-    let mut times: BTreeMap<&str, (u32, Duration)> = BTreeMap::new();
+    let mut sums: BTreeMap<&str, Sum> = BTreeMap::new();
     for round in plan.rounds() {
         let kind = kind_of(&kinds, plan.seed, round);
         let start = Instant::now();
         let finding = catch_unwind(AssertUnwindSafe(|| {
             one_round(&mut arena, plan.seed, round, kind)
         }));
-        let time = times.entry(kind.0).or_default();
-        *time = (time.0 + 1, time.1 + start.elapsed());
+        let complaints = check::complaints(&arena.cluster.log_since(arena.round.mark));
         println!(
-            "round {round}: {}, {:.1} s",
+            "round {round}: {}, {:.1} s, {complaints} complaints",
             kind.0,
             start.elapsed().as_secs_f64()
         );
+        let sum = sums.entry(kind.0).or_default();
+        sum.rounds += 1;
+        sum.time += start.elapsed();
+        sum.complaints += complaints;
         if finding.is_err() {
             findings += 1;
             println!(
@@ -193,10 +205,12 @@ fn torture(plan: &Plan) -> usize {
             arena.census.most = most;
         }
     }
-    for (name, (rounds, time)) in &times {
+    for (name, sum) in &sums {
         println!(
-            "{name}: {rounds} rounds, {:.1} s each",
-            time.as_secs_f64() / f64::from(*rounds)
+            "{name}: {} rounds, {:.0} s, {} complaints",
+            sum.rounds,
+            sum.time.as_secs_f64(),
+            sum.complaints
         );
     }
     println!("{}", arena.census.most);

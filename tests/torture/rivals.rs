@@ -21,7 +21,7 @@ fn rewrites(arena: &mut Arena) {
     arena.begin_slow_load();
     let churn = Churn::begin(arena, churn::rewrites, 3);
     arena.round.pause(1500);
-    if arena.round.choose(&[false, true]) {
+    if arena.round.coin() {
         arena.back_to_normal();
         arena.settle();
     }
@@ -58,7 +58,7 @@ fn databases(arena: &mut Arena) {
     arena.back_to_normal();
     arena.round.pause(300);
     churn.end();
-    if arena.round.choose(&[false, true]) {
+    if arena.round.coin() {
         // They are in the list now, and then gone.
         arena.restart(Shutdown::Fast);
     }
@@ -146,13 +146,15 @@ fn clock(arena: &mut Arena) {
     arena.set("pg_prewarm.autoprewarm_interval", "1");
     arena.begin_slow_load();
     for _ in 0..arena.round.rng.random_range(1..6) {
-        let days = arena.round.rng.random_range(-400..400);
+        // By more than that, the server's own checkpointer would come to grief: it
+        // sleeps for as many milliseconds as a 32-bit number can hold.
+        let hours = arena.round.rng.random_range(-250..250);
         arena
             .cluster
-            .set_fault(Fault::Clock, days * 24 * 3600 * 1_000_000);
+            .set_fault(Fault::Clock, hours * 3600 * 1_000_000);
         arena.round.pause(400);
     }
-    if arena.round.choose(&[false, true]) {
+    if arena.round.coin() {
         let how = arena.round.choose(&[Shutdown::Fast, Shutdown::Immediate]);
         arena.restart(how);
     }

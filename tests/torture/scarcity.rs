@@ -5,9 +5,9 @@ use std::process::Command;
 use postgres::{Client, NoTls};
 use rand::Rng;
 
-use super::arena::{Arena, DATABASES};
+use super::arena::{Arena, Call, DATABASES};
 use super::process;
-use crate::common::Shutdown;
+use crate::common::{Shutdown, wait_until};
 
 pub const FAULTS: &[super::Kind] = &[
     ("no-worker-slots", no_worker_slots),
@@ -21,10 +21,10 @@ pub const FAULTS: &[super::Kind] = &[
 fn no_worker_slots(arena: &mut Arena) {
     arena.begin_slow_load();
     let slots: Vec<_> = (0..arena.round.rng.random_range(1..=4))
-        .map_while(|_| take_slot(arena))
+        .map(|_| take_slot(arena))
         .collect();
     let pids = process::named(&arena.cluster.data(""), "autoprewarm worker");
-    if arena.round.choose(&[false, true]) {
+    if arena.round.coin() {
         // Their slots are free, until somebody else takes them.
         arena.round.may_skip = true;
         for pid in pids {
@@ -40,15 +40,13 @@ fn no_worker_slots(arena: &mut Arena) {
 }
 
 /// A query whose parallel worker sleeps.
-fn take_slot(arena: &Arena) -> Option<super::arena::Call> {
+fn take_slot(arena: &Arena) -> Call {
     let forced = match arena.cluster.major() {
         15 => "force_parallel_mode",
         _ => "debug_parallel_query",
     };
-    Some(arena.call(
-        "postgres",
-        &format!("SET {forced} = on; SELECT pg_sleep(25)"),
-    ))
+    let sql = format!("SET {forced} = on; SELECT pg_sleep(25)");
+    arena.call("postgres", &sql)
 }
 
 /// All are in use when the list is loaded, and when somebody asks for a load.
@@ -59,7 +57,7 @@ fn no_connections(arena: &mut Arena) {
     first
         .batch_execute("SELECT autoprewarm_wait('1 s')")
         .unwrap();
-    if arena.round.choose(&[false, true]) {
+    if arena.round.coin() {
         let _ = first.batch_execute("SELECT autoprewarm_cancel()");
         let _ = first.batch_execute("SELECT autoprewarm_load_now()");
         arena.round.may_skip = true;
@@ -68,7 +66,7 @@ fn no_connections(arena: &mut Arena) {
     first.batch_execute("SELECT autoprewarm_wait()").unwrap();
     drop(clients);
     drop(first);
-    crate::common::wait_until("a connection to be free", || {
+    wait_until("a connection to be free", || {
         arena.cluster.config().connect(NoTls).is_ok()
     });
 }

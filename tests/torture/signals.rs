@@ -72,7 +72,7 @@ fn end_workers(arena: &mut Arena) {
 
 /// A caller is cancelled, or its session ended, in mid-call.
 fn end_caller(arena: &mut Arena) {
-    let workers = arena.round.choose(&[false, true]);
+    let workers = arena.round.coin();
     let call = begin_call(arena, workers);
     arena.round.pause(200);
     let how = arena.round.choose(&[libc::SIGINT, libc::SIGTERM]);

@@ -98,7 +98,7 @@ fn conflicts(arena: &mut Arena) {
     arena.round.allowed.push("due to conflict with recovery");
     let standby = slow_standby(arena);
     let mut churn = vec![Churn::begin(arena, churn::rewrites, 2)];
-    if arena.round.choose(&[false, true]) {
+    if arena.round.coin() {
         churn.push(Churn::begin(arena, churn::databases, 1));
         arena.round.allowed.push("does not exist");
     }

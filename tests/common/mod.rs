@@ -901,10 +901,16 @@ pub fn signal(pid: i32, signal: i32) {
 /// Lets a server process write no file beyond that many bytes; without a number,
 /// any file again.
 pub fn limit_file_size(pid: i32, bytes: Option<u64>) {
-    let limit = bytes.map_or("unlimited".to_owned(), |bytes| bytes.to_string());
+    assert!(limit(pid, "fsize", bytes), "process {pid} is gone");
+}
+
+/// Lets a server process have no more of something than that, as `prlimit` names
+/// it; without a number, as much as it likes. False where the process is gone.
+pub fn limit(pid: i32, resource: &str, number: Option<u64>) -> bool {
+    let limit = number.map_or("unlimited".to_owned(), |number| number.to_string());
     let mut command = as_server_user("prlimit");
-    command.args([format!("--pid={pid}"), format!("--fsize={limit}:")]);
-    run(&mut command);
+    command.args([format!("--pid={pid}"), format!("--{resource}={limit}:")]);
+    output(&mut command).status.success()
 }
 
 /// A block, as a record of the list names it.

@@ -1,13 +1,11 @@
 //! What there may be too little of: worker slots, connections, locks, memory.
 
-use std::process::Command;
-
 use postgres::{Client, NoTls};
 use rand::Rng;
 
 use super::arena::{Arena, Call, DATABASES};
 use super::process;
-use crate::common::{Shutdown, wait_until};
+use crate::common::{Shutdown, limit, wait_until};
 
 pub const FAULTS: &[super::Kind] = &[
     ("no-worker-slots", no_worker_slots),
@@ -113,13 +111,10 @@ fn no_locks(arena: &mut Arena) {
     }
 }
 
+/// A process may have ended.
 fn limit_memory(pid: i32, kilobytes: Option<u64>) {
-    let limit = kilobytes.map_or("unlimited".to_owned(), |kb| (kb << 10).to_string());
-    let mut command = Command::new("prlimit");
-    // It may have ended.
-    let _ = command
-        .args([format!("--pid={pid}"), format!("--as={limit}:")])
-        .output();
+    let limited = limit(pid, "as", kilobytes.map(|kilobytes| kilobytes << 10));
+    assert!(limited || process::status(pid, "VmSize").is_none());
 }
 
 /// Out of memory is an error as any other, to autoprewarm's processes and to

@@ -6,7 +6,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Instant;
 
 use crate::common::{
-    Block, Cluster, LIST, Shutdown, error, limit_file_size, list_of, signal, value, wait_until,
+    Block, Cluster, LIST, Shutdown, error, limit, limit_file_size, list_of, signal, value,
+    wait_until,
 };
 
 const WAITING: &str = "LOG:  autoprewarm is waiting for a background worker slot";
@@ -193,6 +194,42 @@ fn a_load_goes_on_when_there_is_room_in_the_lock_table_again() {
     cluster.wait_for_log(mark, "WARNING:  out of shared memory");
     drop(client);
     assert_eq!(cluster.wait_for_load(mark), (total, total));
+}
+
+#[test]
+fn a_caller_without_memory_is_told_so_and_the_server_lives() {
+    let cluster = Cluster::build().start();
+    cluster.table("t", 100);
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    for sql in [
+        "SELECT autoprewarm_dump_now()",
+        "SELECT count(*) FROM autoprewarm_blocks()",
+        "SELECT pg_prewarm('t', 'read')",
+    ] {
+        cluster.sql("SELECT autoprewarm_dump_now()");
+        let mut client = cluster.connect("postgres");
+        // So that the library is loaded, and the table known.
+        client.batch_execute("SELECT pg_prewarm('t')").unwrap();
+        let pid = value(&mut client, "SELECT pg_backend_pid()");
+        assert!(limit(pid, "as", Some(address_space(pid))));
+        assert_eq!(error(&mut client, sql).sqlstate, "53200", "{sql}");
+        assert!(limit(pid, "as", None));
+        client.batch_execute(sql).unwrap();
+    }
+}
+
+/// The bytes that a process has mapped.
+fn address_space(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmSize:"));
+    let kilobytes: u64 = line
+        .unwrap()
+        .split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap();
+    kilobytes << 10
 }
 
 #[test]

@@ -304,7 +304,9 @@ fn remove_cached(
     places: &Places,
     cached: impl Iterator<Item = Record>,
 ) -> Result<u64, TryReserveError> {
-    let by_file: FxHashMap<&FileFork, usize> = files.iter().zip(0..).collect();
+    let mut by_file: FxHashMap<&FileFork, usize> = FxHashMap::default();
+    by_file.try_reserve(files.len())?;
+    by_file.extend(files.iter().zip(0..));
     let mut found = Vec::new();
     for record in cached {
         let Some(&file) = by_file.get(&FileFork::of(&record)) else {

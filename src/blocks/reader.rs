@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::io::{self, BufReader, Read};
 
-use super::parser::{CHUNK, Parser, ReadError, SHORTEST_RECORD, Sink, fill, read_all};
+use super::parser::{CHUNK, Parser, ReadError, SHORTEST_RECORD, Sink, fill, new_chunk, read_all};
 use super::trailer::Heats;
 use super::{Heat, Record};
 
@@ -30,11 +30,12 @@ impl<R: Read> ListReader<R> {
         let (_, summary) = read_all(from(0), Counter(0), |counter, index, _| index < counter.0)?;
         let heats = (summary.heats == Heats::Saved)
             .then(|| BufReader::new(from(summary.digits_at)).bytes());
-        let most = CHUNK / SHORTEST_RECORD + 1;
+        let mut records = VecDeque::new();
+        records.try_reserve_exact(CHUNK / SHORTEST_RECORD + 1)?;
         Ok(Self {
             input: from(0),
-            chunk: vec![0; CHUNK],
-            parser: Parser::new(VecDeque::with_capacity(most)),
+            chunk: new_chunk()?,
+            parser: Parser::new(records),
             heats,
             first_bad_line: summary.first_bad_line,
         })

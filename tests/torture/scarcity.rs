@@ -149,7 +149,7 @@ fn little_memory_for_one(arena: &mut Arena) {
     if let Some(pid) = pid
         && let Some(size) = process::status(pid, "VmSize")
     {
-        let more = arena.round.rng.random_range(0..3000);
+        let more = arena.round.rng.random_range(0..500);
         limit_memory(pid, Some(size + more));
         arena.back_to_normal();
         arena
@@ -182,7 +182,7 @@ fn little_memory_for_all(arena: &mut Arena) {
     arena.settle();
     let postmaster = arena.cluster.postmaster();
     let size = process::status(postmaster, "VmSize").unwrap();
-    let more = arena.round.rng.random_range(500..20_000);
+    let more = arena.round.rng.random_range(100..4000);
     // Processes inherit it.
     limit_memory(postmaster, Some(size + more));
     let pid = arena.find("autoprewarm leader").unwrap();

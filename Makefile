@@ -4,6 +4,11 @@
 #   make demo              watch a server come back warm
 #   make test [PG=16]      all tests, on one major version (default 15)
 #   make test-all          all tests, on every supported version
+#   make torture [PG=18]   one fault after another, with a check after each: 100
+#                          (ROUNDS=n), or as many as fit (SECONDS=n); SEED=n for
+#                          the same again, ROUND=n for one of them, ONLY=kill for
+#                          faults with that in their name
+#   make restarts [PG=18]  1000 restarts with a changing workload (ROUNDS=n)
 #   make bench [PG=18]     contrib and this, side by side (SIZE=smoke: a minute)
 #   make check             formatting, lints, documentation, dependencies
 #   make fuzz [TIME=60]    inputs that a fuzzer makes up, so many seconds each
@@ -17,7 +22,7 @@
 PG ?= 15
 PG_CONFIG ?= pg_config
 
-.PHONY: demo test test-all bench check fuzz valgrind install clean
+.PHONY: demo test test-all torture restarts bench check fuzz valgrind install clean
 
 demo:
 	@scripts/demo
@@ -27,6 +32,13 @@ test:
 
 test-all:
 	@scripts/test 15 16 17 18
+
+# The shell has a SECONDS of its own.
+torture:
+	@ROUNDS=$(ROUNDS) ROUND=$(ROUND) DURATION=$(SECONDS) SEED=$(SEED) ONLY=$(ONLY) scripts/torture $(PG) torture
+
+restarts:
+	@ROUNDS=$(or $(ROUNDS),1000) SEED=$(SEED) scripts/torture $(PG) restarts
 
 bench:
 	@scripts/bench $(PG) $(SCENARIOS)

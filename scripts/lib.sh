@@ -133,6 +133,12 @@ check_hides_build_folders() {
     fi
 }
 
+# Runs the fault suite, or its restarts, against what is installed.
+run_torture() {
+    cargo test --quiet --test torture --no-default-features \
+        --features "pg$pg_major cluster_tests" -- "$1"
+}
+
 # Runs contrib's own regression and TAP tests, of the version that is installed
 # in the folder $1, against the module that is installed there.
 run_contrib_tests() {

@@ -6,7 +6,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Instant;
 
 use crate::common::{
-    Block, Cluster, LIST, Shutdown, limit_file_size, list_of, signal, value, wait_until,
+    Block, Cluster, LIST, Shutdown, error, limit, limit_file_size, list_of, signal, value,
+    wait_until,
 };
 
 const WAITING: &str = "LOG:  autoprewarm is waiting for a background worker slot";
@@ -141,6 +142,94 @@ fn a_load_without_dynamic_shared_memory_is_tried_again() {
     assert_eq!(total, LIMIT);
     assert_eq!(cluster.leader(), Some(leader));
     wait_until("a dump after the load", || cluster.list() != list);
+}
+
+#[test]
+fn a_load_goes_on_when_there_is_room_in_the_lock_table_again() {
+    let cluster = Cluster::build()
+        .setting("max_connections = 10")
+        .setting("max_locks_per_transaction = 10")
+        .setting("pg_prewarm.autoprewarm_max_rate = 8")
+        .start();
+    // A lock on one of these always takes room there.
+    let files = "SELECT array_agg(pg_relation_filenode(oid)) FROM pg_class \
+                 WHERE relisshared AND relkind IN ('r', 'i') AND pg_relation_size(oid) > 0";
+    let list = list_of(
+        cluster
+            .value::<Vec<u32>>(files)
+            .into_iter()
+            .map(|file| Block {
+                database: 0,
+                tablespace: 1664,
+                filenumber: file,
+                fork: 0,
+                block: 0,
+            }),
+    );
+    // Shared catalogs ride with a database.
+    let total = list.lines().count() as u64;
+    let list = list.replacen(
+        &format!("<<{}>>\n", total - 1),
+        &format!("<<{total}>>\n5,1663,1255,0,0\n"),
+        1,
+    );
+    cluster.stop(Shutdown::Fast);
+    cluster.write_list(&list);
+    let mark = cluster.log_end();
+    cluster.start();
+
+    let mut client = cluster.connect("postgres");
+    wait_until("a worker that waits for its turn", || {
+        value(
+            &mut client,
+            "SELECT EXISTS (SELECT FROM pg_stat_activity \
+                            WHERE backend_type = 'autoprewarm worker' \
+                              AND wait_event_type = 'Extension')",
+        )
+    });
+    let all = "SELECT pg_advisory_lock(g) FROM generate_series(1, 1000000) g";
+    assert_eq!(error(&mut client, all).sqlstate, "53200");
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
+    cluster.wait_for_log(mark, "WARNING:  out of shared memory");
+    drop(client);
+    assert_eq!(cluster.wait_for_load(mark), (total, total));
+}
+
+#[test]
+fn a_caller_without_memory_is_told_so_and_the_server_lives() {
+    let cluster = Cluster::build().start();
+    cluster.table("t", 100);
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    for sql in [
+        "SELECT autoprewarm_dump_now()",
+        "SELECT count(*) FROM autoprewarm_blocks()",
+        "SELECT pg_prewarm('t', 'read')",
+    ] {
+        cluster.sql("SELECT autoprewarm_dump_now()");
+        let mut client = cluster.connect("postgres");
+        // So that the library is loaded, and the table known.
+        client.batch_execute("SELECT pg_prewarm('t')").unwrap();
+        let pid = value(&mut client, "SELECT pg_backend_pid()");
+        assert!(limit(pid, "as", Some(address_space(pid))));
+        assert_eq!(error(&mut client, sql).sqlstate, "53200", "{sql}");
+        assert!(limit(pid, "as", None));
+        client.batch_execute(sql).unwrap();
+    }
+}
+
+/// The bytes that a process has mapped.
+fn address_space(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmSize:"));
+    let kilobytes: u64 = line
+        .unwrap()
+        .split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap();
+    kilobytes << 10
 }
 
 #[test]

@@ -23,8 +23,9 @@ use crate::pg::relation::{Opened, Relation};
 use crate::pg::{buffer, database, dsm, process, transaction};
 use crate::turn::{Memory, Pace, TURN};
 
-/// How long chunks of locked relations are tried again in vain, once all others
-/// are done, before they are skipped; and how long to wait between two tries.
+/// How long chunks that were set aside, of locked relations as a rule, are tried
+/// again in vain, once all others are done, before they are skipped; and how long
+/// to wait between two tries.
 const LOCKED_PATIENCE: Duration = Duration::from_secs(3);
 const LOCKED_RETRY: Duration = Duration::from_millis(50);
 
@@ -69,6 +70,7 @@ pub fn main(argument: WorkerArgument) {
         pace: Pace::new(),
         database: database::name(slot.database()),
         reported: Cell::new(None),
+        shortage_was_logged: Cell::new(false),
         progress: ShownProgress::new(Progress {
             kind: Kind::LoadWorker,
             relation: 0,
@@ -79,19 +81,19 @@ pub fn main(argument: WorkerArgument) {
             start: process::now(),
         }),
     };
-    let mut locked = Vec::new();
+    let mut set_aside = Vec::new();
     let mut pauses = 0..LOCKED_PAUSES;
     while let Some(claim) = load.next_claim(slot, segment.cells()) {
         worker.count_claim(claim);
-        if let ChunkEnd::Locked(rest) = worker.load_chunk(claim) {
-            locked.push(rest);
+        if let ChunkEnd::SetAside(rest) = worker.load_chunk(claim) {
+            set_aside.push(rest);
             if pauses.next().is_some() {
                 process::sleep_as_worker(Some(LOCKED_PAUSE), WaitEvent::LockedRelation);
             }
         }
         slot.give_up_claim();
     }
-    worker.retry(locked);
+    worker.retry(set_aside);
     Progress::end();
     activity::report_idle();
     slot.reach(Stage::Finished);
@@ -111,6 +113,8 @@ struct Worker<'a> {
     database: Vec<u8>,
     /// When it last said how far it is.
     reported: Cell<Option<Instant>>,
+    /// Chunks are set aside again and again, and one line is enough.
+    shortage_was_logged: Cell<bool>,
     /// What `pg_stat_progress_prewarm` shows of it.
     progress: ShownProgress,
 }
@@ -118,8 +122,15 @@ struct Worker<'a> {
 /// How the work on a chunk ended.
 enum ChunkEnd {
     Done,
-    /// Somebody has the relation locked: what is left is to be tried again.
-    Locked(Claim),
+    /// What is left is to be tried again.
+    SetAside(Rest),
+}
+
+/// What is left of a chunk that cannot be loaded as things are, and why it is
+/// skipped if they stay so.
+struct Rest {
+    claim: Claim,
+    reason: SkipReason,
 }
 
 /// How a turn ended, short of an error.
@@ -139,28 +150,28 @@ impl Worker<'_> {
         self.progress.change(|progress| progress.total += left);
     }
 
-    /// Tries the chunks of locked relations again, until nothing has come of it
-    /// for a while.
-    fn retry(&self, mut locked: Vec<Claim>) {
+    /// Tries what was set aside again, until nothing has come of it for a while.
+    fn retry(&self, mut set_aside: Vec<Rest>) {
         let mut last_progress = Instant::now();
-        while !locked.is_empty() && !self.load.has_ended() {
+        while !set_aside.is_empty() && !self.load.has_ended() {
             let last_try = last_progress.elapsed() >= LOCKED_PATIENCE;
-            let mut still_locked = Vec::new();
-            for &claim in &locked {
-                if let ChunkEnd::Locked(rest) = self.load_chunk(claim) {
-                    still_locked.push(rest);
+            let mut still = Vec::new();
+            for rest in &set_aside {
+                if let ChunkEnd::SetAside(rest) = self.load_chunk(rest.claim) {
+                    still.push(rest);
                 }
             }
-            if still_locked != locked {
+            let claims = |rests: &[Rest]| rests.iter().map(|rest| rest.claim).collect::<Vec<_>>();
+            if claims(&still) != claims(&set_aside) {
                 last_progress = Instant::now();
             } else if last_try {
-                for claim in &still_locked {
-                    self.skip(SkipReason::Locked, claim.blocks_left(self.plan));
+                for rest in &still {
+                    self.skip(rest.reason, rest.claim.blocks_left(self.plan));
                 }
                 return;
             }
-            locked = still_locked;
-            if !locked.is_empty() {
+            set_aside = still;
+            if !set_aside.is_empty() {
                 process::sleep_as_worker(Some(LOCKED_RETRY), WaitEvent::LockedRelation);
             }
         }
@@ -174,6 +185,11 @@ impl Worker<'_> {
         // Blocks before this one are read one by one.
         let mut one_by_one = 0;
         let mut warned = false;
+        let set_aside = |reason| {
+            let done = done.get() as u32;
+            let claim = Claim { done, ..claim };
+            ChunkEnd::SetAside(Rest { claim, reason })
+        };
         while done.get() < total && !self.load.has_ended() {
             let wanted = total - done.get();
             let allowed = match self.load.rate_limit.take(wanted, process::monotonic_micros) {
@@ -200,12 +216,7 @@ impl Worker<'_> {
             self.load.rate_limit.give_back(allowed - turn.read.get());
             match end {
                 Ok(TurnEnd::Over) => {}
-                Ok(TurnEnd::Locked) => {
-                    return ChunkEnd::Locked(Claim {
-                        done: done.get() as u32,
-                        ..claim
-                    });
-                }
+                Ok(TurnEnd::Locked) => return set_aside(SkipReason::Locked),
                 Ok(TurnEnd::Full) => {
                     self.load.end_for(SkipReason::NoFreeBuffer);
                     return ChunkEnd::Done;
@@ -213,6 +224,14 @@ impl Worker<'_> {
                 Ok(TurnEnd::Skip(reason)) => {
                     self.skip(reason, total - done.get());
                     return ChunkEnd::Done;
+                }
+                // Memory, locks or files: there may be enough in a moment.
+                Err(caught) if caught.is_shortage() => {
+                    if !self.shortage_was_logged.replace(true) {
+                        self.state.last_error.record(&caught.message);
+                        caught.warn();
+                    }
+                    return set_aside(SkipReason::Unreadable);
                 }
                 Err(caught) => {
                     // One line is enough: the counts tell the rest.

@@ -60,6 +60,14 @@ pub(super) struct Summary {
     pub digits_at: u64,
 }
 
+/// Memory for so many bytes of the file.
+pub(super) fn new_chunk(size: usize) -> Result<Vec<u8>, TryReserveError> {
+    let mut chunk = Vec::new();
+    chunk.try_reserve_exact(size)?;
+    chunk.resize(size, 0);
+    Ok(chunk)
+}
+
 /// Reads a list to its end, `chunk` bytes in one go. `heat` is told the heat of each
 /// record, by the number of the record, and returns whether there is such a record;
 /// only the summary tells whether any of it is to be believed.
@@ -73,7 +81,7 @@ pub(super) fn read_all<S: Sink>(
     let mut trailer = TrailerReader::default();
     let mut checksum = 0;
     let mut list_length = 0;
-    let mut chunk = vec![0; chunk];
+    let mut chunk = new_chunk(chunk)?;
     loop {
         let filled = fill(&mut input, &mut chunk)?;
         let bytes = &chunk[..filled];

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::io::{self, BufReader, Read};
 
-use super::parser::{CHUNK, Parser, ReadError, SHORTEST_RECORD, Sink, fill, read_all};
+use super::parser::{CHUNK, Parser, ReadError, SHORTEST_RECORD, Sink, fill, new_chunk, read_all};
 use super::trailer::Heats;
 use super::{Heat, Record};
 
@@ -37,11 +37,12 @@ impl<R: Read> ListReader<R> {
         })?;
         let heats = (summary.heats == Heats::Saved)
             .then(|| BufReader::new(from(summary.digits_at)).bytes());
-        let most = chunk / SHORTEST_RECORD + 1;
+        let mut records = VecDeque::new();
+        records.try_reserve_exact(chunk / SHORTEST_RECORD + 1)?;
         Ok(Self {
             input: from(0),
-            chunk: vec![0; chunk],
-            parser: Parser::new(VecDeque::with_capacity(most)),
+            chunk: new_chunk(chunk)?,
+            parser: Parser::new(records),
             heats,
             first_bad_line: summary.first_bad_line,
         })

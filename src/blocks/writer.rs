@@ -7,14 +7,14 @@
 //! until the trailer is written.
 
 use std::collections::TryReserveError;
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 
 use super::trailer::{CHECKSUM, DIGITS_PER_LINE, FIRST_LINES};
 use super::{Heat, Record};
 
 /// A list that is being written.
 pub struct ListWriter<W: Write + Seek> {
-    out: BufWriter<Summing<W>>,
+    out: Summing<W>,
     /// Digits that the header has room for.
     width: usize,
     /// The heat of each record so far, as a digit.
@@ -40,7 +40,7 @@ impl<W: Write + Seek> ListWriter<W> {
         let mut heats = Vec::new();
         heats.try_reserve_exact(expected)?;
         let mut writer = Self {
-            out: BufWriter::with_capacity(256 * 1024, Summing::new(out)),
+            out: Summing::new(out)?,
             width: expected.max(1).ilog10() as usize + 1,
             heats,
         };
@@ -48,7 +48,7 @@ impl<W: Write + Seek> ListWriter<W> {
         writer.out.write_all(header.as_bytes())?;
         // The header will change: the sum begins behind it.
         writer.out.flush()?;
-        writer.out.get_mut().begin();
+        writer.out.begin();
         Ok(writer)
     }
 
@@ -96,16 +96,14 @@ impl<W: Write + Seek> ListWriter<W> {
                 self.out.write_all(b"\n")?;
             }
             self.out.flush()?;
-            let checksum = self.out.get_ref().sum_behind(header.as_bytes());
+            let checksum = self.out.sum_behind(header.as_bytes());
             writeln!(self.out, "{CHECKSUM}{checksum:08x}")?;
         }
-        self.out.seek(SeekFrom::Start(0))?;
-        self.out.write_all(header.as_bytes())?;
-        let out = self
-            .out
-            .into_inner()
-            .map_err(io::IntoInnerError::into_error)?;
-        Ok((self.heats.len() as u64, out.out))
+        self.out.flush()?;
+        let mut out = self.out.out;
+        out.seek(SeekFrom::Start(0))?;
+        out.write_all(header.as_bytes())?;
+        Ok((self.heats.len() as u64, out))
     }
 
     fn header(&self) -> String {
@@ -113,23 +111,31 @@ impl<W: Write + Seek> ListWriter<W> {
     }
 }
 
-/// Keeps the CRC-32C of what is written through it.
+/// How much is written in one go.
+const BUFFER: usize = 256 * 1024;
+
+/// Gathers what is to be written, and keeps the CRC-32C of what was.
 struct Summing<W> {
     out: W,
+    /// Of [`BUFFER`] bytes; the standard library's would abort without memory.
+    buffer: Vec<u8>,
     sum: u32,
     length: usize,
 }
 
 impl<W> Summing<W> {
-    fn new(out: W) -> Self {
-        Self {
+    fn new(out: W) -> Result<Self, TryReserveError> {
+        let mut buffer = Vec::new();
+        buffer.try_reserve_exact(BUFFER)?;
+        Ok(Self {
             out,
+            buffer,
             sum: 0,
             length: 0,
-        }
+        })
     }
 
-    /// Begins anew.
+    /// Begins anew, when all has been written.
     fn begin(&mut self) {
         self.sum = 0;
         self.length = 0;
@@ -143,20 +149,20 @@ impl<W> Summing<W> {
 
 impl<W: Write> Write for Summing<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.out.write(bytes)?;
-        self.sum = crc32c::crc32c_append(self.sum, &bytes[..written]);
-        self.length += written;
-        Ok(written)
+        if self.buffer.len() == BUFFER {
+            self.flush()?;
+        }
+        let taken = bytes.len().min(BUFFER - self.buffer.len());
+        self.buffer.extend_from_slice(&bytes[..taken]);
+        Ok(taken)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
-}
-
-impl<W: Seek> Seek for Summing<W> {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        self.out.seek(to)
+        self.out.write_all(&self.buffer)?;
+        self.sum = crc32c::crc32c_append(self.sum, &self.buffer);
+        self.length += self.buffer.len();
+        self.buffer.clear();
+        Ok(())
     }
 }
 

@@ -75,6 +75,15 @@ impl Caught {
         self.sqlstate == PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE
     }
 
+    /// Whether something was short that may be there in a moment: memory, room in
+    /// the lock table, open files.
+    pub fn is_shortage(&self) -> bool {
+        matches!(
+            self.sqlstate,
+            PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY | PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES
+        )
+    }
+
     /// Logs the error and goes on.
     pub fn warn(self) {
         new_report(self.sqlstate, self.message, self.hint).report(PgLogLevel::WARNING);

@@ -19,6 +19,7 @@ pub mod dsm;
 pub mod error;
 mod ffi;
 pub mod file;
+pub mod memory;
 pub mod parallel;
 pub mod process;
 pub mod relation;

@@ -9,7 +9,7 @@ use super::buffer::{Pinned, ReadEnd};
 pub use super::compat::Locator;
 use super::compat::{self, Blocks, READ_BLOCKS_MAX, REQUEST_BLOCKS};
 use super::error::new_report;
-use super::{ffi, process};
+use super::{ffi, memory, process};
 use crate::blocks::{BlockNumber, Fork, Oid};
 
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
@@ -398,11 +398,12 @@ impl Relation {
         done: impl FnMut(u32) -> ControlFlow<()>,
     ) {
         self.in_runs(first, end, READ_BLOCKS_MAX, done, {
-            let mut memory = Box::new(IoAligned([0; READ_BYTES]));
+            let mut memory = memory::room_for(READ_BYTES / IO_ALIGNMENT);
+            memory.resize(READ_BYTES / IO_ALIGNMENT, IoAligned([0; IO_ALIGNMENT]));
             // SAFETY: as above.
             let mut blocks = unsafe { Blocks::new(self.relation, fork) };
             // SAFETY: the memory is aligned and large enough.
-            move |first, count| unsafe { blocks.read(first, count, memory.0.as_mut_ptr()) }
+            move |first, count| unsafe { blocks.read(first, count, memory.as_mut_ptr().cast()) }
         });
     }
 
@@ -454,9 +455,12 @@ impl Drop for Relation {
 
 const READ_BYTES: usize = READ_BLOCKS_MAX as usize * pg_sys::BLCKSZ as usize;
 
-/// Memory that the server may read into with direct I/O.
+/// A piece of memory that the server may read into with direct I/O.
 #[repr(C, align(4096))]
-struct IoAligned([u8; READ_BYTES]);
+#[derive(Clone)]
+struct IoAligned([u8; IO_ALIGNMENT]);
+
+const IO_ALIGNMENT: usize = 4096;
 
 /// Whether the current user may SELECT from a relation; nothing where there is none.
 fn select_right(relation: pg_sys::Oid) -> Option<pg_sys::AclResult::Type> {

@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::pg::activity::{Kind, Progress};
 use crate::pg::error::notice;
 use crate::pg::process::now;
-use crate::pg::{parallel, relation};
+use crate::pg::{memory, parallel, relation};
 
 /// One fork of a relation that was done: the relation, the fork, its blocks, those
 /// that were in shared buffers already, and how long it took.
@@ -164,7 +164,8 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
         .iter()
         .map(|part| Target::new(part.part, part.is_temporary, part.blocks))
         .collect();
-    let mut words: Vec<AtomicU32> = (0..Filled::words()).map(|_| AtomicU32::new(0)).collect();
+    let mut words: Vec<AtomicU32> = memory::room_for(Filled::words());
+    words.resize_with(Filled::words(), || AtomicU32::new(0));
     let local = FilledLocal::default();
 
     // First the upper levels of indexes, alone.

@@ -8,7 +8,8 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
@@ -26,9 +27,40 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// The list, in the data folder.
 pub const LIST: &str = "autoprewarm.blocks";
 
-/// How long reads take, in milliseconds, beside the data; see
-/// [`Cluster::slow_reads`].
-const SLOW_READS: &str = "slow_reads";
+/// What the server's disk and clock are to do wrong, beside the data; see
+/// [`Cluster::set_fault`].
+const FAULTS: &str = "faults";
+
+/// What can be wrong with a server's disk and clock: the numbers in the file
+/// [`FAULTS`], in its order, each 0 where nothing is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Microseconds that the time of day is ahead.
+    Clock,
+    /// Milliseconds that a read of a user relation's file takes (with
+    /// `io_method = io_uring` it does nothing).
+    ReadDelay,
+    /// One such read of so many fails.
+    ReadErrors,
+    /// Milliseconds that a write to the new list takes.
+    ListDelay,
+    /// The error that writing, closing or renaming it fails with.
+    ListWrite,
+    ListClose,
+    ListRename,
+}
+
+impl Fault {
+    pub const ALL: [Self; 7] = [
+        Self::Clock,
+        Self::ReadDelay,
+        Self::ReadErrors,
+        Self::ListDelay,
+        Self::ListWrite,
+        Self::ListClose,
+        Self::ListRename,
+    ];
+}
 
 /// A PostgreSQL installation.
 #[derive(Clone, Debug)]
@@ -167,12 +199,12 @@ fn new_folder(kind: &str) -> PathBuf {
     folder
 }
 
-/// The library that makes reads slow, compiled once.
-fn slow_reads_library() -> &'static Path {
+/// The library that makes a disk slow or bad and a clock wrong, compiled once.
+fn faults_library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
-        let library = new_folder("library").join("slow_reads.so");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/slow_reads.c");
+        let library = new_folder("library").join("faults.so");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/faults.c");
         run(Command::new("cc")
             .args(["-O1", "-shared", "-fPIC", "-o"])
             .arg(&library)
@@ -354,14 +386,21 @@ impl Cluster {
         command
     }
 
-    /// Lets every read of a user relation's file take so long from now on (with
-    /// `io_method = io_uring` it does nothing). The first call comes before the
-    /// start of the server.
+    /// Has the server's disk or clock be wrong like that from now on. The first
+    /// call comes before the start of the server.
+    pub fn set_fault(&self, fault: Fault, number: i64) {
+        let path = self.path(FAULTS);
+        if !path.exists() {
+            fs::write(&path, [0; size_of::<i64>() * Fault::ALL.len()]).unwrap();
+        }
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        let at = size_of::<i64>() * fault as usize;
+        file.write_all_at(&number.to_ne_bytes(), at as u64).unwrap();
+    }
+
+    /// Lets every read of a user relation's file take so long from now on.
     pub fn slow_reads(&self, milliseconds: u32) {
-        // In one step, so that no read finds it half-written.
-        let new = self.path("slow_reads.new");
-        fs::write(&new, milliseconds.to_string()).unwrap();
-        fs::rename(&new, self.path(SLOW_READS)).unwrap();
+        self.set_fault(Fault::ReadDelay, milliseconds.into());
     }
 
     pub fn start(&self) {
@@ -376,10 +415,10 @@ impl Cluster {
     pub fn try_start(&self) -> bool {
         // The server inherits what pg_ctl's output goes to.
         let mut command = self.pg_ctl();
-        if self.path(SLOW_READS).exists() {
+        if self.path(FAULTS).exists() {
             command
-                .env("LD_PRELOAD", slow_reads_library())
-                .env("SLOW_READS", self.path(SLOW_READS));
+                .env("LD_PRELOAD", faults_library())
+                .env("FAULTS", self.path(FAULTS));
         }
         command
             .stdin(std::process::Stdio::null())
@@ -444,7 +483,7 @@ impl Cluster {
                 Err(error)
                     if error
                         .as_db_error()
-                        .is_none_or(|error| error.code().code() == "57P03") =>
+                        .is_none_or(|error| error.code().code().starts_with("57P")) =>
                 {
                     std::thread::sleep(Duration::from_millis(20));
                 }
@@ -471,17 +510,21 @@ impl Cluster {
 
     /// Everything that the server has logged.
     pub fn log(&self) -> String {
-        let bytes = fs::read(self.path("log")).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).into_owned()
+        self.log_since(0)
     }
 
     /// Where the log ends now; see [`Cluster::log_since`].
     pub fn log_end(&self) -> usize {
-        self.log().len()
+        fs::metadata(self.path("log")).map_or(0, |metadata| metadata.len() as usize)
     }
 
     pub fn log_since(&self, mark: usize) -> String {
-        self.log()[mark..].to_owned()
+        let mut bytes = Vec::new();
+        if let Ok(mut file) = fs::File::open(self.path("log")) {
+            file.seek(SeekFrom::Start(mark as u64)).unwrap();
+            file.read_to_end(&mut bytes).unwrap();
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Waits until a line with that text has been logged after `mark`, and
@@ -895,10 +938,16 @@ pub fn signal(pid: i32, signal: i32) {
 /// Lets a server process write no file beyond that many bytes; without a number,
 /// any file again.
 pub fn limit_file_size(pid: i32, bytes: Option<u64>) {
-    let limit = bytes.map_or("unlimited".to_owned(), |bytes| bytes.to_string());
+    assert!(limit(pid, "fsize", bytes), "process {pid} is gone");
+}
+
+/// Lets a server process have no more of something than that, as `prlimit` names
+/// it; without a number, as much as it likes. False where the process is gone.
+pub fn limit(pid: i32, resource: &str, number: Option<u64>) -> bool {
+    let limit = number.map_or("unlimited".to_owned(), |number| number.to_string());
     let mut command = as_server_user("prlimit");
-    command.args([format!("--pid={pid}"), format!("--fsize={limit}:")]);
-    run(&mut command);
+    command.args([format!("--pid={pid}"), format!("--{resource}={limit}:")]);
+    output(&mut command).status.success()
 }
 
 /// A block, as a record of the list names it.

@@ -1,0 +1,239 @@
+/*
+ * Makes a server's disk slow or bad, and its clock wrong: preloaded into the
+ * server, it does as the numbers in the file that FAULTS names say, at once and in
+ * every process, since all have that file mapped.
+ *
+ * Reads are those of user relations' files; writes are those of the list that
+ * autoprewarm is making. As on a real disk, no signal cuts a delay short.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define FIRST_USER_FILE 16384
+#define NEW_LIST "/autoprewarm.blocks.tmp"
+
+/* What can be asked for; the same as `Fault` in mod.rs. */
+struct faults
+{
+	int64_t clock;			/* microseconds that the time of day is ahead */
+	int64_t read_delay;		/* milliseconds that a read takes */
+	int64_t read_errors;	/* one read of so many fails */
+	int64_t list_delay;		/* milliseconds that a write or a rename takes */
+	int64_t list_write;		/* what writing the list fails with */
+	int64_t list_close;		/* what closing it fails with */
+	int64_t list_rename;	/* what renaming it fails with */
+};
+
+static const struct faults none;
+static const volatile struct faults *faults = &none;
+
+__attribute__((constructor))
+static void map_faults(void)
+{
+	const char *path = getenv("FAULTS");
+	int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+	void *mapped;
+
+	if (file < 0)
+		return;
+	mapped = mmap(NULL, sizeof(struct faults), PROT_READ, MAP_SHARED, file, 0);
+	if (mapped != MAP_FAILED)
+		faults = mapped;
+	close(file);
+}
+
+/* The next definition of a function of that name: the C library's own. */
+#define NEXT(name) \
+	static __typeof__(name) *next; \
+	if (!next) \
+		next = (__typeof__(name) *) dlsym(RTLD_NEXT, #name)
+
+static ssize_t path_of(int file, char *path, size_t room)
+{
+	char link[64];
+	ssize_t length;
+
+	snprintf(link, sizeof(link), "/proc/self/fd/%d", file);
+	length = readlink(link, path, room - 1);
+	path[length < 0 ? 0 : length] = '\0';
+	return length;
+}
+
+static int is_users(int file)
+{
+	char path[4096];
+	unsigned database, number;
+	const char *base;
+
+	path_of(file, path, sizeof(path));
+	base = strstr(path, "/base/");
+	return base && sscanf(base, "/base/%u/%u", &database, &number) == 2 &&
+		number >= FIRST_USER_FILE;
+}
+
+static int is_new_list(int file)
+{
+	char path[4096];
+	ssize_t length = path_of(file, path, sizeof(path));
+	ssize_t end = sizeof(NEW_LIST) - 1;
+
+	return length >= end && strcmp(path + length - end, NEW_LIST) == 0;
+}
+
+static void delay(long milliseconds)
+{
+	struct timespec end;
+
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	end.tv_sec += milliseconds / 1000;
+	end.tv_nsec += milliseconds % 1000 * 1000000;
+	if (end.tv_nsec >= 1000000000)
+	{
+		end.tv_sec++;
+		end.tv_nsec -= 1000000000;
+	}
+	while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &end, NULL) == EINTR)
+		;
+}
+
+/* Delays a read; true where it is to fail. */
+static int bad_read(int file)
+{
+	static unsigned chance;
+	int kept = errno;
+	long milliseconds = faults->read_delay, errors = faults->read_errors;
+
+	if ((milliseconds > 0 || errors > 0) && is_users(file))
+	{
+		delay(milliseconds);
+		if (chance == 0)
+			chance = getpid();
+		chance = chance * 1103515245 + 12345;
+		if (errors > 0 && (chance >> 8) % errors == 0)
+		{
+			errno = EIO;
+			return 1;
+		}
+	}
+	errno = kept;
+	return 0;
+}
+
+ssize_t pread(int file, void *into, size_t length, off_t offset)
+{
+	NEXT(pread);
+	return bad_read(file) ? -1 : next(file, into, length, offset);
+}
+
+ssize_t pread64(int file, void *into, size_t length, off64_t offset)
+{
+	NEXT(pread64);
+	return bad_read(file) ? -1 : next(file, into, length, offset);
+}
+
+ssize_t preadv(int file, const struct iovec *into, int count, off_t offset)
+{
+	NEXT(preadv);
+	return bad_read(file) ? -1 : next(file, into, count, offset);
+}
+
+ssize_t preadv64(int file, const struct iovec *into, int count, off64_t offset)
+{
+	NEXT(preadv64);
+	return bad_read(file) ? -1 : next(file, into, count, offset);
+}
+
+ssize_t write(int file, const void *from, size_t length)
+{
+	NEXT(write);
+	long milliseconds = faults->list_delay, error = faults->list_write;
+
+	if ((milliseconds > 0 || error > 0) && is_new_list(file))
+	{
+		/* Half of it is on the disk before anything happens. */
+		ssize_t half = length > 1 ? next(file, from, length / 2) : 0;
+
+		delay(milliseconds);
+		if (error == 0 && half > 0)
+			return half;
+		if (error > 0)
+		{
+			errno = error;
+			return -1;
+		}
+	}
+	return next(file, from, length);
+}
+
+int close(int file)
+{
+	NEXT(close);
+	int kept = errno, error = faults->list_close;
+
+	if (error > 0 && is_new_list(file))
+	{
+		next(file);
+		errno = error;
+		return -1;
+	}
+	errno = kept;
+	return next(file);
+}
+
+int rename(const char *from, const char *to)
+{
+	NEXT(rename);
+
+	if (strcmp(from, NEW_LIST + 1) == 0)
+	{
+		delay(faults->list_delay);
+		if (faults->list_rename > 0)
+		{
+			errno = faults->list_rename;
+			return -1;
+		}
+	}
+	return next(from, to);
+}
+
+int gettimeofday(struct timeval *restrict time, void *restrict zone)
+{
+	NEXT(gettimeofday);
+	int result = next(time, zone);
+	int64_t microseconds = time->tv_sec * INT64_C(1000000) + time->tv_usec + faults->clock;
+
+	time->tv_sec = microseconds / 1000000;
+	time->tv_usec = microseconds % 1000000;
+	return result;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *time)
+{
+	NEXT(clock_gettime);
+	int result = next(clock, time);
+
+	if (clock == CLOCK_REALTIME)
+		time->tv_sec += faults->clock / 1000000;
+	return result;
+}
+
+time_t time(time_t *into)
+{
+	NEXT(time);
+	time_t now = next(NULL) + faults->clock / 1000000;
+
+	if (into)
+		*into = now;
+	return now;
+}

@@ -1,0 +1,496 @@
+//! The cluster that all rounds happen to, what it holds, and what a round has done
+//! to it.
+//!
+//! Rows can be checked by themselves: a table holds the ids from `low` up to
+//! `high`, each with a filler that follows from it. The tables named `anchor` are
+//! never changed, so that no list may ever lose a block of theirs without a reason.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use postgres::{Client, Row};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
+use super::census::Census;
+use super::list::List;
+use super::process;
+use crate::common::{
+    Block, Cluster, Fault, LIST, PATIENCE, Shutdown, give_to_server, value, wait_until,
+};
+
+pub const DATABASES: [&str; 3] = ["postgres", "one", "two"];
+
+/// More than anything that is asked of the server should ever take.
+const STATEMENT_TIMEOUT: &str = "SET statement_timeout = '30s'";
+
+pub struct Arena {
+    pub cluster: Cluster,
+    pub tables: Vec<Table>,
+    pub anchors: Vec<Block>,
+    /// The list as it was last checked, or made anew by a round.
+    pub list: Option<List>,
+    /// The last error that `pg_stat_autoprewarm` has shown.
+    pub last_error: Option<String>,
+    pub census: Census,
+    pub round: Round,
+    settings: BTreeMap<&'static str, String>,
+    tables_made: u32,
+}
+
+/// A table whose content is known.
+#[derive(Clone, Debug)]
+pub struct Table {
+    pub database: &'static str,
+    pub name: String,
+    pub low: i64,
+    pub high: i64,
+    pub unlogged: bool,
+}
+
+/// What one round does, and so what may be otherwise after it.
+pub struct Round {
+    pub rng: StdRng,
+    /// Where the log ended before it.
+    pub mark: usize,
+    /// Processes that it killed.
+    pub killed: Vec<i32>,
+    /// What autoprewarm's warnings and errors may say, besides what is fine always.
+    pub allowed: Vec<&'static str>,
+    /// Blocks that could be read may have been skipped; and a list may lack them.
+    pub may_skip: bool,
+    /// The list was written by the round itself.
+    pub list_replaced: bool,
+    /// The clock was set.
+    pub clock_set: bool,
+}
+
+impl Round {
+    pub fn new(seed: u64, number: u64, mark: usize) -> Self {
+        Self {
+            rng: rng(seed, number),
+            mark,
+            killed: Vec::new(),
+            allowed: Vec::new(),
+            may_skip: false,
+            list_replaced: false,
+            clock_set: false,
+        }
+    }
+
+    /// One of them.
+    pub fn choose<T: Clone>(&mut self, from: &[T]) -> T {
+        from.choose(&mut self.rng).unwrap().clone()
+    }
+
+    pub fn coin(&mut self) -> bool {
+        self.rng.random()
+    }
+
+    /// Lets up to so many milliseconds pass.
+    pub fn pause(&mut self, milliseconds: u64) {
+        let micros = self.rng.random_range(0..=milliseconds * 1000);
+        std::thread::sleep(Duration::from_micros(micros));
+    }
+
+    pub fn kill(&mut self, pid: i32) {
+        self.killed.push(pid);
+        process::signal(pid, libc::SIGKILL);
+    }
+}
+
+/// What is left to chance in a round, or in the order of the rounds.
+pub fn rng(seed: u64, number: u64) -> StdRng {
+    StdRng::seed_from_u64(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ number)
+}
+
+/// A call in a session of its own.
+pub struct Call {
+    pub pid: i32,
+    thread: JoinHandle<Result<(), postgres::Error>>,
+}
+
+impl Call {
+    /// Its SQLSTATE, empty where the connection was lost; nothing where it succeeded.
+    pub fn wait(self) -> Option<String> {
+        let error = self.thread.join().unwrap().err()?;
+        let state = error.code().map(|code| code.code().to_owned());
+        Some(state.unwrap_or_default())
+    }
+}
+
+impl Arena {
+    pub fn new() -> Self {
+        let mut cluster = Cluster::build()
+            .checksums()
+            .setting("shared_buffers = 64MB")
+            .setting("dynamic_shared_memory_type = mmap")
+            .setting("max_connections = 20")
+            .setting("max_worker_processes = 6")
+            .setting("max_logical_replication_workers = 0")
+            .setting("max_locks_per_transaction = 20")
+            .setting("allow_in_place_tablespaces = on")
+            .setting("include_if_exists = 'torture.conf'")
+            .create();
+        cluster.expect_crash();
+        cluster.set_fault(Fault::ReadDelay, 0);
+        let mut arena = Self {
+            cluster,
+            tables: Vec::new(),
+            anchors: Vec::new(),
+            list: None,
+            last_error: None,
+            census: Census::default(),
+            round: Round::new(0, 0, 0),
+            settings: BTreeMap::new(),
+            tables_made: 0,
+        };
+        arena.set("pg_prewarm.autoprewarm_interval", "0");
+        arena.cluster.start();
+        arena.furnish();
+        arena.warm();
+        arena
+    }
+
+    fn furnish(&mut self) {
+        self.cluster.sql("CREATE TABLESPACE space LOCATION ''");
+        self.cluster.sql("CREATE EXTENSION pg_buffercache");
+        self.cluster.sql("CREATE DATABASE one");
+        self.cluster.sql("CREATE DATABASE two TABLESPACE space");
+        for database in DATABASES {
+            let mut client = self.cluster.connect(database);
+            client.batch_execute("CREATE EXTENSION pg_prewarm").unwrap();
+            if has_amcheck(&self.cluster) {
+                client.batch_execute("CREATE EXTENSION amcheck").unwrap();
+            }
+            client
+                .batch_execute(&format!(
+                    "CREATE TABLE anchor (id bigint PRIMARY KEY, filler text); \
+                     INSERT INTO anchor {}; \
+                     CREATE TABLE anchor_toast (id bigint, filler text); \
+                     ALTER TABLE anchor_toast ALTER filler SET STORAGE EXTERNAL; \
+                     INSERT INTO anchor_toast {}; \
+                     ALTER TABLE anchor_toast ALTER filler SET STORAGE EXTENDED",
+                    rows(0, 1500),
+                    "SELECT g, repeat(md5(g::text), 100) FROM generate_series(0, 49) g",
+                ))
+                .unwrap();
+            client
+                .batch_execute("VACUUM (FREEZE, ANALYZE) anchor, anchor_toast")
+                .unwrap();
+            self.tables.push(Table {
+                database,
+                name: "anchor".to_owned(),
+                low: 0,
+                high: 1500,
+                unlogged: false,
+            });
+            self.anchors.extend(
+                client
+                    .query(
+                        "SELECT d.oid, d.dattablespace, pg_relation_filenode(c.oid), \
+                                pg_relation_size(c.oid) / 8192 \
+                         FROM pg_class c, pg_database d, pg_class t \
+                         WHERE d.datname = current_database() \
+                           AND t.relname = 'anchor_toast' \
+                           AND (c.relname LIKE 'anchor%' OR c.oid = t.reltoastrelid \
+                                OR c.oid IN (SELECT indexrelid FROM pg_index \
+                                             WHERE indrelid = t.reltoastrelid))",
+                        &[],
+                    )
+                    .unwrap()
+                    .iter()
+                    .flat_map(|row| {
+                        let relation = Block {
+                            database: row.get(0),
+                            tablespace: row.get(1),
+                            filenumber: row.get(2),
+                            fork: 0,
+                            block: 0,
+                        };
+                        relation.first(row.get::<_, i64>(3) as u32)
+                    }),
+            );
+            for _ in 0..3 {
+                self.make_table(database);
+            }
+        }
+        self.cluster.sql("CHECKPOINT");
+    }
+
+    fn make_table(&mut self, database: &'static str) {
+        self.tables_made += 1;
+        let table = Table {
+            database,
+            name: format!("work_{}", self.tables_made),
+            low: 0,
+            high: self.round.rng.random_range(1..400),
+            unlogged: self.round.rng.random_ratio(1, 4),
+        };
+        let unlogged = if table.unlogged { "UNLOGGED" } else { "" };
+        let space = self.round.choose(&["pg_default", "space"]);
+        self.run(
+            database,
+            &format!(
+                "CREATE {unlogged} TABLE {0} (id bigint, filler text) TABLESPACE {space}; \
+                 INSERT INTO {0} {1}; CREATE INDEX ON {0} (id)",
+                table.name,
+                rows(table.low, table.high),
+            ),
+        );
+        self.tables.push(table);
+    }
+
+    /// Changes a few tables, and keeps in mind what they then hold.
+    pub fn work(&mut self) {
+        for _ in 0..self.round.rng.random_range(1..=3) {
+            let changeable: Vec<usize> = (0..self.tables.len())
+                .filter(|&index| self.tables[index].name != "anchor")
+                .collect();
+            let index = self.round.choose(&changeable);
+            let Table {
+                database,
+                name,
+                low,
+                high,
+                ..
+            } = self.tables[index].clone();
+            let some = self.round.rng.random_range(1..200);
+            match self.round.rng.random_range(0..8) {
+                0 | 1 if high - low < 2000 => {
+                    self.run(
+                        database,
+                        &format!("INSERT INTO {name} {}", rows(high, high + some)),
+                    );
+                    self.tables[index].high += some;
+                }
+                2 => {
+                    let low = high.min(low + some);
+                    self.run(database, &format!("DELETE FROM {name} WHERE id < {low}"));
+                    self.tables[index].low = low;
+                }
+                3 => self.run(database, &format!("VACUUM {name}")),
+                4 => self.run(database, &format!("UPDATE {name} SET filler = filler")),
+                5 => {
+                    self.run(database, &format!("TRUNCATE {name}"));
+                    self.tables[index].low = high;
+                }
+                6 => {
+                    self.run(database, &format!("DROP TABLE {name}"));
+                    self.tables.remove(index);
+                    self.make_table(database);
+                }
+                _ => self.run(database, &format!("CREATE INDEX ON {name} (filler, id)")),
+            }
+        }
+    }
+
+    /// Runs SQL that must succeed, if need be after others have had their way.
+    pub fn run(&self, database: &str, sql: &str) {
+        let mut client = self.connect(database);
+        wait_until(sql, || match client.batch_execute(sql) {
+            Ok(()) => true,
+            Err(error) => match error.code().map(|code| code.code()) {
+                Some("40P01" | "55P03") => false,
+                _ => panic!("{sql}: {error:?}"),
+            },
+        });
+    }
+
+    pub fn connect(&self, database: &str) -> Client {
+        let mut client = self.cluster.connect(database);
+        client.batch_execute(STATEMENT_TIMEOUT).unwrap();
+        client
+    }
+
+    pub fn query(&self, database: &str, sql: &str) -> Vec<Row> {
+        match self.connect(database).query(sql, &[]) {
+            Ok(rows) => rows,
+            Err(error) => panic!("{sql}: {error:?}"),
+        }
+    }
+
+    /// Calls something in a session of its own, and does not wait for it.
+    pub fn call(&self, database: &str, sql: &str) -> Call {
+        let mut client = self.connect(database);
+        let sql = sql.to_owned();
+        Call {
+            pid: value(&mut client, "SELECT pg_backend_pid()"),
+            thread: std::thread::spawn(move || client.batch_execute(&sql)),
+        }
+    }
+
+    /// Puts a setting into the configuration, which the server has to read yet.
+    pub fn set(&mut self, name: &'static str, value: &str) {
+        self.settings.insert(name, value.to_owned());
+        self.write_settings();
+    }
+
+    pub fn reset(&mut self, name: &str) {
+        self.settings.remove(name);
+        self.write_settings();
+    }
+
+    fn write_settings(&self) {
+        let lines: String = self
+            .settings
+            .iter()
+            .map(|(name, value)| format!("{name} = {value}\n"))
+            .collect();
+        // In one step, so that the server never reads half of it.
+        let new = self.cluster.data("torture.conf.new");
+        fs::write(&new, lines).unwrap();
+        give_to_server(&new);
+        fs::rename(&new, self.cluster.data("torture.conf")).unwrap();
+    }
+
+    /// Has the running server read its configuration.
+    pub fn reload(&self) {
+        process::signal(self.cluster.postmaster(), libc::SIGHUP);
+    }
+
+    /// Has loads take seconds from now on, by slow reads or by a limit.
+    pub fn slow_down(&mut self) {
+        match self.round.rng.random_range(0..3) {
+            0 => {
+                let delay = self.round.rng.random_range(2..=10);
+                self.cluster.set_fault(Fault::ReadDelay, delay);
+            }
+            1 => self.limit_rate(),
+            _ => {
+                let delay = self.round.rng.random_range(1..=3);
+                self.cluster.set_fault(Fault::ReadDelay, delay);
+                self.limit_rate();
+            }
+        }
+    }
+
+    fn limit_rate(&mut self) {
+        let rate = self.round.rng.random_range(2000..8000);
+        self.set("pg_prewarm.autoprewarm_max_rate", &rate.to_string());
+    }
+
+    /// Lets all be as fast and as good as it can.
+    pub fn back_to_normal(&mut self) {
+        for fault in Fault::ALL {
+            self.cluster.set_fault(fault, 0);
+        }
+        self.reset("pg_prewarm.autoprewarm_max_rate");
+        if !process::all(&self.cluster.data("")).is_empty() {
+            self.reload();
+        }
+    }
+
+    /// Has the server start anew, in one of all ways, with a load that takes
+    /// seconds, and lets some of them pass.
+    pub fn begin_slow_load(&mut self) {
+        self.slow_down();
+        match self.round.rng.random_range(0..4) {
+            0 => self.restart(Shutdown::Fast),
+            1 => self.restart(Shutdown::Smart),
+            2 => self.restart(Shutdown::Immediate),
+            _ => {
+                self.reload();
+                self.crash();
+            }
+        }
+        self.round.pause(600);
+    }
+
+    pub fn restart(&mut self, how: Shutdown) {
+        self.cluster.stop(how);
+        self.cluster.start();
+    }
+
+    /// Kills a session's process, after which the server starts over.
+    pub fn crash(&mut self) {
+        let mut client = self.connect("postgres");
+        let pid = value(&mut client, "SELECT pg_backend_pid()");
+        self.kill_and_recover(pid);
+    }
+
+    /// Kills a server process, and waits until the server starts over.
+    pub fn kill_and_recover(&mut self, pid: i32) {
+        let mark = self.cluster.log_end();
+        self.round.kill(pid);
+        self.cluster
+            .wait_for_log(mark, "all server processes terminated; reinitializing");
+    }
+
+    /// The process ID of a process of that name, as soon as there is one; nothing
+    /// where none comes for a second.
+    pub fn find(&mut self, name: &str) -> Option<i32> {
+        let data = self.cluster.data("");
+        for _ in 0..200 {
+            let pids = process::named(&data, name);
+            if !pids.is_empty() {
+                return Some(self.round.choose(&pids));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        None
+    }
+
+    /// Waits until the leader has come and has nothing to load any more, and
+    /// returns its process ID.
+    pub fn settle(&self) -> i32 {
+        let mut leader = None;
+        let start = std::time::Instant::now();
+        while leader.is_none() {
+            assert!(start.elapsed() < PATIENCE, "the load does not end");
+            leader = self.try_to_settle();
+        }
+        leader.unwrap()
+    }
+
+    fn try_to_settle(&self) -> Option<i32> {
+        let mut client = self.connect("postgres");
+        // The server may be just about to crash.
+        let done: bool = client
+            .query_one("SELECT autoprewarm_wait('20s')", &[])
+            .ok()?
+            .get(0);
+        let row = client
+            .query_one("SELECT pid, state FROM pg_stat_autoprewarm", &[])
+            .ok()?;
+        let leader: Option<i32> = row.get(0);
+        if done && row.get::<_, &str>(1) == "idle" && leader.is_some() {
+            return leader;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        None
+    }
+
+    /// Has all tables cached, the list say so, and the last load be one of that.
+    pub fn warm(&mut self) {
+        self.settle();
+        for database in DATABASES {
+            self.query(database, "SELECT pg_prewarm_database(catalogs => true)");
+        }
+        self.cluster.sql("SELECT autoprewarm_dump_now()");
+        self.cluster.sql("SELECT autoprewarm_load_now()");
+        self.settle();
+        self.list = Some(self.read_list());
+        self.round.list_replaced = true;
+    }
+
+    pub fn read_list(&self) -> List {
+        List::read(&self.cluster.data(LIST))
+    }
+}
+
+/// A query for the rows of these ids.
+fn rows(low: i64, high: i64) -> String {
+    format!(
+        "SELECT g, repeat(md5(g::text), 20) FROM generate_series({low}, {}) g",
+        high - 1
+    )
+}
+
+/// The wheel that 16 comes from has no contrib modules.
+pub fn has_amcheck(cluster: &Cluster) -> bool {
+    cluster.major() != 16
+}

@@ -1,0 +1,362 @@
+//! What must hold after every round.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use postgres::Row;
+
+use super::arena::{Arena, DATABASES, has_amcheck};
+use super::census::Count;
+use super::process;
+use crate::common::{Block, Installation, PATIENCE, Shutdown, run};
+
+/// Skipped blocks that need no excuse: a list may be older than what became of
+/// its relations, and what lies in template databases is never loaded.
+const ALWAYS_EXCUSED: [&str; 4] = [
+    "skipped_template_database",
+    "skipped_no_database",
+    "skipped_no_relation",
+    "skipped_no_block",
+];
+
+const OTHER_REASONS: [&str; 6] = [
+    "skipped_illegal",
+    "skipped_unreadable",
+    "skipped_locked",
+    "skipped_no_free_buffer",
+    "skipped_interrupted",
+    "skipped_cancelled",
+];
+
+/// What autoprewarm's processes may log at any time: they are told to end, or the
+/// server goes down around them.
+const ALWAYS_ALLOWED: [&str; 3] = [
+    "due to administrator command",
+    "because of crash of another server process",
+    "due to unexpected postmaster exit",
+];
+
+impl Arena {
+    /// Checks everything, and has all be warm again for the next round. Panics
+    /// where something does not hold.
+    pub fn check(&mut self) {
+        let leader = self.settle();
+        self.check_processes(leader);
+        let stats = self.check_stats(leader);
+        let missing = self.check_cache();
+        self.check_list(&stats, missing);
+        self.check_data();
+        self.check_census(leader);
+        self.check_log();
+        if self.round.may_skip {
+            self.warm();
+        }
+    }
+
+    fn check_processes(&self, leader: i32) {
+        let data = self.cluster.data("");
+        assert_eq!(process::named(&data, "autoprewarm leader"), [leader]);
+        let rows = self.query(
+            "postgres",
+            "SELECT pid FROM pg_stat_activity WHERE backend_type = 'autoprewarm leader'",
+        );
+        let shown: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
+        assert_eq!(shown, [leader], "pg_stat_activity's leader");
+    }
+
+    /// `pg_stat_autoprewarm` must tell the truth of a load that has ended.
+    fn check_stats(&mut self, leader: i32) -> Row {
+        let row = self
+            .query("postgres", "SELECT * FROM pg_stat_autoprewarm")
+            .remove(0);
+        let count = |name: &str| row.get::<_, i64>(name);
+        assert_eq!(row.get::<_, Option<i32>>("pid"), Some(leader));
+        let result: Option<&str> = row.get("load_result");
+        if !self.round.may_skip {
+            assert_eq!(result, Some("completed"), "the load's result");
+        }
+        let [total, loaded, cached, skipped] =
+            ["total", "loaded", "cached", "skipped"].map(|name| count(&format!("blocks_{name}")));
+        assert_eq!(loaded + cached + skipped, total, "blocks of the load");
+        let excused: i64 = ALWAYS_EXCUSED.into_iter().map(count).sum();
+        let others: Vec<(&str, i64)> = OTHER_REASONS
+            .into_iter()
+            .map(|name| (name, count(name)))
+            .filter(|&(_, blocks)| blocks != 0)
+            .collect();
+        let unexcused: i64 = others.iter().map(|(_, blocks)| blocks).sum();
+        assert_eq!(excused + unexcused, skipped, "skipped by reason");
+        assert!(
+            unexcused == 0 || self.round.may_skip,
+            "skipped without an excuse: {others:?}"
+        );
+        if let Some((_, line)) = self
+            .cluster
+            .log_since(self.round.mark)
+            .rsplit_once("autoprewarm successfully prewarmed ")
+            && result == Some("completed")
+        {
+            let logged = format!("{} of {total} previously-loaded blocks\n", loaded + cached);
+            assert!(line.starts_with(&logged), "not {logged:?} but {line}");
+        }
+        let times = self.query(
+            "postgres",
+            "SELECT load_start_time <= load_end_time AND load_end_time <= now() \
+                AND COALESCE(last_dump_time <= now(), true) FROM pg_stat_autoprewarm",
+        );
+        assert!(
+            self.round.clock_set || times[0].get(0),
+            "the times are not in order: {row:?}"
+        );
+        let error: Option<String> = row.get("last_error");
+        if error != self.last_error {
+            if let Some(text) = &error {
+                assert!(
+                    is_allowed(text, &self.round.allowed),
+                    "the last error is {text:?}"
+                );
+            }
+            self.last_error.clone_from(&error);
+        }
+        row
+    }
+
+    /// What the list named and is still there must be cached; nobody may hold a
+    /// buffer, or a lock, or show progress. Returns whether an anchor is missing.
+    fn check_cache(&self) -> bool {
+        let cached = self.cluster.cached_without_extension();
+        let missing = self.missing_anchors(&cached);
+        assert!(
+            missing == 0 || self.round.may_skip,
+            "{missing} blocks that nothing was done to are not cached"
+        );
+        for (what, sql) in [
+            (
+                "buffer pins",
+                "SELECT count(*) FROM pg_buffercache WHERE pinning_backends > 0",
+            ),
+            (
+                "locks of processes that are gone, or at rest",
+                "SELECT count(*) FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid) \
+                 WHERE l.pid <> pg_backend_pid() \
+                   AND (a.pid IS NULL OR a.backend_type LIKE 'autoprewarm%')",
+            ),
+            (
+                "rows of progress",
+                "SELECT count(*) FROM pg_stat_progress_prewarm",
+            ),
+            (
+                "workers at rest",
+                "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'",
+            ),
+        ] {
+            self.wait_for_zero(what, sql);
+        }
+        missing > 0
+    }
+
+    /// How many anchors' blocks are not among those.
+    fn missing_anchors(&self, blocks: &BTreeSet<Block>) -> usize {
+        let missing = self.anchors.iter().filter(|block| !blocks.contains(block));
+        missing.count()
+    }
+
+    fn wait_for_zero(&self, what: &str, sql: &str) {
+        let mut client = self.connect("postgres");
+        let start = Instant::now();
+        loop {
+            let left: i64 = client.query_one(sql, &[]).unwrap().get(0);
+            if left == 0 {
+                return;
+            }
+            // A process that ends takes a while.
+            assert!(start.elapsed() < PATIENCE / 6, "{left} {what}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The list on disk must be complete, the newest there was, and as long as it
+    /// should be.
+    fn check_list(&mut self, stats: &Row, anchors_were_missing: bool) {
+        let list = self.read_list();
+        let records = list.blocks.len();
+        if !self.round.list_replaced {
+            let shown: Option<i64> = stats.get("last_dump_blocks");
+            let log = self.cluster.log_since(self.round.mark);
+            let logged = log
+                .rsplit_once("wrote block details for ")
+                .and_then(|(_, rest)| rest.split_once(' '))
+                .map(|(number, _)| number.parse::<usize>().unwrap());
+            let unchanged = self.list.as_ref() == Some(&list);
+            // A process may be killed between the list's last step and the line.
+            if self.round.killed.is_empty() || unchanged && logged.is_none() {
+                assert!(
+                    logged.map_or(unchanged, |logged| logged == records),
+                    "{logged:?} were logged to be dumped last, the list has {records} records"
+                );
+                assert!(
+                    shown.is_none_or(|shown| shown == records as i64),
+                    "{shown:?} are said to be dumped last, the list has {records} records"
+                );
+            }
+        }
+        let missing = self.missing_anchors(&list.blocks);
+        assert!(
+            missing == 0 || anchors_were_missing || self.round.may_skip,
+            "the list has shrunk to {records} records and lacks {missing} that it should have"
+        );
+        self.list = Some(list);
+    }
+
+    /// All rows must be there and right, all pages and indexes sound.
+    fn check_data(&mut self) {
+        let log = self.cluster.log_since(self.round.mark);
+        let recovered = log.contains("automatic recovery in progress");
+        for database in DATABASES {
+            let mut client = self.connect(database);
+            for table in self
+                .tables
+                .iter_mut()
+                .filter(|table| table.database == database)
+            {
+                let row = client
+                    .query_one(
+                        &format!(
+                            "SELECT count(*), COALESCE(min(id), {1}), COALESCE(max(id) + 1, {1}), \
+                                    count(*) FILTER (WHERE filler <> repeat(md5(id::text), 20)) \
+                             FROM {0}",
+                            table.name, table.high
+                        ),
+                        &[],
+                    )
+                    .unwrap_or_else(|error| panic!("{table:?}: {error:?}"));
+                let found: [i64; 4] = [0, 1, 2, 3].map(|index| row.get(index));
+                // Of an unlogged table, the rows since the recovery are there.
+                if recovered && table.unlogged && (table.low..=table.high).contains(&found[1]) {
+                    table.low = found[1];
+                }
+                assert_eq!(
+                    found,
+                    [table.high - table.low, table.low, table.high, 0],
+                    "{table:?}"
+                );
+            }
+            let bad: i64 = client
+                .query_one(
+                    "SELECT count(*) FROM anchor_toast \
+                     WHERE filler IS DISTINCT FROM repeat(md5(id::text), 100)",
+                    &[],
+                )
+                .unwrap_or_else(|error| panic!("{error:?}"))
+                .get(0);
+            assert_eq!(bad, 0, "TOAST values");
+            if has_amcheck(&self.cluster) {
+                amcheck(&mut client);
+            }
+        }
+    }
+
+    /// Nothing may be left open, mapped or allocated.
+    fn check_census(&mut self, leader: i32) {
+        let start = Instant::now();
+        loop {
+            let count = Count::take(&self.cluster, leader);
+            let Some(wrong) = self.census.judge(&count, 0) else {
+                self.census.note(&count);
+                return;
+            };
+            assert!(start.elapsed() < PATIENCE / 6, "{wrong}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// No process may have died of what the round has not done, and autoprewarm's
+    /// may have complained of that only.
+    pub fn check_log(&self) {
+        check_log(&self.cluster.log_since(self.round.mark), &self.round);
+    }
+
+    /// The server's own programs must find nothing, either. The server is stopped
+    /// after that.
+    pub fn check_thoroughly(&mut self) {
+        if has_amcheck(&self.cluster) {
+            run(Installation::ours()
+                .program("pg_amcheck")
+                .arg("-h")
+                .arg(self.cluster.path(""))
+                .args(["-U", "postgres", "--all", "--heapallindexed"]));
+        }
+        self.cluster.stop(Shutdown::Fast);
+        run(Installation::ours()
+            .program("pg_checksums")
+            .args(["--check", "-D"])
+            .arg(self.cluster.data("")));
+        let data = self.cluster.data("");
+        process::wait_for_none(&data);
+        assert_eq!(super::census::segments(&self.cluster), 0);
+        assert!(!Path::new(&data.join("autoprewarm.blocks.tmp")).exists());
+    }
+}
+
+fn amcheck(client: &mut postgres::Client) {
+    client
+        .batch_execute(
+            "SELECT bt_index_check(indexrelid, true) FROM pg_index i JOIN pg_class c \
+                ON c.oid = i.indexrelid \
+             WHERE c.relam = 403 AND i.indisvalid AND c.oid >= 16384 \
+               AND c.relpersistence <> 't'",
+        )
+        .unwrap_or_else(|error| panic!("{error:?}"));
+    let corrupt = client
+        .query(
+            "SELECT c.relname, v.msg FROM pg_class c, verify_heapam(c.oid) v \
+             WHERE c.relkind IN ('r', 't') AND c.oid >= 16384 AND c.relpersistence <> 't'",
+            &[],
+        )
+        .unwrap_or_else(|error| panic!("{error:?}"));
+    assert!(corrupt.is_empty(), "{corrupt:?}");
+}
+
+fn is_allowed(text: &str, allowed: &[&str]) -> bool {
+    allowed.iter().any(|allowed| text.contains(allowed))
+}
+
+/// See [`Arena::check_log`].
+pub fn check_log(log: &str, round: &super::arena::Round) {
+    for line in log.lines() {
+        for sign in ["PANIC:", "TRAP:", "panicked at", "memory allocation of"] {
+            assert!(!line.contains(sign), "{line}");
+        }
+        if line.contains("terminated by signal") {
+            let pid = line
+                .split_once("(PID ")
+                .and_then(|(_, rest)| rest.split_once(')'))
+                .and_then(|(pid, _)| pid.parse::<i32>().ok());
+            assert!(
+                pid.is_some_and(|pid| round.killed.contains(&pid)),
+                "a process died that was not killed: {line}"
+            );
+        }
+        let leader_failed =
+            line.contains("\"autoprewarm leader\"") && line.contains("exited with exit code 1");
+        if is_complaint(line) || leader_failed {
+            assert!(
+                is_allowed(line, &ALWAYS_ALLOWED) || is_allowed(line, &round.allowed),
+                "unexpected: {line}"
+            );
+        }
+    }
+}
+
+/// A warning or an error of one of autoprewarm's processes.
+fn is_complaint(line: &str) -> bool {
+    line.starts_with("autoprewarm ")
+        && [" WARNING: ", " ERROR: ", " FATAL: "]
+            .iter()
+            .any(|level| line.contains(level))
+}
+
+pub fn complaints(log: &str) -> usize {
+    log.lines().filter(|line| is_complaint(line)).count()
+}

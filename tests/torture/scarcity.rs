@@ -1,0 +1,209 @@
+//! What there may be too little of: worker slots, connections, locks, memory.
+
+use postgres::{Client, NoTls};
+use rand::Rng;
+
+use super::arena::{Arena, Call, DATABASES};
+use super::process;
+use crate::common::{Shutdown, limit, wait_until};
+
+pub const FAULTS: &[super::Kind] = &[
+    ("no-worker-slots", no_worker_slots),
+    ("no-connections", no_connections),
+    ("no-locks", no_locks),
+    ("little-memory-for-one", little_memory_for_one),
+    ("little-memory-for-all", little_memory_for_all),
+];
+
+/// Queries take slots while the list is loaded, some for longer than others.
+fn no_worker_slots(arena: &mut Arena) {
+    arena.begin_slow_load();
+    let slots: Vec<_> = (0..arena.round.rng.random_range(1..=4))
+        .map(|_| take_slot(arena))
+        .collect();
+    let pids = process::named(&arena.cluster.data(""), "autoprewarm worker");
+    if arena.round.coin() {
+        // Their slots are free, until somebody else takes them.
+        arena.round.may_skip = true;
+        for pid in pids {
+            process::signal(pid, libc::SIGTERM);
+        }
+    }
+    arena.back_to_normal();
+    arena.round.pause(300);
+    for slot in slots {
+        process::signal(slot.pid, libc::SIGTERM);
+        slot.wait();
+    }
+}
+
+/// A query whose parallel worker sleeps.
+fn take_slot(arena: &Arena) -> Call {
+    let forced = match arena.cluster.major() {
+        15 => "force_parallel_mode",
+        _ => "debug_parallel_query",
+    };
+    let sql = format!("SET {forced} = on; SELECT pg_sleep(25)");
+    arena.call("postgres", &sql)
+}
+
+/// All are in use when the list is loaded, and when somebody asks for a load.
+fn no_connections(arena: &mut Arena) {
+    arena.begin_slow_load();
+    let mut first = arena.connect("postgres");
+    let clients = all_connections(arena);
+    first
+        .batch_execute("SELECT autoprewarm_wait('1 s')")
+        .unwrap();
+    if arena.round.coin() {
+        let _ = first.batch_execute("SELECT autoprewarm_cancel()");
+        let _ = first.batch_execute("SELECT autoprewarm_load_now()");
+        arena.round.may_skip = true;
+    }
+    arena.back_to_normal();
+    first.batch_execute("SELECT autoprewarm_wait()").unwrap();
+    drop(clients);
+    drop(first);
+    wait_until("a connection to be free", || {
+        arena.cluster.config().connect(NoTls).is_ok()
+    });
+}
+
+fn all_connections(arena: &Arena) -> Vec<Client> {
+    std::iter::from_fn(|| arena.cluster.config().connect(NoTls).ok())
+        .take(100)
+        .collect()
+}
+
+/// A session has all the locks that there is room for.
+fn no_locks(arena: &mut Arena) {
+    arena.round.may_skip = true;
+    arena.round.allowed.push("out of shared memory");
+    arena.begin_slow_load();
+    let mut greedy = arena.connect("postgres");
+    let error = greedy
+        .batch_execute("SELECT pg_advisory_lock(g) FROM generate_series(1, 1000000) g")
+        .unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "53200");
+    // There is no lock left for a lookup by name, either.
+    let sql = format!(
+        "SELECT pg_prewarm_database(workers => {})",
+        arena.round.choose(&[0, 2])
+    );
+    let call = arena
+        .cluster
+        .config()
+        .connect(NoTls)
+        .map(|mut client| std::thread::spawn(move || client.batch_execute(&sql)));
+    arena.back_to_normal();
+    arena.round.pause(1000);
+    drop(greedy);
+    if let Ok(call) = call {
+        let state = call
+            .join()
+            .unwrap()
+            .err()
+            .map(|error| error.code().unwrap().code().to_owned());
+        assert!(
+            matches!(state.as_deref(), None | Some("53200")),
+            "{state:?}"
+        );
+    }
+}
+
+/// A process may have ended.
+fn limit_memory(pid: i32, kilobytes: Option<u64>) {
+    let limited = limit(pid, "as", kilobytes.map(|kilobytes| kilobytes << 10));
+    assert!(limited || process::status(pid, "VmSize").is_none());
+}
+
+/// Out of memory is an error as any other, to autoprewarm's processes and to
+/// callers.
+fn allow_out_of_memory(arena: &mut Arena) {
+    arena.round.may_skip = true;
+    arena.round.allowed.extend([
+        "out of memory",
+        "could not map",
+        "could not resize",
+        "could not fork",
+        "could not load library",
+        "could not read file",
+        "could not write to file",
+        "do not come to work",
+        "could not access file",
+    ]);
+}
+
+/// The leader, a worker or a caller may have hardly more memory than it has.
+fn little_memory_for_one(arena: &mut Arena) {
+    allow_out_of_memory(arena);
+    arena.begin_slow_load();
+    let call = arena.call("postgres", "SELECT pg_sleep(0.2); SELECT pg_prewarm_database('read', workers => 2); SELECT autoprewarm_dump_now()");
+    let name = arena
+        .round
+        .choose(&["autoprewarm leader", "autoprewarm worker", "caller"]);
+    let pid = match name {
+        "caller" => Some(call.pid),
+        _ => arena.find(name),
+    };
+    if let Some(pid) = pid
+        && let Some(size) = process::status(pid, "VmSize")
+    {
+        let more = arena.round.rng.random_range(0..500);
+        limit_memory(pid, Some(size + more));
+        arena.back_to_normal();
+        arena
+            .call("postgres", "SELECT autoprewarm_wait('3 s')")
+            .wait();
+        arena
+            .call("postgres", "SELECT autoprewarm_load_now()")
+            .wait();
+        arena
+            .call("postgres", "SELECT autoprewarm_wait('3 s')")
+            .wait();
+        limit_memory(pid, None);
+    }
+    arena.back_to_normal();
+    let state = call.wait();
+    assert!(
+        matches!(
+            state.as_deref(),
+            None | Some("53200" | "XX000" | "58030" | "57014")
+        ),
+        "{state:?}"
+    );
+    arena.restart(Shutdown::Immediate);
+}
+
+/// `ulimit -v` for the server: each process may have so much more than the
+/// postmaster has, which may not do for much.
+fn little_memory_for_all(arena: &mut Arena) {
+    allow_out_of_memory(arena);
+    arena.settle();
+    let postmaster = arena.cluster.postmaster();
+    let size = process::status(postmaster, "VmSize").unwrap();
+    let more = arena.round.rng.random_range(100..4000);
+    // Processes inherit it.
+    limit_memory(postmaster, Some(size + more));
+    let pid = arena.find("autoprewarm leader").unwrap();
+    process::signal(pid, libc::SIGTERM);
+    for _ in 0..4 {
+        let database = arena.round.choose(&DATABASES);
+        let sql = arena.round.choose(&[
+            "SELECT autoprewarm_start_worker()",
+            "SELECT autoprewarm_load_now()",
+            "SELECT autoprewarm_dump_now()",
+            "SELECT count(*) FROM autoprewarm_blocks()",
+            "SELECT pg_prewarm_database('read', workers => 2)",
+            "SELECT pg_prewarm_database('buffer', workers => 2)",
+            "SELECT autoprewarm_wait('1 s')",
+        ]);
+        // Often there is not enough for a session.
+        let mut config = arena.cluster.config();
+        if let Ok(mut client) = config.dbname(database).connect(NoTls) {
+            let _ = client.batch_execute(sql);
+        }
+    }
+    limit_memory(postmaster, None);
+    arena.restart(Shutdown::Immediate);
+}

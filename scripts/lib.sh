@@ -112,14 +112,24 @@ use_pg_config() {
     pg_major=$major
 }
 
-# Installs what was built for the PostgreSQL in use, and the base scripts of old
-# versions, which cargo-pgrx leaves out. Takes cargo-pgrx's options.
+# Builds, and installs into the PostgreSQL in use: the library, the control file,
+# and every SQL script (cargo-pgrx leaves out base scripts of old versions).
+# Unoptimised unless --release is said. Each file takes its place in one step: a
+# running server goes on with the library that it has, which must not change below
+# its feet.
 install_extension() {
-    local log=$cache/install-$$.log
-    cargo pgrx install --pg-config "$PG_CONFIG" "${pg_features[@]}" "$@" >"$log" 2>&1 ||
-        { cat "$log" >&2; rm -f "$log"; die "the extension does not build or cannot be installed"; }
-    rm -f "$log"
-    cp "$project"/sql/pg_prewarm--1.[12].sql "$("$PG_CONFIG" --sharedir)/extension/"
+    local stage=$cache/install-$$ profile=(--debug) file
+    [ "${1:-}" != --release ] || profile=()
+    mkdir -p "$stage"
+    cargo pgrx package --pg-config "$PG_CONFIG" "${pg_features[@]}" "${profile[@]}" \
+        --out-dir "$stage/files" >"$stage/log" 2>&1 ||
+        { cat "$stage/log" >&2; rm -rf "$stage"; die "the extension does not build"; }
+    cp "$project"/sql/pg_prewarm--1.[12].sql "$stage/files/$("$PG_CONFIG" --sharedir)/extension/"
+    while read -r file; do
+        cp "$stage/files/$file" "/$file.new" && mv "/$file.new" "/$file" ||
+            { rm -rf "$stage"; die "cannot install /$file"; }
+    done < <(cd "$stage/files" && find . -type f -printf '%P\n')
+    rm -rf "$stage"
 }
 
 # Fails if the library that was installed (built for release) names a folder of

@@ -948,11 +948,12 @@ fn an_error_in_a_worker_reaches_the_caller() {
     }
     std::fs::write(cluster.data(&file), bytes).unwrap();
     cluster.configure("max_parallel_workers = 2");
-    cluster.start();
-    cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
-    cluster.slow_reads(5);
-    let mut client = cluster.connect("postgres");
     for workers in [2, 100] {
+        // Nothing of it is cached.
+        cluster.start();
+        cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
+        cluster.slow_reads(5);
+        let mut client = cluster.connect("postgres");
         let call = format!("pg_prewarm_relation('t', toast => false, workers => {workers})");
         let raised = client.batch_execute(&format!("SELECT {call}")).unwrap_err();
         let raised = raised.as_db_error().unwrap();
@@ -974,7 +975,7 @@ fn an_error_in_a_worker_reaches_the_caller() {
                  END $$; CREATE TABLE after (id int); DROP TABLE after; COMMIT"
             ))
             .unwrap();
-        cluster.slow_reads(5);
+        cluster.stop(Shutdown::Immediate);
     }
 }
 

@@ -5,7 +5,7 @@ use rand::Rng;
 
 use super::arena::{Arena, Call, DATABASES};
 use super::process;
-use crate::common::{Shutdown, limit, wait_until};
+use crate::common::{Shutdown, limit, value, wait_until};
 
 pub const FAULTS: &[super::Kind] = &[
     ("no-worker-slots", no_worker_slots),
@@ -81,6 +81,7 @@ fn no_locks(arena: &mut Arena) {
     arena.round.allowed.push("out of shared memory");
     arena.begin_slow_load();
     let mut greedy = arena.connect("postgres");
+    let pid = value(&mut greedy, "SELECT pg_backend_pid()");
     let error = greedy
         .batch_execute("SELECT pg_advisory_lock(g) FROM generate_series(1, 1000000) g")
         .unwrap_err();
@@ -98,6 +99,7 @@ fn no_locks(arena: &mut Arena) {
     arena.back_to_normal();
     arena.round.pause(1000);
     drop(greedy);
+    process::wait_for_end(pid);
     if let Ok(call) = call {
         let state = call
             .join()

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::common::{Block, Cluster, Shutdown, list_of, signal, value, wait_until};
+use crate::common::{Block, Cluster, LoadStats, Shutdown, list_of, signal, value, wait_until};
 
 const WORKERS: &str = "FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'";
 
@@ -163,6 +163,10 @@ fn an_unreadable_page_costs_one_block() {
         cluster.wait_for_skipped(mark),
         "4 blocks: 4 that could not be read"
     );
+    // Those that were read along with an unreadable one were not cached before.
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let stats = LoadStats::get(&mut cluster.connect("postgres"));
+    assert_eq!((stats.loaded, stats.cached), (596, 0));
     let cached: Vec<_> = cluster
         .cached()
         .into_iter()

@@ -379,6 +379,26 @@ fn a_load_that_has_not_begun_yet_is_cancelled_as_well() {
 }
 
 #[test]
+fn a_load_is_begun_though_the_leader_ends_that_was_asked_for_it() {
+    let (cluster, _) = cluster_with_list(Cluster::build());
+    let mut client = cluster.connect("postgres");
+    const BEGAN: &str = "SELECT load_start_time::text FROM pg_stat_autoprewarm";
+    let before: String = value(&mut client, BEGAN);
+    let leader = cluster.leader().unwrap();
+    signal(leader, libc::SIGSTOP);
+    thread::scope(|scope| {
+        let asked = scope.spawn(|| cluster.sql(LOAD));
+        LoadStats::wait_for(&mut client, |stats| stats.state == "load pending");
+        signal(leader, libc::SIGTERM);
+        signal(leader, libc::SIGCONT);
+        asked.join().unwrap();
+    });
+    assert_eq!(LoadStats::wait_for_end(&mut client).result(), "completed");
+    assert_ne!(value::<String>(&mut client, BEGAN), before);
+    assert_ne!(cluster.leader(), Some(leader));
+}
+
+#[test]
 fn two_sessions_may_cancel_one_load() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut clients = [(); 2].map(|()| cluster.connect("postgres"));

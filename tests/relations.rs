@@ -706,7 +706,7 @@ fn a_call_stops_when_it_has_filled_shared_buffers() {
         let cached = cached_blocks(&mut caller.client);
         let index: u32 = value(&mut caller.client, "SELECT 't_id'::regclass::oid");
         assert!(
-            cached[&index] > indexes - 32,
+            cached[&index] > indexes - 32 - 64 * workers,
             "{} of {indexes}",
             cached[&index]
         );
@@ -942,29 +942,35 @@ fn an_error_in_a_worker_reaches_the_caller() {
     let file: String = cluster.value("SELECT pg_relation_filepath('t')");
     cluster.stop(Shutdown::Fast);
     let mut bytes = std::fs::read(cluster.data(&file)).unwrap();
-    // The caller begins with the first 512 blocks, and that takes it seconds.
     for block in 512..3000 {
         bytes[block * 8192 + 4000] ^= 1;
     }
     std::fs::write(cluster.data(&file), bytes).unwrap();
     cluster.configure("max_parallel_workers = 2");
     for workers in [2, 100] {
-        // Nothing of it is cached.
-        cluster.start();
-        cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
-        cluster.slow_reads(5);
-        let mut client = cluster.connect("postgres");
         let call = format!("pg_prewarm_relation('t', toast => false, workers => {workers})");
-        let raised = client.batch_execute(&format!("SELECT {call}")).unwrap_err();
-        let raised = raised.as_db_error().unwrap();
-        assert_eq!(raised.code().code(), "XX001", "{raised:?}");
-        assert!(
-            raised.message().starts_with("invalid page in block "),
-            "{raised:?}"
-        );
-        assert_eq!(raised.where_(), Some("parallel worker"), "{raised:?}");
+        // As a rule the caller takes the first, good blocks, and is busy with them.
+        let client = (0..10).find_map(|_| {
+            cluster.start();
+            cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
+            cluster.slow_reads(5);
+            let mut client = cluster.connect("postgres");
+            let raised = client.batch_execute(&format!("SELECT {call}")).unwrap_err();
+            let raised = raised.as_db_error().unwrap();
+            assert_eq!(raised.code().code(), "XX001", "{raised:?}");
+            assert!(
+                raised.message().starts_with("invalid page in block "),
+                "{raised:?}"
+            );
+            cluster.slow_reads(0);
+            if raised.where_() == Some("parallel worker") {
+                return Some(client);
+            }
+            cluster.stop(Shutdown::Immediate);
+            None
+        });
+        let mut client = client.expect("an error in a worker");
         // The transaction can go on without it, and with others.
-        cluster.slow_reads(0);
         client
             .batch_execute(&format!(
                 "BEGIN; \

@@ -89,7 +89,9 @@ fn load_now() -> Result<(), Error> {
         return Err(Error::ListInUse(pid));
     }
     let number = state.load.number();
-    let request = state.request_load().ok_or(Error::LoadInProgress)?;
+    let request = state
+        .request_load_after(number)
+        .ok_or(Error::LoadInProgress)?;
     let mut asked = None;
     while state.load.number() == number {
         if state.leader().is_none() {

@@ -27,8 +27,9 @@ pub struct State {
     awaited_since: AtomicI64,
     /// A [`Phase`].
     phase: AtomicU32,
-    /// Somebody wants the list to be loaded now.
-    load_requested: AtomicBool,
+    /// Somebody wants the list to be loaded after the load of the number before this
+    /// one; whatever number it is, no load is wanted once another has begun.
+    load_requested: AtomicU32,
     /// The number of the load that somebody wants to end; 0 for none.
     load_to_cancel: AtomicU32,
     pub load: LoadStats,
@@ -45,7 +46,7 @@ unsafe impl Shared for State {
         had_leader: AtomicBool::new(false),
         awaited_since: AtomicI64::new(0),
         phase: AtomicU32::new(Phase::Due as u32),
-        load_requested: AtomicBool::new(false),
+        load_requested: AtomicU32::new(0),
         load_to_cancel: AtomicU32::new(0),
         load: LoadStats::new(),
         dump: DumpStats::new(),
@@ -87,7 +88,7 @@ impl State {
             if let Some(state) = STATE.get_if_mapped() {
                 if state.leader() == Some(process::my_pid()) {
                     // Whoever comes next is not to be told that a load is coming.
-                    state.load_requested.store(false, SeqCst);
+                    state.load_requested.store(0, SeqCst);
                 }
                 release(&state.leader);
                 release(&state.dump_file_user);
@@ -156,7 +157,6 @@ impl State {
     pub fn begin_load(&self) {
         self.load.begin();
         self.phase.store(Phase::Loading as u32, SeqCst);
-        self.load_requested.store(false, SeqCst);
     }
 
     /// The load has ended like that, and what becomes of the list is `phase`.
@@ -183,17 +183,21 @@ impl State {
     /// Whether a load runs, or is about to be begun by a leader that is there.
     pub fn load_is_pending(&self) -> bool {
         self.leader().is_some()
-            && (matches!(self.phase(), Phase::Due | Phase::Loading) || self.load_is_requested())
+            && (self.load_is_requested()
+                || self.load.has_begun()
+                || matches!(self.phase(), Phase::Due | Phase::Loading))
     }
 
     pub fn load_is_requested(&self) -> bool {
-        self.load_requested.load(SeqCst)
+        self.load_requested.load(SeqCst) == self.load.number() + 1
     }
 
-    /// Asks for a load; nothing where one is asked for already.
-    pub fn request_load(&self) -> Option<LoadRequest<'_>> {
-        let requested_before = self.load_requested.swap(true, SeqCst);
-        (!requested_before).then(|| LoadRequest(self))
+    /// Asks for a load after the one of that number; nothing where one is asked for
+    /// already.
+    pub fn request_load_after(&self, number: u32) -> Option<LoadRequest<'_>> {
+        let request = number + 1;
+        let before = self.load_requested.swap(request, SeqCst);
+        (before != request).then(|| LoadRequest(self, request))
     }
 
     /// Asks for the end of the load that runs, and of no later one. False where none
@@ -223,18 +227,21 @@ impl Drop for DumpFileInUse<'_> {
 }
 
 /// A load that was asked for; dropping it withdraws that, if it has not begun.
-pub struct LoadRequest<'a>(&'a State);
+pub struct LoadRequest<'a>(&'a State, u32);
 
 impl LoadRequest<'_> {
     /// Asks once more: a leader that ends takes what it was asked for with it.
     pub fn repeat(&self) {
-        self.0.load_requested.store(true, SeqCst);
+        self.0.load_requested.store(self.1, SeqCst);
     }
 }
 
 impl Drop for LoadRequest<'_> {
     fn drop(&mut self) {
-        self.0.load_requested.store(false, SeqCst);
+        let _ = self
+            .0
+            .load_requested
+            .compare_exchange(self.1, 0, SeqCst, SeqCst);
     }
 }
 

@@ -104,6 +104,11 @@ impl LoadStats {
         self.number.load(SeqCst)
     }
 
+    /// Whether a load has begun and not ended: each adds one to the number.
+    pub fn has_begun(&self) -> bool {
+        self.number() % 2 == 1
+    }
+
     pub fn set_total(&self, records: u64) {
         self.total.store(records, SeqCst);
     }

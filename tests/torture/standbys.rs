@@ -14,6 +14,8 @@ pub const FAULTS: &[super::Kind] = &[("promotion", promotion), ("recovery-confli
 
 /// A standby whose list is the primary's, and which takes seconds to load it.
 fn slow_standby(arena: &mut Arena) -> Cluster {
+    // What replay takes away is skipped, or loaded later.
+    arena.round.allowed.push("due to conflict with recovery");
     arena.settle();
     let mut standby = arena.cluster.standby();
     standby.expect_crash();
@@ -94,8 +96,6 @@ fn promotion(arena: &mut Arena) {
 }
 
 fn conflicts(arena: &mut Arena) {
-    // What replay takes away is skipped, or loaded later.
-    arena.round.allowed.push("due to conflict with recovery");
     let standby = slow_standby(arena);
     let mut churn = vec![Churn::begin(arena, churn::rewrites, 2)];
     if arena.round.coin() {

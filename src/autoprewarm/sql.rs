@@ -92,7 +92,6 @@ fn load_now() -> Result<(), Error> {
     let request = state
         .request_load_after(number)
         .ok_or(Error::LoadInProgress)?;
-    let mut asked = None;
     while state.load.number() == number {
         if state.leader().is_none() {
             let started = start_leader();
@@ -101,12 +100,8 @@ fn load_now() -> Result<(), Error> {
                 wait_for_leader(state, &started?)?;
             }
         }
-        let leader = state.leader();
-        if leader != asked {
-            asked = leader;
-            request.repeat();
-            state.wake_leader();
-        }
+        request.repeat();
+        state.wake_leader();
         process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
     }
     Ok(())

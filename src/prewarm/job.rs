@@ -260,11 +260,11 @@ impl<'a> Filled<'a> {
             return 0;
         }
         let mut free = self.free.get();
-        if free == usize::MAX || free < 4 * most {
+        if free == usize::MAX || free < 2 * most {
             free = buffer::count_free();
         }
         // As if this turn, and one of each other process, took them all.
-        self.free.set(free.saturating_sub(2 * most));
+        self.free.set(free.saturating_sub(most));
         free
     }
 

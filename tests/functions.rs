@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::thread;
 
@@ -415,6 +416,57 @@ fn read_reads_every_block_of_the_range_and_prefetch_reads_none() {
         assert_eq!(prewarm(&mut client, &arguments), Ok(blocks));
         let pages = (bytes_read(pid) - before) / 8192;
         assert_eq!(pages, read, "{arguments}");
+    }
+}
+
+/// Which pages of a file the operating system has cached.
+fn cached_pages(file: &fs::File) -> Vec<bool> {
+    let size = file.metadata().unwrap().len() as usize;
+    let mut pages = vec![0u8; size.div_ceil(4096)];
+    // SAFETY: a mapping of the whole file, which nobody reads, and room for a byte
+    // of each of its pages.
+    unsafe {
+        let start = libc::mmap(
+            std::ptr::null_mut(),
+            size,
+            libc::PROT_READ,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        );
+        assert_ne!(start, libc::MAP_FAILED);
+        assert_eq!(libc::mincore(start, size, pages.as_mut_ptr()), 0);
+        assert_eq!(libc::munmap(start, size), 0);
+    }
+    pages.into_iter().map(|page| page & 1 == 1).collect()
+}
+
+#[test]
+fn prefetch_has_the_system_read_what_it_has_not_cached() {
+    let cluster = lazy_cluster();
+    cluster.sql(
+        "CREATE TABLE t (filler text); ALTER TABLE t ALTER filler SET STORAGE PLAIN; \
+         INSERT INTO t SELECT repeat('x', 7000) FROM generate_series(1, 1000)",
+    );
+    cluster.restart();
+    let path: String = cluster.value("SELECT pg_relation_filepath('t')");
+    let file = fs::File::open(cluster.data(&path)).unwrap();
+    file.sync_all().unwrap();
+    let mut client = cluster.connect("postgres");
+    // All, one block, some; the last ones.
+    for (first, blocks) in [(0, 1000), (500, 1), (120, 300), (990, 10)] {
+        prewarm(&mut client, "'t', 'read'").unwrap();
+        assert!(cached_pages(&file).into_iter().all(|cached| cached));
+        let (offset, size) = (first * 8192, blocks * 8192);
+        // SAFETY: an open file.
+        let result = unsafe {
+            libc::posix_fadvise(file.as_raw_fd(), offset, size, libc::POSIX_FADV_DONTNEED)
+        };
+        assert_eq!(result, 0);
+        let are_cached = || cached_pages(&file).into_iter().all(|cached| cached);
+        assert!(!are_cached(), "blocks from {first} on are cached still");
+        assert_eq!(prewarm(&mut client, "'t', 'prefetch'"), Ok(1000));
+        wait_until("all of the file is cached", are_cached);
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use pgrx::pg_sys;
 
 use super::btree::Page;
+pub use super::compat::READS_WANT_MEMORY;
 use super::{compat, ffi, process};
 use crate::blocks::{Heat, Record};
 

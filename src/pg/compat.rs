@@ -52,6 +52,31 @@ pub unsafe fn locator(relation: pg_sys::Relation) -> Locator {
     }
 }
 
+/// The path of the first file of a fork, in the data folder.
+///
+/// # Safety
+/// `relation` is an open relation.
+unsafe fn path(relation: pg_sys::Relation, fork: Fork) -> String {
+    // SAFETY: the caller's promise; the path is copied.
+    unsafe {
+        let (database, tablespace, filenumber) = locator(relation);
+        let [database, tablespace, filenumber] =
+            [database, tablespace, filenumber].map(pg_sys::Oid::from);
+        let backend = (*relation).rd_backend;
+        let path = pg_sys::GetRelationPath(database, tablespace, filenumber, backend, fork as i32);
+        #[cfg(not(feature = "pg18"))]
+        {
+            let copy = CStr::from_ptr(path).to_string_lossy().into_owned();
+            pg_sys::pfree(path.cast());
+            copy
+        }
+        #[cfg(feature = "pg18")]
+        CStr::from_ptr(path.str_.as_ptr())
+            .to_string_lossy()
+            .into_owned()
+    }
+}
+
 /// The block that a buffer's tag names.
 pub fn record(tag: &pg_sys::BufferTag) -> Record {
     #[cfg(feature = "pg15")]
@@ -157,7 +182,6 @@ pub const REQUEST_BLOCKS: u32 = 16;
 pub struct Blocks {
     relation: pg_sys::Relation,
     fork: Fork,
-    #[cfg(any(feature = "pg15", feature = "pg16"))]
     segments: Segments,
 }
 
@@ -169,9 +193,14 @@ impl Blocks {
             relation,
             fork,
             // SAFETY: the caller's promise.
-            #[cfg(any(feature = "pg15", feature = "pg16"))]
             segments: unsafe { Segments::new(relation, fork) },
         }
+    }
+
+    /// Whether the operating system has `count` blocks from `first` on cached, all
+    /// in one segment file; false where it does not tell (Linux before 6.5).
+    pub fn are_cached(&mut self, first: BlockNumber, count: u32) -> bool {
+        self.segments.are_cached(first, count)
     }
 
     /// The fork's storage, which is asked for each time: an interrupt may have
@@ -324,9 +353,15 @@ pub unsafe fn read_into_free_buffers(
     unsafe { read_in_runs(relation, fork, blocks, true, each) }
 }
 
+/// Whether memory is to be provided before a call's reads fill it. 17 and later
+/// read many blocks at once, and 18 has them read by I/O workers: either provides it
+/// as well, and for several processes at the same time.
+pub const READS_WANT_MEMORY: bool = cfg!(any(feature = "pg15", feature = "pg16"));
+
 /// Reads blocks, in ascending order, into buffers, of which each is handed to
 /// `each` with its place among the blocks, until that breaks off. Reads ahead as
-/// the server's own commands do, through a read stream on 17 and later.
+/// the server's own commands do, through a read stream on 17 and later; or in this
+/// process, if others read beside it, with which I/O workers would only compete.
 ///
 /// # Safety
 /// `relation` is open, and the blocks are there.
@@ -334,17 +369,23 @@ pub unsafe fn read_into_buffers(
     relation: pg_sys::Relation,
     fork: Fork,
     blocks: &[BlockNumber],
+    is_alone: bool,
     each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        #[cfg(any(feature = "pg15", feature = "pg16"))]
-        read_in_runs(relation, fork, blocks, false, each);
         #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-        read_through_stream(relation, fork, blocks, each);
+        if is_alone {
+            return read_through_stream(relation, fork, blocks, each);
+        }
+        #[cfg(any(feature = "pg15", feature = "pg16"))]
+        let _ = is_alone;
+        read_in_runs(relation, fork, blocks, false, each);
     }
 }
 
+/// # Safety
+/// As of the functions above.
 unsafe fn read_in_runs(
     relation: pg_sys::Relation,
     fork: Fork,
@@ -565,7 +606,6 @@ unsafe fn read_through_stream(
 }
 
 /// The segment files of a fork, opened beside the server.
-#[cfg(any(feature = "pg15", feature = "pg16"))]
 struct Segments {
     /// The path of the first.
     path: String,
@@ -573,25 +613,14 @@ struct Segments {
     open: Option<(u32, std::io::Result<std::fs::File>)>,
 }
 
-#[cfg(any(feature = "pg15", feature = "pg16"))]
 impl Segments {
     /// # Safety
     /// `relation` is open.
     unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
-        // SAFETY: the caller's promise; the path is copied.
-        unsafe {
-            let (database, tablespace, filenumber) = locator(relation);
-            let [database, tablespace, filenumber] =
-                [database, tablespace, filenumber].map(pg_sys::Oid::from);
-            let backend = (*relation).rd_backend;
-            let path =
-                pg_sys::GetRelationPath(database, tablespace, filenumber, backend, fork as i32);
-            let segments = Self {
-                path: CStr::from_ptr(path).to_string_lossy().into_owned(),
-                open: None,
-            };
-            pg_sys::pfree(path.cast());
-            segments
+        Self {
+            // SAFETY: the caller's promise.
+            path: unsafe { path(relation, fork) },
+            open: None,
         }
     }
 
@@ -613,8 +642,36 @@ impl Segments {
         }
     }
 
+    /// Whether the operating system has these blocks cached, which costs it half of
+    /// what looking at them one by one does, as for a request to read them.
+    fn are_cached(&mut self, first: BlockNumber, count: u32) -> bool {
+        use std::os::fd::AsRawFd;
+        // The same on all architectures whose calls are not counted from a thousand.
+        const CACHESTAT: libc::c_long = 451;
+        let Some((file, offset)) = self.file(first) else {
+            return false;
+        };
+        let range = [offset, u64::from(count) * u64::from(pg_sys::BLCKSZ)];
+        // Pages that are cached, dirty, being written, evicted, evicted recently.
+        let mut pages = [0u64; 5];
+        // SAFETY: an open file, and room for what the call reads and fills.
+        let result = unsafe {
+            libc::syscall(
+                CACHESTAT,
+                file.as_raw_fd(),
+                range.as_ptr(),
+                pages.as_mut_ptr(),
+                0,
+            )
+        };
+        // SAFETY: a constant of the system.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
+        result == 0 && pages[0] >= range[1].div_ceil(page)
+    }
+
     /// Reads blocks from `first` on, all in one file; false where not all of
     /// them could be read.
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
     fn read(&mut self, first: BlockNumber, into: &mut [u8]) -> bool {
         use std::os::unix::fs::FileExt;
         let Some((file, offset)) = self.file(first) else {
@@ -631,6 +688,7 @@ impl Segments {
 
     /// Has the operating system read blocks from `first` on, all in one file, by
     /// requests that it does not cut short; false where that cannot be asked for.
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
     fn advise(&mut self, first: BlockNumber, count: u32) -> bool {
         use std::os::fd::AsRawFd;
         let Some((file, offset)) = self.file(first) else {

@@ -328,16 +328,18 @@ impl Relation {
 
     /// Reads blocks into shared buffers (a temporary relation's: into local ones),
     /// in ascending order, and hands each to `each` with its place among `blocks`,
-    /// until that breaks off. Reads ahead, and serves interrupts. Raises the
-    /// server's ERROR where a block cannot be read.
+    /// until that breaks off. Reads ahead, in a way that suits a process that reads
+    /// alone, or one of several. Serves interrupts. Raises the server's ERROR where a
+    /// block cannot be read.
     pub fn read_into_buffers(
         &self,
         fork: Fork,
         blocks: &[BlockNumber],
+        is_alone: bool,
         mut each: impl FnMut(usize, &Pinned) -> ControlFlow<()>,
     ) {
         // SAFETY: open.
-        unsafe { compat::read_into_buffers(self.relation, fork, blocks, &mut each) };
+        unsafe { compat::read_into_buffers(self.relation, fork, blocks, is_alone, &mut each) };
     }
 
     /// Looks up how far to read ahead in the relation's tablespace, so that reading
@@ -372,8 +374,8 @@ impl Relation {
     }
 
     /// Asks the operating system to read the blocks from `first` to before `end`,
-    /// does not wait, and tells `done` of each so many, until that breaks off. Serves
-    /// interrupts.
+    /// unless it has them cached, does not wait, and tells `done` of each so many,
+    /// until that breaks off. Serves interrupts.
     pub fn prefetch(
         &self,
         fork: Fork,
@@ -381,10 +383,18 @@ impl Relation {
         end: BlockNumber,
         done: impl FnMut(u32) -> ControlFlow<()>,
     ) {
-        self.in_runs(first, end, REQUEST_BLOCKS, done, {
+        const LOOK_BLOCKS: u32 = 8 * REQUEST_BLOCKS;
+        self.in_runs(first, end, LOOK_BLOCKS, done, {
             // SAFETY: open, for as long as this is borrowed.
             let mut blocks = unsafe { Blocks::new(self.relation, fork) };
-            move |first, count| blocks.prefetch(first, count)
+            move |first, count| {
+                if blocks.are_cached(first, count) {
+                    return;
+                }
+                for offset in (0..count).step_by(REQUEST_BLOCKS as usize) {
+                    blocks.prefetch(first + offset, REQUEST_BLOCKS.min(count - offset));
+                }
+            }
         });
     }
 

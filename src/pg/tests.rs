@@ -48,7 +48,7 @@ mod tests {
         let (_, record) = table();
         open(record)
             .unwrap()
-            .read_into_buffers(Fork::Main, &[0], |_, _| Continue(()));
+            .read_into_buffers(Fork::Main, &[0], true, |_, _| Continue(()));
         let cached: Vec<_> = cached_blocks()
             .filter(|block| block.record == record)
             .collect();

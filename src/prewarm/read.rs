@@ -252,18 +252,22 @@ impl<'a> Reader<'a> {
         match self.mode {
             Mode::Prefetch => relation.prefetch(fork, first, end, count_run),
             Mode::Read => relation.read(fork, first, end, count_run),
-            Mode::Buffer => relation.read_into_buffers(fork, blocks, |index, buffer| {
-                if let Place::Shared(index) = buffer.place()
-                    && buffer::hits() == hits
-                {
-                    self.memory.provide_after(index);
-                }
-                if flow.is_continue() {
-                    flow = each(blocks[index], buffer);
-                }
-                done += 1;
-                go_on(flow)
-            }),
+            Mode::Buffer => {
+                let is_alone = self.gate.is_none();
+                relation.read_into_buffers(fork, blocks, is_alone, |index, buffer| {
+                    if let Place::Shared(index) = buffer.place()
+                        && buffer::READS_WANT_MEMORY
+                        && buffer::hits() == hits
+                    {
+                        self.memory.provide_after(index);
+                    }
+                    if flow.is_continue() {
+                        flow = each(blocks[index], buffer);
+                    }
+                    done += 1;
+                    go_on(flow)
+                });
+            }
         }
         let blocks = done as u64;
         count(Count {

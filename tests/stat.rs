@@ -467,6 +467,29 @@ fn a_call_of_pg_prewarm_shows_how_far_it_is_until_it_ends() {
 }
 
 #[test]
+fn a_call_for_a_schema_or_a_database_shows_how_far_all_of_it_is() {
+    let cluster = cluster_with_slow_table();
+    cluster.sql("CREATE TABLE small AS SELECT 1 AS a; CREATE INDEX ON small (a)");
+    let mut observer = cluster.connect("postgres");
+    let mut client = cluster.connect("postgres");
+    for (kind, schema) in [
+        ("pg_prewarm_schema", "'public', "),
+        ("pg_prewarm_database", ""),
+    ] {
+        let sum = |mode| format!("SELECT sum(blocks)::int8 FROM {kind}({schema}'{mode}')");
+        let total: i64 = value(&mut client, &sum("prefetch"));
+        assert!(total > 2000, "{kind}: {total}");
+        thread::scope(|scope| {
+            let calling = scope.spawn(|| value::<i64>(&mut client, &sum("read")));
+            let expected = format!("{kind} t main {total} 0 postgres");
+            wait_until(&expected, || wait_for_row(&mut observer).0 == expected);
+            assert_eq!(calling.join().unwrap(), total);
+        });
+        no_row(&mut observer);
+    }
+}
+
+#[test]
 fn a_call_that_fails_or_is_cancelled_leaves_no_row() {
     let cluster = cluster_with_slow_table();
     let mut observer = cluster.connect("postgres");

@@ -84,17 +84,17 @@ fn is_parallel_worker() -> bool {
 }
 
 /// Lays a job out in shared memory, starts up to so many workers, which call the
-/// library's function of that name, does `work` in this process as well, waits for
-/// the workers, and returns what `finish` makes of it all. In a process that is a
-/// parallel worker itself, none are started: the server does not check that they
-/// never are.
+/// library's function of that name, does `work`, which is told how many were
+/// started, in this process as well, waits for the workers, and returns what
+/// `finish` makes of it all. In a process that is a parallel worker itself, none are
+/// started: the server does not check that they never are.
 pub fn run<H: Portable, C: Portable, R>(
     entry: &CStr,
     workers: u16,
     header: H,
     cells: &[C],
     words: &[AtomicU32],
-    work: impl FnOnce(&Job<H, C>),
+    work: impl FnOnce(&Job<H, C>, u32),
     finish: impl FnOnce(&Job<H, C>) -> R,
 ) -> R {
     if workers == 0 || is_parallel_worker() {
@@ -103,7 +103,7 @@ pub fn run<H: Portable, C: Portable, R>(
             cells,
             words,
         };
-        work(&job);
+        work(&job, 0);
         return finish(&job);
     }
     let lengths = Lengths {
@@ -134,7 +134,7 @@ pub fn run<H: Portable, C: Portable, R>(
 
         pg_sys::LaunchParallelWorkers(context);
         let job = Job::at(base);
-        work(&job);
+        work(&job, (*context).nworkers_launched as u32);
         pg_sys::WaitForParallelWorkersToFinish(context);
         let result = finish(&job);
         pg_sys::DestroyParallelContext(context);

@@ -212,7 +212,8 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
         header,
         &targets,
         &words,
-        |job| {
+        |job, workers| {
+            job.header.set_workers(workers);
             let filled = Filled::new(job.words, &local);
             let share = Share::new(job.header, &filled, kind, total, start);
             share.work(job.cells, job.words);

@@ -31,8 +31,9 @@ pub const WORKER_ENTRY: &CStr = c"pg_prewarm_parallel_main";
 
 pub struct Header {
     pub mode: Mode,
-    /// How many processes may share the work.
-    pub processes: u32,
+    /// How many processes share the work: those that were asked for, until it is
+    /// known how many came.
+    processes: AtomicU32,
     /// Blocks that are done, by all of them.
     pub done: AtomicU64,
     /// Why nothing more is to be done, if so: each [`Full`] is a bit.
@@ -48,12 +49,21 @@ impl Header {
     pub fn new(mode: Mode, processes: u32, done: u64) -> Self {
         Self {
             mode,
-            processes,
+            processes: AtomicU32::new(processes),
             done: AtomicU64::new(done),
             full: AtomicU32::new(0),
             gate: Gate::new(),
             provided: Provided::new(),
         }
+    }
+
+    /// So many workers share the work with the caller.
+    pub fn set_workers(&self, workers: u32) {
+        self.processes.store(workers + 1, SeqCst);
+    }
+
+    fn processes(&self) -> u32 {
+        self.processes.load(SeqCst)
     }
 
     /// Nothing more is to be done.
@@ -311,7 +321,7 @@ impl<'a> Share<'a> {
             filled,
             reader: Reader {
                 mode: header.mode,
-                gate: (header.processes > 1).then_some(&header.gate),
+                gate: (header.processes() > 1).then_some(&header.gate),
                 memory: Memory::new(&header.provided),
                 pace: Pace::new(),
             },
@@ -343,7 +353,7 @@ impl<'a> Share<'a> {
                 continue;
             }
             while !self.is_to_stop(target)
-                && let Some(blocks) = target.claim(self.header.processes)
+                && let Some(blocks) = target.claim(self.header.processes())
             {
                 if !self.is_caller {
                     self.progress
@@ -374,7 +384,7 @@ impl<'a> Share<'a> {
                 // is temporary.
                 let processes = match target.is_temporary {
                     true => 1,
-                    false => self.header.processes as usize,
+                    false => self.header.processes() as usize,
                 };
                 self.filled
                     .room(target.is_temporary, most.saturating_mul(processes))

@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Instant;
 
 use crate::common::{
-    Block, Cluster, LIST, Shutdown, error, limit, limit_file_size, list_of, signal, value,
+    Block, Cluster, Fault, LIST, Shutdown, error, limit, limit_file_size, list_of, signal, value,
     wait_until,
 };
 
@@ -216,6 +216,48 @@ fn a_caller_without_memory_is_told_so_and_the_server_lives() {
         assert!(limit(pid, "as", None));
         client.batch_execute(sql).unwrap();
     }
+}
+
+#[test]
+fn a_process_that_is_refused_memory_ends_and_the_server_lives() {
+    let cluster = Cluster::build().create();
+    cluster.set_fault(Fault::RefusedMemory, 0);
+    cluster.start();
+    let table = cluster.table_of_blocks("postgres", "t", 2000);
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let list = list_of(blocks(table, 2000));
+    let mut ended = 0;
+    for round in 0..20 {
+        for sql in [
+            "SELECT pg_prewarm('t')",
+            "SELECT pg_prewarm('t', 'read')",
+            "SELECT pg_prewarm('nothing')",
+            "SELECT count(*) FROM pg_prewarm_relation('t', workers => 2)",
+            "SELECT count(*) FROM pg_prewarm_database('prefetch', catalogs => true)",
+            "SELECT autoprewarm_dump_now()",
+            "SELECT count(*) FROM autoprewarm_blocks()",
+            "SELECT count(*) FROM pg_stat_autoprewarm, pg_stat_progress_prewarm",
+            "SELECT autoprewarm_load_now()",
+        ] {
+            cluster.set_fault(Fault::RefusedMemory, 0);
+            let mut client = cluster.connect("postgres");
+            cluster.set_fault(Fault::RefusedMemory, 1 << (round % 10));
+            let result = client.batch_execute(sql);
+            ended += i32::from(result.is_err() && client.is_closed());
+        }
+        cluster.set_fault(Fault::RefusedMemory, 0);
+        cluster.stop(Shutdown::Immediate);
+        cluster.write_list(&list);
+        cluster.set_fault(Fault::RefusedMemory, 1 << (round % 10));
+        // Without any, the library cannot be loaded, and the server does not start.
+        while !cluster.try_start() {
+            cluster.set_fault(Fault::RefusedMemory, 0);
+        }
+        cluster.set_fault(Fault::RefusedMemory, 0);
+        cluster.sql("SELECT autoprewarm_wait('1 min')");
+    }
+    assert!(ended > 0, "no session was ended");
+    assert!(cluster.log().contains("FATAL:  out of memory"));
 }
 
 /// The bytes that a process has mapped.

@@ -4,7 +4,8 @@
  * every process, since all have that file mapped.
  *
  * Reads are those of user relations' files; writes are those of the list that
- * autoprewarm is making. As on a real disk, no signal cuts a delay short.
+ * autoprewarm is making; memory is what the library asks for, not the server. As on
+ * a real disk, no signal cuts a delay short.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -33,6 +34,7 @@ struct faults
 	int64_t list_write;		/* what writing the list fails with */
 	int64_t list_close;		/* what closing it fails with */
 	int64_t list_rename;	/* what renaming it fails with */
+	int64_t refused_memory; /* one request for memory of the library's of so many fails */
 };
 
 static const struct faults none;
@@ -107,20 +109,29 @@ static void delay(long milliseconds)
 		;
 }
 
+/* Whether this is one of so many, by chance. */
+static int is_one_of(long many)
+{
+	static unsigned chance;
+
+	if (many <= 0)
+		return 0;
+	if (chance == 0)
+		chance = getpid();
+	chance = chance * 1103515245 + 12345;
+	return (chance >> 8) % many == 0;
+}
+
 /* Delays a read; true where it is to fail. */
 static int bad_read(int file)
 {
-	static unsigned chance;
 	int kept = errno;
 	long milliseconds = faults->read_delay, errors = faults->read_errors;
 
 	if ((milliseconds > 0 || errors > 0) && is_users(file))
 	{
 		delay(milliseconds);
-		if (chance == 0)
-			chance = getpid();
-		chance = chance * 1103515245 + 12345;
-		if (errors > 0 && (chance >> 8) % errors == 0)
+		if (is_one_of(errors))
 		{
 			errno = EIO;
 			return 1;
@@ -205,6 +216,50 @@ int rename(const char *from, const char *to)
 		}
 	}
 	return next(from, to);
+}
+
+/* Whether what returns there is refused memory. */
+static int is_refused(void *caller)
+{
+	Dl_info library;
+
+	if (faults->refused_memory <= 0 || !dladdr(caller, &library) ||
+		!strstr(library.dli_fname, "/pg_prewarm.so") ||
+		!is_one_of(faults->refused_memory))
+		return 0;
+	errno = ENOMEM;
+	return 1;
+}
+
+#define REFUSED is_refused(__builtin_return_address(0))
+
+/* The C library's own; looking them up would ask for memory. */
+void *__libc_malloc(size_t size);
+void *__libc_calloc(size_t count, size_t size);
+void *__libc_realloc(void *memory, size_t size);
+void *__libc_memalign(size_t alignment, size_t size);
+
+void *malloc(size_t size)
+{
+	return REFUSED ? NULL : __libc_malloc(size);
+}
+
+void *calloc(size_t count, size_t size)
+{
+	return REFUSED ? NULL : __libc_calloc(count, size);
+}
+
+void *realloc(void *memory, size_t size)
+{
+	return REFUSED ? NULL : __libc_realloc(memory, size);
+}
+
+int posix_memalign(void **into, size_t alignment, size_t size)
+{
+	if (REFUSED)
+		return ENOMEM;
+	*into = __libc_memalign(alignment, size);
+	return *into ? 0 : ENOMEM;
 }
 
 int gettimeofday(struct timeval *restrict time, void *restrict zone)

@@ -48,10 +48,12 @@ pub enum Fault {
     ListWrite,
     ListClose,
     ListRename,
+    /// One request of the library for memory of so many fails.
+    RefusedMemory,
 }
 
 impl Fault {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Clock,
         Self::ReadDelay,
         Self::ReadErrors,
@@ -59,6 +61,7 @@ impl Fault {
         Self::ListWrite,
         Self::ListClose,
         Self::ListRename,
+        Self::RefusedMemory,
     ];
 }
 

@@ -189,8 +189,9 @@ impl Arena {
                 .and_then(|(_, rest)| rest.split_once(' '))
                 .map(|(number, _)| number.parse::<usize>().unwrap());
             let unchanged = self.list.as_ref() == Some(&list);
-            // A process may be killed between the list's last step and the line.
-            if self.round.killed.is_empty() || unchanged && logged.is_none() {
+            // A process may end between the list's last step and the line.
+            let ended = !self.round.killed.is_empty() || log.contains("FATAL:  out of memory");
+            if !ended || unchanged && logged.is_none() {
                 assert!(
                     logged.map_or(unchanged, |logged| logged == records),
                     "{logged:?} were logged to be dumped last, the list has {records} records"

@@ -5,7 +5,7 @@ use rand::Rng;
 
 use super::arena::{Arena, Call, DATABASES};
 use super::process;
-use crate::common::{Shutdown, limit, value, wait_until};
+use crate::common::{Fault, Shutdown, limit, value, wait_until};
 
 pub const FAULTS: &[super::Kind] = &[
     ("no-worker-slots", no_worker_slots),
@@ -13,6 +13,7 @@ pub const FAULTS: &[super::Kind] = &[
     ("no-locks", no_locks),
     ("little-memory-for-one", little_memory_for_one),
     ("little-memory-for-all", little_memory_for_all),
+    ("refused-memory", refused_memory),
 ];
 
 /// Queries take slots while the list is loaded, some for longer than others.
@@ -133,6 +134,7 @@ fn allow_out_of_memory(arena: &mut Arena) {
         "could not write to file",
         "do not come to work",
         "could not access file",
+        "exited with exit code 1",
     ]);
 }
 
@@ -189,6 +191,24 @@ fn little_memory_for_all(arena: &mut Arena) {
     limit_memory(postmaster, Some(size + more));
     let pid = arena.find("autoprewarm leader").unwrap();
     process::signal(pid, libc::SIGTERM);
+    call_whatever_can_be_called(arena);
+    limit_memory(postmaster, None);
+    arena.restart(Shutdown::Immediate);
+}
+
+/// One in some requests of the library's for memory is refused, whoever asks.
+fn refused_memory(arena: &mut Arena) {
+    allow_out_of_memory(arena);
+    arena.begin_slow_load();
+    let one_of = 1 << arena.round.rng.random_range(0..10);
+    arena.cluster.set_fault(Fault::RefusedMemory, one_of);
+    call_whatever_can_be_called(arena);
+    arena.back_to_normal();
+    arena.restart(Shutdown::Immediate);
+}
+
+/// Where there is hardly any memory; often there is not enough for a session.
+fn call_whatever_can_be_called(arena: &mut Arena) {
     for _ in 0..4 {
         let database = arena.round.choose(&DATABASES);
         let sql = arena.round.choose(&[
@@ -200,12 +220,9 @@ fn little_memory_for_all(arena: &mut Arena) {
             "SELECT pg_prewarm_database('buffer', workers => 2)",
             "SELECT autoprewarm_wait('1 s')",
         ]);
-        // Often there is not enough for a session.
         let mut config = arena.cluster.config();
         if let Ok(mut client) = config.dbname(database).connect(NoTls) {
             let _ = client.batch_execute(sql);
         }
     }
-    limit_memory(postmaster, None);
-    arena.restart(Shutdown::Immediate);
 }

@@ -21,9 +21,6 @@ compile_error!("a PostgreSQL ERROR unwinds through Rust: build with panic = \"un
 
 pgrx::pg_module_magic!(name = c"pg_prewarm", version = pgrx::pg_sys::PG_VERSION);
 
-#[global_allocator]
-static ALLOCATOR: pg::memory::Allocator = pg::memory::Allocator;
-
 // A fresh 2.0 is what 1.2 had and what the update adds.
 pgrx::extension_sql_file!(
     "../sql/pg_prewarm--1.2--2.0.sql",

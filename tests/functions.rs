@@ -453,8 +453,8 @@ fn prefetch_has_the_system_read_what_it_has_not_cached() {
     let file = fs::File::open(cluster.data(&path)).unwrap();
     file.sync_all().unwrap();
     let mut client = cluster.connect("postgres");
-    // All, one block, some; the last ones.
-    for (first, blocks) in [(0, 1000), (500, 1), (120, 300), (990, 10)] {
+    // All, some, the last ones. A large page that is dropped in part may stay.
+    for (first, blocks) in [(0, 1000), (120, 300), (872, 128)] {
         prewarm(&mut client, "'t', 'read'").unwrap();
         assert!(cached_pages(&file).into_iter().all(|cached| cached));
         let (offset, size) = (first * 8192, blocks * 8192);

@@ -9,7 +9,7 @@ use rustc_hash::FxHashMap;
 pub use super::parser::ReadError;
 use super::parser::{CHUNK, SHORTEST_RECORD, Sink, read_all};
 use super::trailer::Heats;
-use super::{BlockNumber, Heat, Oid, Record};
+use super::{BlockNumber, Heat, Oid, Record, room};
 
 /// The file of one fork of a relation: all of a record but the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -134,7 +134,9 @@ impl Sink for ListBuilder {
     /// Asks for as much memory as is claimed, if the file can hold it.
     fn expect(&mut self, records: u64) -> Result<(), ReadError> {
         let records = usize::try_from(records).unwrap_or(usize::MAX);
-        Ok(self.entries.try_reserve_exact(records.min(self.most))?)
+        Ok(room::ask(|| {
+            self.entries.try_reserve_exact(records.min(self.most))
+        })?)
     }
 
     fn record(&mut self, record: Record) -> Result<(), ReadError> {
@@ -167,7 +169,7 @@ impl ListBuilder {
                         return Err(ReadError::TooManyFiles);
                     }
                     reserve(&mut self.files, self.most)?;
-                    self.indexes.try_reserve(1)?;
+                    room::ask(|| self.indexes.try_reserve(1))?;
                     self.files.push(file);
                     self.indexes.insert(file, index as u32);
                     index as u32
@@ -198,7 +200,7 @@ fn reserve<T>(vec: &mut Vec<T>, most: usize) -> Result<(), TryReserveError> {
     if length < vec.capacity() {
         return Ok(());
     }
-    vec.try_reserve_exact(length.max(1024).min(most.saturating_sub(length)).max(1))
+    room::ask(|| vec.try_reserve_exact(length.max(1024).min(most.saturating_sub(length)).max(1)))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ mod parser;
 pub mod plan;
 pub mod reader;
 mod record;
+pub mod room;
 mod skip;
 pub mod trailer;
 pub mod writer;

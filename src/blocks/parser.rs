@@ -18,7 +18,7 @@ use std::collections::TryReserveError;
 use std::io::{self, Read};
 
 use super::trailer::{Heats, TrailerReader};
-use super::{Heat, Record};
+use super::{Heat, Record, room};
 
 /// How much of the file is looked at in one go.
 pub(super) const CHUNK: usize = 256 * 1024;
@@ -63,7 +63,7 @@ pub(super) struct Summary {
 /// Memory for so many bytes of the file.
 pub(super) fn new_chunk(size: usize) -> Result<Vec<u8>, TryReserveError> {
     let mut chunk = Vec::new();
-    chunk.try_reserve_exact(size)?;
+    room::ask(|| chunk.try_reserve_exact(size))?;
     chunk.resize(size, 0);
     Ok(chunk)
 }

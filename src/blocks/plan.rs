@@ -24,7 +24,7 @@ use std::ops::Range;
 use rustc_hash::FxHashMap;
 
 use super::list::{BlockList, Entry, FileFork};
-use super::{BlockNumber, Fork, Heat, Oid, Record};
+use super::{BlockNumber, Fork, Heat, Oid, Record, room};
 
 /// The most blocks of a chunk. What a worker that dies was at is lost, and must
 /// be little; what a worker claims should keep it busy for a while.
@@ -187,7 +187,7 @@ impl Plan {
             }
             last_place = key.place();
             let file = files[places.files[last_place] as usize];
-            self.chunks.try_reserve(1)?;
+            room::ask(|| self.chunks.try_reserve(1))?;
             self.chunks.push(Chunk {
                 database: file.database,
                 tablespace: file.tablespace,
@@ -283,15 +283,15 @@ impl Places {
             return Err(PlanError::TooManyFiles);
         }
         let mut sorted: Vec<u32> = Vec::new();
-        sorted.try_reserve_exact(files.len())?;
+        room::ask(|| sorted.try_reserve_exact(files.len()))?;
         sorted.extend(0..files.len() as u32);
         sorted.sort_unstable_by_key(|&index| files[index as usize]);
         let mut order = Self {
             files: Vec::new(),
             places: Vec::new(),
         };
-        order.files.try_reserve_exact(files.len() * TIERS)?;
-        order.places.try_reserve_exact(files.len())?;
+        room::ask(|| order.files.try_reserve_exact(files.len() * TIERS))?;
+        room::ask(|| order.places.try_reserve_exact(files.len()))?;
         order.places.resize(files.len(), [0; TIERS]);
         let database = |&index: &u32| files[index as usize].database;
         for of_database in sorted.chunk_by(|one, other| database(one) == database(other)) {
@@ -319,7 +319,7 @@ fn remove_cached(
     cached: impl Iterator<Item = Record>,
 ) -> Result<u64, TryReserveError> {
     let mut by_file: FxHashMap<&FileFork, usize> = FxHashMap::default();
-    by_file.try_reserve(files.len())?;
+    room::ask(|| by_file.try_reserve(files.len()))?;
     by_file.extend(files.iter().zip(0..));
     for record in cached {
         let Some(&file) = by_file.get(&FileFork::of(&record)) else {

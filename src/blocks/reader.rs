@@ -10,7 +10,7 @@ use std::io::{self, BufReader, Read};
 
 use super::parser::{CHUNK, Parser, ReadError, SHORTEST_RECORD, Sink, fill, new_chunk, read_all};
 use super::trailer::Heats;
-use super::{Heat, Record};
+use super::{Heat, Record, room};
 
 /// The records of a list that parse, in the file's order, each with its heat.
 pub struct ListReader<R> {
@@ -38,7 +38,7 @@ impl<R: Read> ListReader<R> {
         let heats = (summary.heats == Heats::Saved)
             .then(|| BufReader::new(from(summary.digits_at)).bytes());
         let mut records = VecDeque::new();
-        records.try_reserve_exact(chunk / SHORTEST_RECORD + 1)?;
+        room::ask(|| records.try_reserve_exact(chunk / SHORTEST_RECORD + 1))?;
         Ok(Self {
             input: from(0),
             chunk: new_chunk(chunk)?,

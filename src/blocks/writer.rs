@@ -10,7 +10,7 @@ use std::collections::TryReserveError;
 use std::io::{self, Seek, SeekFrom, Write};
 
 use super::trailer::{CHECKSUM, DIGITS_PER_LINE, FIRST_LINES};
-use super::{Heat, Record};
+use super::{Heat, Record, room};
 
 /// A list that is being written.
 pub struct ListWriter<W: Write + Seek> {
@@ -38,7 +38,7 @@ impl<W: Write + Seek> ListWriter<W> {
     /// Begins a list of about `expected` records at the start of `out`.
     pub fn begin(out: W, expected: usize) -> Result<Self, WriteError> {
         let mut heats = Vec::new();
-        heats.try_reserve_exact(expected)?;
+        room::ask(|| heats.try_reserve_exact(expected))?;
         let mut writer = Self {
             out: Summing::new(out)?,
             width: expected.max(1).ilog10() as usize + 1,
@@ -72,7 +72,7 @@ impl<W: Write + Seek> ListWriter<W> {
             line[length] = if index < 4 { b',' } else { b'\n' };
             length += 1;
         }
-        self.heats.try_reserve(1)?;
+        room::ask(|| self.heats.try_reserve(1))?;
         self.heats.push(heat.digit());
         Ok(self.out.write_all(&line[..length])?)
     }
@@ -126,7 +126,7 @@ struct Summing<W> {
 impl<W> Summing<W> {
     fn new(out: W) -> Result<Self, TryReserveError> {
         let mut buffer = Vec::new();
-        buffer.try_reserve_exact(BUFFER)?;
+        room::ask(|| buffer.try_reserve_exact(BUFFER))?;
         Ok(Self {
             out,
             buffer,

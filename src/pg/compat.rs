@@ -176,8 +176,8 @@ pub const REQUEST_BLOCKS: u32 = 16;
 
 /// The blocks of a fork, many at a time, without shared buffers.
 ///
-/// 15 and 16 read one block at a time, so their segment files are opened beside
-/// the server. Whatever goes wrong there is left to the server to try, block by
+/// 15 and 16 read one block at a time, so that there the segment files are opened
+/// beside the server; on all versions to ask what is cached. Whatever goes wrong there is left to the server to try, block by
 /// block, and to raise its own ERROR about.
 pub struct Blocks {
     relation: pg_sys::Relation,
@@ -353,9 +353,9 @@ pub unsafe fn read_into_free_buffers(
     unsafe { read_in_runs(relation, fork, blocks, true, each) }
 }
 
-/// Whether memory is to be provided before a call's reads fill it. 17 and later
-/// read many blocks at once, and 18 has them read by I/O workers: either provides it
-/// as well, and for several processes at the same time.
+/// Whether memory is to be provided before a call's reads fill it. 17 and later read
+/// many blocks at once, and so have it provided for all of these by the system; on 18
+/// even by I/O workers, on several processors at the same time.
 pub const READS_WANT_MEMORY: bool = cfg!(any(feature = "pg15", feature = "pg16"));
 
 /// Reads blocks, in ascending order, into buffers, of which each is handed to
@@ -395,6 +395,11 @@ unsafe fn read_in_runs(
 ) -> ReadEnd {
     // SAFETY: the caller's promise.
     let mut ahead = unsafe { ReadAhead::new(relation, fork) };
+    // Blocks that are read into free buffers only are in none, as far as is known.
+    // Others may all be, and nobody is to read those ahead from a disk: where the
+    // last was in a buffer, the next is thought to be.
+    // SAFETY: as above.
+    let mut is_cached = !only_free && unsafe { is_in_buffer(relation, fork, blocks[0]) };
     release_catalog_snapshot();
     let most = most_in_run();
     let mut index = 0;
@@ -403,8 +408,11 @@ unsafe fn read_in_runs(
         if only_free && !buffer::have_free_buffer() {
             return ReadEnd::Full;
         }
-        ahead.advance(blocks, index);
+        if !is_cached {
+            ahead.advance(blocks, index);
+        }
         let run = run_length(&blocks[index..], most);
+        let hits = buffer::hits();
         let mut end = ControlFlow::Continue(());
         // SAFETY: the caller's promise.
         unsafe {
@@ -416,11 +424,22 @@ unsafe fn read_in_runs(
                 index += 1;
             });
         }
+        is_cached = !only_free && buffer::hits() - hits >= run as u64;
         if end.is_break() {
             break;
         }
     }
     ReadEnd::Over
+}
+
+/// Whether a block is in a buffer. One that is not may be asked for ahead.
+///
+/// # Safety
+/// `relation` is open.
+pub unsafe fn is_in_buffer(relation: pg_sys::Relation, fork: Fork, block: BlockNumber) -> bool {
+    // SAFETY: the caller's promise.
+    let found = unsafe { pg_sys::PrefetchBuffer(relation, fork as i32, block) };
+    found.recent_buffer != pg_sys::InvalidBuffer as pg_sys::Buffer
 }
 
 /// How many blocks follow one another at the beginning, up to `most`, all in one
@@ -642,11 +661,11 @@ impl Segments {
         }
     }
 
-    /// Whether the operating system has these blocks cached, which costs it half of
-    /// what looking at them one by one does, as for a request to read them.
+    /// Whether the operating system has these blocks cached. It counts its pages,
+    /// which may be large, where a request to read looks at each 4 kB.
     fn are_cached(&mut self, first: BlockNumber, count: u32) -> bool {
         use std::os::fd::AsRawFd;
-        // The same on all architectures whose calls are not counted from a thousand.
+        // The same on all architectures that PostgreSQL is commonly run on.
         const CACHESTAT: libc::c_long = 451;
         let Some((file, offset)) = self.file(first) else {
             return false;
@@ -666,7 +685,8 @@ impl Segments {
         };
         // SAFETY: a constant of the system.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
-        result == 0 && pages[0] >= range[1].div_ceil(page)
+        let [offset, size] = range;
+        result == 0 && pages[0] > (offset + size - 1) / page - offset / page
     }
 
     /// Reads blocks from `first` on, all in one file; false where not all of

@@ -355,8 +355,7 @@ impl Relation {
     /// Whether a block is in a buffer. One that is not may be asked for ahead.
     pub fn is_cached(&self, fork: Fork, block: BlockNumber) -> bool {
         // SAFETY: open.
-        let found = unsafe { pg_sys::PrefetchBuffer(self.relation, fork as i32, block) };
-        found.recent_buffer != pg_sys::InvalidBuffer as pg_sys::Buffer
+        unsafe { compat::is_in_buffer(self.relation, fork, block) }
     }
 
     /// Reads blocks of a permanent relation into shared buffers, in ascending

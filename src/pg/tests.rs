@@ -6,10 +6,11 @@ mod tests {
 
     use pgrx::prelude::*;
 
-    use crate::blocks::{Fork, Record};
+    use crate::blocks::{Fork, Record, room};
     use crate::pg::buffer::cached_blocks;
     use crate::pg::database::Database;
     use crate::pg::error::catch;
+    use crate::pg::memory::room_for;
     use crate::pg::relation::{Opened, Relation, fork_by_name};
 
     /// Makes a table of a few blocks, and returns its OID and its first block.
@@ -54,6 +55,18 @@ mod tests {
             .collect();
         assert_eq!(cached.len(), 1);
         assert!(cached[0].permanent);
+    }
+
+    #[pg_test]
+    fn memory_that_is_refused_to_one_who_asks_is_an_error_and_not_the_end() {
+        let error = catch(|| room_for::<u64>(1 << 45)).unwrap_err();
+        assert_eq!(error.sqlstate, PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY);
+        assert!(!room::may_be_refused());
+        let asked = room::ask(|| {
+            assert!(room::may_be_refused());
+            Vec::<u64>::new().try_reserve(1 << 45)
+        });
+        assert!(asked.is_err());
     }
 
     #[pg_test]

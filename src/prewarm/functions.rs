@@ -187,6 +187,7 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
             done.extend(blocks);
         }
         full = header.full();
+        memory::reserve(&mut words, done.len());
         words.extend(done.into_iter().map(AtomicU32::new));
     }
     // Then the rest, as far as the limit goes.

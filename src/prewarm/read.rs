@@ -253,7 +253,8 @@ impl<'a> Reader<'a> {
             Mode::Prefetch => relation.prefetch(fork, first, end, count_run),
             Mode::Read => relation.read(fork, first, end, count_run),
             Mode::Buffer => {
-                let is_alone = self.gate.is_none();
+                // Nobody else reads what is temporary.
+                let is_alone = self.gate.is_none() || relation.is_temporary();
                 relation.read_into_buffers(fork, blocks, is_alone, |index, buffer| {
                     if let Place::Shared(index) = buffer.place()
                         && buffer::READS_WANT_MEMORY

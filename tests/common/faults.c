@@ -113,11 +113,12 @@ static void delay(long milliseconds)
 static int is_one_of(long many)
 {
 	static unsigned chance;
+	static int process;
 
 	if (many <= 0)
 		return 0;
-	if (chance == 0)
-		chance = getpid();
+	if (process != getpid())
+		chance = process = getpid();
 	chance = chance * 1103515245 + 12345;
 	return (chance >> 8) % many == 0;
 }

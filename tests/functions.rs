@@ -4,14 +4,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::thread;
 
 use postgres::Client;
 
 use crate::common::{
-    Block, Cluster, LIST, Shutdown, SqlError, error, give_to_server, signal, value, wait_until,
+    Block, Cluster, LIST, Shutdown, SqlError, cached_pages, drop_pages, error, give_to_server,
+    signal, value, wait_until,
 };
 
 /// The blocks of table `t`: three full chunks of 32, and a part of one.
@@ -419,28 +419,6 @@ fn read_reads_every_block_of_the_range_and_prefetch_reads_none() {
     }
 }
 
-/// Which pages of a file the operating system has cached.
-fn cached_pages(file: &fs::File) -> Vec<bool> {
-    let size = file.metadata().unwrap().len() as usize;
-    let mut pages = vec![0u8; size.div_ceil(4096)];
-    // SAFETY: a mapping of the whole file, which nobody reads, and room for a byte
-    // of each of its pages.
-    unsafe {
-        let start = libc::mmap(
-            std::ptr::null_mut(),
-            size,
-            libc::PROT_READ,
-            libc::MAP_SHARED,
-            file.as_raw_fd(),
-            0,
-        );
-        assert_ne!(start, libc::MAP_FAILED);
-        assert_eq!(libc::mincore(start, size, pages.as_mut_ptr()), 0);
-        assert_eq!(libc::munmap(start, size), 0);
-    }
-    pages.into_iter().map(|page| page & 1 == 1).collect()
-}
-
 #[test]
 fn prefetch_has_the_system_read_what_it_has_not_cached() {
     let cluster = lazy_cluster();
@@ -457,12 +435,7 @@ fn prefetch_has_the_system_read_what_it_has_not_cached() {
     for (first, blocks) in [(0, 1000), (120, 300), (872, 128)] {
         prewarm(&mut client, "'t', 'read'").unwrap();
         assert!(cached_pages(&file).into_iter().all(|cached| cached));
-        let (offset, size) = (first * 8192, blocks * 8192);
-        // SAFETY: an open file.
-        let result = unsafe {
-            libc::posix_fadvise(file.as_raw_fd(), offset, size, libc::POSIX_FADV_DONTNEED)
-        };
-        assert_eq!(result, 0);
+        drop_pages(&file, first, blocks);
         let are_cached = || cached_pages(&file).into_iter().all(|cached| cached);
         assert!(!are_cached(), "blocks from {first} on are cached still");
         assert_eq!(prewarm(&mut client, "'t', 'prefetch'"), Ok(1000));

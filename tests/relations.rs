@@ -3,13 +3,16 @@
 //! what becomes of it when relations change meanwhile.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
 
-use crate::common::{Cluster, Shutdown, SqlError, error, value, wait_until};
+use crate::common::{
+    Cluster, Shutdown, SqlError, cached_pages, drop_pages, error, value, wait_until,
+};
 
 /// A row that was returned: the relation's name, and its numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -550,6 +553,25 @@ fn nothing_counts_as_cached_already_that_was_read() {
         let cached: i64 =
             cluster.value("SELECT sum(already_cached)::int8 FROM pg_prewarm_relation('t')");
         assert!(cached >= 2000, "{cached}");
+    }
+}
+
+#[test]
+fn what_is_in_shared_buffers_is_not_read_from_the_disk() {
+    let cluster = cluster();
+    cluster.table("t", 2000);
+    cluster.restart();
+    let mut caller = Caller::of(&cluster, "postgres");
+    caller.call("pg_prewarm_relation('t')");
+    let path: String = cluster.value("SELECT pg_relation_filepath('t')");
+    let file = File::open(cluster.data(&path)).unwrap();
+    file.sync_all().unwrap();
+    for workers in [0, 2] {
+        drop_pages(&file, 0, 2000);
+        let pages = cached_pages(&file);
+        let outcome = caller.call(&format!("pg_prewarm_relation('t', workers => {workers})"));
+        assert_eq!(outcome.rows.last().unwrap().cached, 2000, "{outcome:?}");
+        assert_eq!(cached_pages(&file), pages);
     }
 }
 

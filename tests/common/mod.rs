@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -810,6 +811,37 @@ impl Drop for Cluster {
         }
         let _ = fs::remove_dir_all(&self.folder);
     }
+}
+
+/// Which pages of a file the operating system has cached.
+pub fn cached_pages(file: &fs::File) -> Vec<bool> {
+    let size = file.metadata().unwrap().len() as usize;
+    let mut pages = vec![0u8; size.div_ceil(4096)];
+    // SAFETY: a mapping of the whole file, which nobody reads, and room for a byte
+    // of each of its pages.
+    unsafe {
+        let start = libc::mmap(
+            std::ptr::null_mut(),
+            size,
+            libc::PROT_READ,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        );
+        assert_ne!(start, libc::MAP_FAILED);
+        assert_eq!(libc::mincore(start, size, pages.as_mut_ptr()), 0);
+        assert_eq!(libc::munmap(start, size), 0);
+    }
+    pages.into_iter().map(|page| page & 1 == 1).collect()
+}
+
+/// Has the operating system forget blocks of a file, which must have been written.
+pub fn drop_pages(file: &fs::File, first: i64, blocks: i64) {
+    let (offset, size) = (first * 8192, blocks * 8192);
+    // SAFETY: an open file.
+    let result =
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), offset, size, libc::POSIX_FADV_DONTNEED) };
+    assert_eq!(result, 0);
 }
 
 /// The only value of a query's only row.

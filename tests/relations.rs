@@ -571,7 +571,10 @@ fn what_is_in_shared_buffers_is_not_read_from_the_disk() {
         let pages = cached_pages(&file);
         let outcome = caller.call(&format!("pg_prewarm_relation('t', workers => {workers})"));
         assert_eq!(outcome.rows.last().unwrap().cached, 2000, "{outcome:?}");
-        assert_eq!(cached_pages(&file), pages);
+        assert!(
+            cached_pages(&file) == pages,
+            "with {workers} workers, the file was read"
+        );
     }
 }
 

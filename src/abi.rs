@@ -94,14 +94,16 @@ export!(
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn autoprewarm_main(_argument: pg_sys::Datum) {
-    crate::autoprewarm::leader::main();
+    crate::pg::error::with_reserve(crate::autoprewarm::leader::main);
 }
 
 /// Where a per-database worker begins.
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn autoprewarm_database_main(argument: pg_sys::Datum) {
-    crate::autoprewarm::worker::main((argument.value() as u64).into());
+    crate::pg::error::with_reserve(|| {
+        crate::autoprewarm::worker::main((argument.value() as u64).into());
+    });
 }
 
 /// Where a parallel worker of a call begins.

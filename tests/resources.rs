@@ -265,6 +265,34 @@ fn a_process_that_is_refused_memory_ends_and_the_server_lives() {
     assert!(ended > 0, "no session was ended");
 }
 
+#[test]
+fn an_error_for_want_of_memory_does_not_fail_for_want_of_memory() {
+    let cluster = Cluster::build().create();
+    cluster.set_fault(Fault::PoorProcess, 0);
+    cluster.start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    for table in 0..20 {
+        cluster.table(&format!("t{table}"), 2);
+    }
+    let mut refused = 0;
+    for left in (0..120_000).step_by(500) {
+        let mut client = cluster.connect("postgres");
+        // So that the library is loaded.
+        client.batch_execute("SELECT pg_prewarm('t0')").unwrap();
+        let pid: i32 = value(&mut client, "SELECT pg_backend_pid()");
+        cluster.set_fault(Fault::MemoryLeft, left);
+        cluster.set_fault(Fault::PoorProcess, pid.into());
+        let result = client.batch_execute("SELECT pg_prewarm_database('buffer', workers => 2)");
+        cluster.set_fault(Fault::PoorProcess, 0);
+        if let Err(error) = result {
+            let code = error.code().map(|code| code.code());
+            assert_eq!(code, Some("53200"), "{left} bytes left: {error:?}");
+            refused += 1;
+        }
+    }
+    assert!(refused > 0);
+}
+
 /// The bytes that a process has mapped.
 fn address_space(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();

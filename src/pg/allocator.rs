@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
-use super::ffi;
+use super::{ffi, memory};
 use crate::blocks::room;
 
 #[global_allocator]
@@ -36,6 +36,7 @@ fn end_process(size: usize) {
     if IS_ENDING.swap(true, Relaxed) {
         return;
     }
+    memory::give_up_reserve();
     // SAFETY: what `ereport` expands to, with arguments that fit the formats. It does
     // not come back, neither by returning nor by a jump, so that no frame of Rust's
     // is skipped that anybody would go on in. Callbacks that tell where the error is

@@ -6,7 +6,7 @@ use std::panic::AssertUnwindSafe;
 use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
 use pgrx::{PgLogLevel, PgSqlErrorCode, PgTryBuilder, pg_guard, pg_sys};
 
-use super::ffi;
+use super::{ffi, memory};
 
 /// An ERROR that was raised and caught.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +35,7 @@ impl From<CaughtError> for Caught {
 /// Runs `body`; an ERROR in it becomes an `Err`, but what it held is not let go:
 /// that is for [`super::transaction::run`], or for callers that hold nothing.
 pub fn catch<T>(body: impl FnOnce() -> T) -> Result<T, Caught> {
+    memory::keep_reserve();
     PgTryBuilder::new(AssertUnwindSafe(|| Ok(body())))
         .catch_others(|caught| Err(caught.into()))
         .catch_rust_panic(|caught| Err(caught.into()))
@@ -103,6 +104,7 @@ impl Caught {
 /// Nothing that needs dropping may stand between the server's call of the SQL
 /// function and this: an ERROR that leaves `body` jumps over it.
 pub unsafe fn with_exact_messages<T>(body: impl FnOnce() -> T) -> T {
+    memory::keep_reserve();
     let mut raised: *mut pg_sys::ErrorData = std::ptr::null_mut();
     // SAFETY: the callback is taken off the stack before it goes out of scope;
     // after an ERROR by whoever catches it, as for every such callback.
@@ -119,6 +121,43 @@ pub unsafe fn with_exact_messages<T>(body: impl FnOnce() -> T) -> T {
     }
 }
 
+/// Runs the whole of a background process. What [`with_exact_messages`] does for an
+/// SQL function it needs no more than the reserve of.
+pub fn with_reserve(body: impl FnOnce()) {
+    #[pg_guard]
+    unsafe extern "C-unwind" fn help(_argument: *mut c_void) {
+        // SAFETY: called while an error is being reported.
+        unsafe { help_where_memory_is_short() };
+    }
+
+    memory::keep_reserve();
+    // SAFETY: the callback is taken off the stack before it goes out of scope, by an
+    // ERROR that nobody catches with the process.
+    unsafe {
+        let mut callback = pg_sys::ErrorContextCallback {
+            previous: pg_sys::error_context_stack,
+            callback: Some(help),
+            arg: std::ptr::null_mut(),
+        };
+        pg_sys::error_context_stack = &mut callback;
+        body();
+        pg_sys::error_context_stack = callback.previous;
+    }
+}
+
+/// Gives up the reserve where the error that is being reported is that there is no
+/// memory.
+///
+/// # Safety
+/// An error is being reported.
+unsafe fn help_where_memory_is_short() {
+    // SAFETY: the caller's promise.
+    let sqlstate = unsafe { pg_sys::geterrcode() };
+    if sqlstate == PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY as i32 {
+        memory::give_up_reserve();
+    }
+}
+
 /// `raised` points to what was kept of the former ERROR, if there was one.
 #[pg_guard]
 unsafe extern "C-unwind" fn keep_or_restore(raised: *mut c_void) {
@@ -130,6 +169,7 @@ unsafe extern "C-unwind" fn keep_or_restore(raised: *mut c_void) {
         if (&raw const pg_sys::CritSectionCount).read_volatile() > 0 {
             return;
         }
+        help_where_memory_is_short();
         let previous = pg_sys::MemoryContextSwitchTo(pg_sys::CurTransactionContext);
         // Out of memory, this would be called for that error as well.
         let callbacks = pg_sys::error_context_stack;

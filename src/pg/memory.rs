@@ -1,5 +1,9 @@
 //! Memory of which there may be too little.
 
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering::Relaxed};
+
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use super::error::new_report;
@@ -22,4 +26,24 @@ pub fn reserve<T>(vec: &mut Vec<T>, count: usize) {
         )
         .report(PgLogLevel::ERROR);
     }
+}
+
+/// Kept for the moment when there is no memory: an ERROR that says so takes some on
+/// its way through Rust, where it is copied. If that failed as well, so would the
+/// next ERROR, until the server has had enough and ends all its processes.
+static RESERVE: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+
+/// Sees to it that there is a reserve, if there is memory for it.
+pub fn keep_reserve() {
+    const SIZE: usize = 64 * 1024;
+    if RESERVE.load(Relaxed).is_null() {
+        // SAFETY: always allowed; a null is kept as no reserve.
+        RESERVE.store(unsafe { libc::malloc(SIZE) }, Relaxed);
+    }
+}
+
+/// Leaves the reserve to whoever needs memory now.
+pub fn give_up_reserve() {
+    // SAFETY: null, or what `malloc` gave and nobody else has.
+    unsafe { libc::free(RESERVE.swap(ptr::null_mut(), Relaxed)) };
 }

@@ -4,13 +4,14 @@
  * every process, since all have that file mapped.
  *
  * Reads are those of user relations' files; writes are those of the list that
- * autoprewarm is making; memory is what the library asks for, not the server. As on
- * a real disk, no signal cuts a delay short.
+ * autoprewarm is making. As on a real disk, no signal cuts a delay short. Memory is
+ * refused to the library, or, to one process, whoever asks in it.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,6 +36,8 @@ struct faults
 	int64_t list_close;		/* what closing it fails with */
 	int64_t list_rename;	/* what renaming it fails with */
 	int64_t refused_memory; /* one request for memory of the library's of so many fails */
+	int64_t poor_process;	/* the process that may not have much more memory */
+	int64_t memory_left;	/* bytes that it may have more, from then on */
 };
 
 static const struct faults none;
@@ -232,35 +235,69 @@ static int is_refused(void *caller)
 	return 1;
 }
 
-#define REFUSED is_refused(__builtin_return_address(0))
+/* What this process has taken of the memory that it may have. */
+static int64_t taken;
+
+static int is_too_much(size_t size)
+{
+	if (faults->poor_process == 0 || faults->poor_process != getpid() ||
+		taken + (int64_t) size <= faults->memory_left)
+		return 0;
+	errno = ENOMEM;
+	return 1;
+}
+
+/* Counts memory that was given, or taken back. */
+static void *count(void *memory, int sign)
+{
+	if (memory && faults->poor_process != 0 && faults->poor_process == getpid())
+		taken += sign * (int64_t) malloc_usable_size(memory);
+	return memory;
+}
+
+#define REFUSED(size) (is_refused(__builtin_return_address(0)) || is_too_much(size))
 
 /* The C library's own; looking them up would ask for memory. */
 void *__libc_malloc(size_t size);
 void *__libc_calloc(size_t count, size_t size);
 void *__libc_realloc(void *memory, size_t size);
 void *__libc_memalign(size_t alignment, size_t size);
+void __libc_free(void *memory);
 
 void *malloc(size_t size)
 {
-	return REFUSED ? NULL : __libc_malloc(size);
+	return REFUSED(size) ? NULL : count(__libc_malloc(size), 1);
 }
 
-void *calloc(size_t count, size_t size)
+void *calloc(size_t number, size_t size)
 {
-	return REFUSED ? NULL : __libc_calloc(count, size);
+	return REFUSED(number * size) ? NULL : count(__libc_calloc(number, size), 1);
 }
 
 void *realloc(void *memory, size_t size)
 {
-	return REFUSED ? NULL : __libc_realloc(memory, size);
+	void *larger;
+
+	if (REFUSED(size))
+		return NULL;
+	count(memory, -1);
+	larger = __libc_realloc(memory, size);
+	count(larger ? larger : memory, 1);
+	return larger;
 }
 
 int posix_memalign(void **into, size_t alignment, size_t size)
 {
-	if (REFUSED)
+	if (REFUSED(size))
 		return ENOMEM;
-	*into = __libc_memalign(alignment, size);
+	*into = count(__libc_memalign(alignment, size), 1);
 	return *into ? 0 : ENOMEM;
+}
+
+void free(void *memory)
+{
+	count(memory, -1);
+	__libc_free(memory);
 }
 
 int gettimeofday(struct timeval *restrict time, void *restrict zone)

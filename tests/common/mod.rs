@@ -51,10 +51,14 @@ pub enum Fault {
     ListRename,
     /// One request of the library for memory of so many fails.
     RefusedMemory,
+    /// The process of that ID may have hardly more memory than it has,
+    PoorProcess,
+    /// but so many bytes.
+    MemoryLeft,
 }
 
 impl Fault {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Clock,
         Self::ReadDelay,
         Self::ReadErrors,
@@ -63,6 +67,8 @@ impl Fault {
         Self::ListClose,
         Self::ListRename,
         Self::RefusedMemory,
+        Self::PoorProcess,
+        Self::MemoryLeft,
     ];
 }
 

@@ -91,19 +91,31 @@ export!(
 );
 
 /// Where the leader begins.
-#[pg_guard]
+///
+/// # Safety
+/// The server calls it, as the whole of a process.
 #[unsafe(no_mangle)]
-pub extern "C-unwind" fn autoprewarm_main(_argument: pg_sys::Datum) {
-    crate::pg::error::with_reserve(crate::autoprewarm::leader::main);
+pub unsafe extern "C-unwind" fn autoprewarm_main(_argument: pg_sys::Datum) {
+    #[pg_guard]
+    extern "C-unwind" fn main() {
+        crate::autoprewarm::leader::main();
+    }
+    // SAFETY: nothing here needs dropping.
+    unsafe { crate::pg::error::with_reserve(|| main()) };
 }
 
 /// Where a per-database worker begins.
-#[pg_guard]
+///
+/// # Safety
+/// The server calls it, as the whole of a process, with the worker's argument.
 #[unsafe(no_mangle)]
-pub extern "C-unwind" fn autoprewarm_database_main(argument: pg_sys::Datum) {
-    crate::pg::error::with_reserve(|| {
+pub unsafe extern "C-unwind" fn autoprewarm_database_main(argument: pg_sys::Datum) {
+    #[pg_guard]
+    extern "C-unwind" fn main(argument: pg_sys::Datum) {
         crate::autoprewarm::worker::main((argument.value() as u64).into());
-    });
+    }
+    // SAFETY: nothing here needs dropping.
+    unsafe { crate::pg::error::with_reserve(|| main(argument)) };
 }
 
 /// Where a parallel worker of a call begins.

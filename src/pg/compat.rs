@@ -399,7 +399,8 @@ unsafe fn read_in_runs(
     // Others may all be, and nobody is to read those ahead from a disk: where the
     // last was in a buffer, the next is thought to be.
     // SAFETY: as above.
-    let mut is_cached = !only_free && unsafe { is_in_buffer(relation, fork, blocks[0]) };
+    let mut is_cached =
+        !only_free && ahead.most_requests > 0 && unsafe { is_in_buffer(relation, fork, blocks[0]) };
     release_catalog_snapshot();
     let most = most_in_run();
     let mut index = 0;

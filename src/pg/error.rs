@@ -88,6 +88,7 @@ impl Caught {
     /// Logs the error and goes on.
     pub fn warn(self) {
         new_report(self.sqlstate, self.message, self.hint).report(PgLogLevel::WARNING);
+        memory::keep_reserve();
     }
 }
 
@@ -121,27 +122,36 @@ pub unsafe fn with_exact_messages<T>(body: impl FnOnce() -> T) -> T {
     }
 }
 
-/// Runs the whole of a background process. What [`with_exact_messages`] does for an
-/// SQL function it needs no more than the reserve of.
-pub fn with_reserve(body: impl FnOnce()) {
+/// Runs the whole of a background process, with a reserve of memory for an ERROR that
+/// there is none. (What [`with_exact_messages`] does beside is for clients.)
+///
+/// # Safety
+/// As of [`with_exact_messages`]: an ERROR leaves Rust within `body`, and jumps over
+/// this.
+pub unsafe fn with_reserve(body: impl FnOnce()) {
+    memory::keep_reserve();
+    // SAFETY: the callback is taken off the stack before it goes out of scope; after
+    // an ERROR by the server, before anything else is run here.
+    unsafe {
+        let mut callback = helping_callback(pg_sys::error_context_stack);
+        pg_sys::error_context_stack = &mut callback;
+        body();
+        pg_sys::error_context_stack = callback.previous;
+    }
+}
+
+/// A callback for errors that gives up the reserve where one says that there is no
+/// memory.
+fn helping_callback(previous: *mut pg_sys::ErrorContextCallback) -> pg_sys::ErrorContextCallback {
     #[pg_guard]
     unsafe extern "C-unwind" fn help(_argument: *mut c_void) {
         // SAFETY: called while an error is being reported.
         unsafe { help_where_memory_is_short() };
     }
-
-    memory::keep_reserve();
-    // SAFETY: the callback is taken off the stack before it goes out of scope, by an
-    // ERROR that nobody catches with the process.
-    unsafe {
-        let mut callback = pg_sys::ErrorContextCallback {
-            previous: pg_sys::error_context_stack,
-            callback: Some(help),
-            arg: std::ptr::null_mut(),
-        };
-        pg_sys::error_context_stack = &mut callback;
-        body();
-        pg_sys::error_context_stack = callback.previous;
+    pg_sys::ErrorContextCallback {
+        previous,
+        callback: Some(help),
+        arg: std::ptr::null_mut(),
     }
 }
 
@@ -173,7 +183,8 @@ unsafe extern "C-unwind" fn keep_or_restore(raised: *mut c_void) {
         let previous = pg_sys::MemoryContextSwitchTo(pg_sys::CurTransactionContext);
         // Out of memory, this would be called for that error as well.
         let callbacks = pg_sys::error_context_stack;
-        pg_sys::error_context_stack = std::ptr::null_mut();
+        let mut helping = helping_callback(std::ptr::null_mut());
+        pg_sys::error_context_stack = &mut helping;
         let current = pg_sys::CopyErrorData();
         pg_sys::error_context_stack = callbacks;
         pg_sys::MemoryContextSwitchTo(previous);

@@ -29,13 +29,16 @@ pub fn reserve<T>(vec: &mut Vec<T>, count: usize) {
 }
 
 /// Kept for the moment when there is no memory: an ERROR that says so takes some on
-/// its way through Rust, where it is copied. If that failed as well, so would the
-/// next ERROR, until the server has had enough and ends all its processes.
+/// its way through Rust, where it is copied, into two memory contexts. If that failed
+/// as well, so would the next ERROR, until the server has had enough and ends all its
+/// processes.
 static RESERVE: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
 
 /// Sees to it that there is a reserve, if there is memory for it.
 pub fn keep_reserve() {
-    const SIZE: usize = 64 * 1024;
+    // A context that has grown takes a megabyte at least, if less is not to be had.
+    // What is not touched takes no more than addresses.
+    const SIZE: usize = (2 << 20) + (256 << 10);
     if RESERVE.load(Relaxed).is_null() {
         // SAFETY: always allowed; a null is kept as no reserve.
         RESERVE.store(unsafe { libc::malloc(SIZE) }, Relaxed);

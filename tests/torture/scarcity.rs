@@ -134,6 +134,7 @@ fn allow_out_of_memory(arena: &mut Arena) {
         "could not write to file",
         "do not come to work",
         "could not access file",
+        "exited with exit code 1",
     ]);
 }
 
@@ -198,7 +199,6 @@ fn little_memory_for_all(arena: &mut Arena) {
 /// One in some requests of the library's for memory is refused, whoever asks.
 fn refused_memory(arena: &mut Arena) {
     allow_out_of_memory(arena);
-    arena.round.allowed.push("exited with exit code 1");
     arena.begin_slow_load();
     let one_of = 1 << arena.round.rng.random_range(0..10);
     arena.cluster.set_fault(Fault::RefusedMemory, one_of);

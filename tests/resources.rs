@@ -1,6 +1,7 @@
 //! What a load does where there is nothing left to start a worker with, or no
 //! database that a worker may connect to: it waits, or passes on, and says so.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Instant;
@@ -292,6 +293,52 @@ fn an_error_for_want_of_memory_does_not_fail_for_want_of_memory() {
         }
     }
     assert!(refused > 0);
+}
+
+#[test]
+fn a_worker_that_fails_before_it_is_connected_fails_alone() {
+    let cluster = Cluster::build()
+        .setting("dynamic_shared_memory_type = mmap")
+        .not_preloaded()
+        .setting("pg_prewarm.autoprewarm_workers = 1")
+        .create();
+    cluster.slow_reads(0);
+    cluster.start();
+    let table = cluster.table_of_blocks("postgres", "t", 1000);
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.restart();
+    cluster.write_list(&list_of(blocks(table, 1000)));
+    cluster.slow_reads(10);
+    let mut client = cluster.connect("postgres");
+    let segments = || -> BTreeSet<_> {
+        let files = fs::read_dir(cluster.data("pg_dynshmem")).unwrap();
+        files.map(|file| file.unwrap().path()).collect()
+    };
+    // What the statistics need is there.
+    client
+        .batch_execute("SELECT pg_prewarm('t', 'prefetch')")
+        .unwrap();
+    let before = segments();
+    let mark = cluster.log_end();
+    client
+        .batch_execute("SELECT autoprewarm_load_now()")
+        .unwrap();
+    let worker = "SELECT max(pid) FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'";
+    wait_until("a worker", || {
+        value::<Option<i32>>(&mut client, worker).is_some()
+    });
+    let leader = cluster.leader();
+    // The next worker does not find the load's segment.
+    for segment in segments().difference(&before) {
+        fs::remove_file(segment).unwrap();
+    }
+    client
+        .batch_execute(&format!("SELECT pg_terminate_backend(({worker}))"))
+        .unwrap();
+    cluster.wait_for_log(mark, "could not open shared memory segment");
+    cluster.slow_reads(0);
+    cluster.wait_for_log(mark, "workers do not come to work");
+    assert_eq!(cluster.leader(), leader);
 }
 
 /// The bytes that a process has mapped.

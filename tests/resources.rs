@@ -307,7 +307,7 @@ fn a_worker_that_fails_before_it_is_connected_fails_alone() {
     let table = cluster.table_of_blocks("postgres", "t", 1000);
     cluster.sql("CREATE EXTENSION pg_prewarm");
     cluster.restart();
-    cluster.write_list(&list_of(blocks(table, 1000)));
+    cluster.write_list(list_of(blocks(table, 1000)));
     cluster.slow_reads(10);
     let mut client = cluster.connect("postgres");
     let segments = || -> BTreeSet<_> {

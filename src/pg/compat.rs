@@ -176,9 +176,10 @@ pub const REQUEST_BLOCKS: u32 = 16;
 
 /// The blocks of a fork, many at a time, without shared buffers.
 ///
-/// 15 and 16 read one block at a time, so that there the segment files are opened
-/// beside the server; on all versions to ask what is cached. Whatever goes wrong there is left to the server to try, block by
-/// block, and to raise its own ERROR about.
+/// Their segment files are opened beside the server: on all versions to ask what the
+/// system has cached; and on 15 and 16, which read one block at a time, to read.
+/// Whatever goes wrong there is left to the server to try, block by block, and to
+/// raise its own ERROR about.
 pub struct Blocks {
     relation: pg_sys::Relation,
     fork: Fork,

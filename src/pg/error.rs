@@ -129,43 +129,37 @@ pub unsafe fn with_exact_messages<T>(body: impl FnOnce() -> T) -> T {
 /// As of [`with_exact_messages`]: an ERROR leaves Rust within `body`, and jumps over
 /// this.
 pub unsafe fn with_reserve(body: impl FnOnce()) {
+    #[pg_guard]
+    unsafe extern "C-unwind" fn help(_argument: *mut c_void) {
+        // SAFETY: called while an error is being reported.
+        if unsafe { is_out_of_memory() } {
+            memory::give_up_reserve();
+        }
+    }
+
     memory::keep_reserve();
     // SAFETY: the callback is taken off the stack before it goes out of scope; after
     // an ERROR by the server, before anything else is run here.
     unsafe {
-        let mut callback = helping_callback(pg_sys::error_context_stack);
+        let mut callback = pg_sys::ErrorContextCallback {
+            previous: pg_sys::error_context_stack,
+            callback: Some(help),
+            arg: std::ptr::null_mut(),
+        };
         pg_sys::error_context_stack = &mut callback;
         body();
         pg_sys::error_context_stack = callback.previous;
     }
 }
 
-/// A callback for errors that gives up the reserve where one says that there is no
-/// memory.
-fn helping_callback(previous: *mut pg_sys::ErrorContextCallback) -> pg_sys::ErrorContextCallback {
-    #[pg_guard]
-    unsafe extern "C-unwind" fn help(_argument: *mut c_void) {
-        // SAFETY: called while an error is being reported.
-        unsafe { help_where_memory_is_short() };
-    }
-    pg_sys::ErrorContextCallback {
-        previous,
-        callback: Some(help),
-        arg: std::ptr::null_mut(),
-    }
-}
-
-/// Gives up the reserve where the error that is being reported is that there is no
-/// memory.
+/// Whether the error that is being reported is that there is no memory.
 ///
 /// # Safety
 /// An error is being reported.
-unsafe fn help_where_memory_is_short() {
+unsafe fn is_out_of_memory() -> bool {
     // SAFETY: the caller's promise.
     let sqlstate = unsafe { pg_sys::geterrcode() };
-    if sqlstate == PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY as i32 {
-        memory::give_up_reserve();
-    }
+    sqlstate == PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY as i32
 }
 
 /// `raised` points to what was kept of the former ERROR, if there was one.
@@ -179,15 +173,18 @@ unsafe extern "C-unwind" fn keep_or_restore(raised: *mut c_void) {
         if (&raw const pg_sys::CritSectionCount).read_volatile() > 0 {
             return;
         }
-        help_where_memory_is_short();
+        // For the copy, whatever the error is; and for those to come, if it is that.
+        memory::give_up_reserve();
         let previous = pg_sys::MemoryContextSwitchTo(pg_sys::CurTransactionContext);
         // Out of memory, this would be called for that error as well.
         let callbacks = pg_sys::error_context_stack;
-        let mut helping = helping_callback(std::ptr::null_mut());
-        pg_sys::error_context_stack = &mut helping;
+        pg_sys::error_context_stack = std::ptr::null_mut();
         let current = pg_sys::CopyErrorData();
         pg_sys::error_context_stack = callbacks;
         pg_sys::MemoryContextSwitchTo(previous);
+        if !is_out_of_memory() {
+            memory::keep_reserve();
+        }
         if (*current).elevel != PgLogLevel::ERROR as i32 {
             pg_sys::FreeErrorData(current);
             return;

@@ -7,7 +7,7 @@ use pgrx::{PgLogLevel, PgSqlErrorCode};
 use crate::autoprewarm::DUMP_FILE;
 use crate::blocks::list::ReadError;
 use crate::pg;
-use crate::pg::error::new_report;
+use crate::pg::error::{log_with_hint, raise};
 
 /// An error that ends a call.
 #[derive(Debug, thiserror::Error)]
@@ -147,14 +147,13 @@ impl Error {
     /// Raises it as an ERROR of the server's, which unwinds to the entry point.
     pub fn raise(self) -> ! {
         let hint = self.hint().map(str::to_owned);
-        new_report(self.sqlstate(), self.to_string(), hint).report(PgLogLevel::ERROR);
-        unreachable!("an ERROR does not return");
+        raise(self.sqlstate(), self.to_string(), hint);
     }
 
     /// Logs the error of a background worker, which goes on, with what follows
     /// from it.
     pub fn warn(self, hint: &str) {
-        new_report(self.sqlstate(), self.to_string(), Some(hint.to_owned()))
-            .report(PgLogLevel::WARNING);
+        let message = self.to_string();
+        log_with_hint(PgLogLevel::WARNING, self.sqlstate(), &message, Some(hint));
     }
 }

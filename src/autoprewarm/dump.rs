@@ -4,13 +4,14 @@ use std::fs;
 use std::io;
 use std::time::Instant;
 
-use pgrx::debug1;
+use pgrx::PgLogLevel;
 
-use super::stats::DumpStats;
+use super::state::State;
 use super::{DUMP_FILE, DUMP_FILE_BEING_WRITTEN};
 use crate::blocks::writer::{ListWriter, WriteError};
 use crate::error::Error;
 use crate::pg::buffer::{self, CachedBlock};
+use crate::pg::error::{SUCCESS, tell};
 use crate::pg::file;
 
 /// Whether blocks of unlogged relations are listed: a crash empties them, so
@@ -24,7 +25,7 @@ pub enum Unlogged {
 /// Writes the list, and returns how many records it has. The former list is
 /// replaced when the new one is complete and flushed, in one step. The caller
 /// has the right to use the file.
-pub fn write(unlogged: Unlogged, stats: &DumpStats) -> Result<u64, Error> {
+pub fn write(unlogged: Unlogged, state: &State) -> Result<u64, Error> {
     let start = Instant::now();
     let unfinished = RemoveOnDrop(DUMP_FILE_BEING_WRITTEN);
     let mut expected = buffer::count_cached(unlogged == Unlogged::LeftOut);
@@ -37,8 +38,10 @@ pub fn write(unlogged: Unlogged, stats: &DumpStats) -> Result<u64, Error> {
     };
     file::rename_durably(DUMP_FILE_BEING_WRITTEN, DUMP_FILE);
     std::mem::forget(unfinished);
-    stats.record(written, start.elapsed());
-    debug1!("wrote block details for {written} blocks");
+    state.dump.record(written, start.elapsed());
+    state.list_was_replaced();
+    let message = format!("wrote block details for {written} blocks");
+    tell(PgLogLevel::DEBUG1, SUCCESS, &message, None);
     Ok(written)
 }
 

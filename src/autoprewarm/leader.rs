@@ -8,13 +8,12 @@
 
 use std::time::{Duration, Instant};
 
-use pgrx::log;
-
 use super::dump::{self, Unlogged};
 use super::load::{self, Outcome};
 use super::state::{Phase, State};
 use super::stats::LoadResult;
 use crate::pg::activity::{self, WaitEvent};
+use crate::pg::error::log;
 use crate::pg::{process, transaction};
 use crate::settings;
 
@@ -24,7 +23,9 @@ pub fn main() {
     process::connect_to_no_database();
     let state = State::attach();
     if let Err(pid) = state.become_leader() {
-        log!("autoprewarm worker is already running under PID {pid}");
+        log(&format!(
+            "autoprewarm worker is already running under PID {pid}"
+        ));
         return;
     }
 
@@ -81,13 +82,15 @@ fn dump_and_survive(state: &State, unlogged: Unlogged) {
     let _in_use = match state.use_dump_file() {
         Ok(in_use) => in_use,
         Err(pid) => {
-            log!("skipping block dump because it is already being performed by PID {pid}");
+            log(&format!(
+                "skipping block dump because it is already being performed by PID {pid}"
+            ));
             return;
         }
     };
     activity::report(b"dumping".to_vec());
-    match transaction::run(|| dump::write(unlogged, &state.dump)) {
-        Ok(Ok(_)) => state.list_was_replaced(),
+    match transaction::run(|| dump::write(unlogged, state)) {
+        Ok(Ok(_)) => {}
         Ok(Err(error)) => {
             state.last_error.record(&error.to_string());
             error.warn(

@@ -12,7 +12,7 @@ use pgrx::prelude::*;
 use super::DUMP_FILE;
 use crate::blocks::reader::ListReader;
 use crate::error::Error;
-use crate::pg::error::new_report;
+use crate::pg::error::tell;
 use crate::pg::file::{self, At, Interruptible};
 
 /// An `oid` of a row. pgrx's own type makes a null of 0, the database of shared
@@ -40,15 +40,15 @@ fn autoprewarm_blocks() -> TableIterator<
 > {
     let reader = open().unwrap_or_else(|error| error.raise());
     if let Some(line) = reader.first_bad_line() {
-        new_report(
+        tell(
+            PgLogLevel::WARNING,
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-            super::corrupted_at(line),
-            Some(format!(
+            &super::corrupted_at(line),
+            Some(&format!(
                 "Whatever else \"{DUMP_FILE}\" lists is returned, and the next block dump \
                  replaces it."
             )),
-        )
-        .report(PgLogLevel::WARNING);
+        );
     }
     TableIterator::new(reader.map(|record| match record {
         Ok((record, heat)) => (

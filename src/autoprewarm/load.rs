@@ -9,7 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use pgrx::{PgLogLevel, PgSqlErrorCode, log};
+use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use super::shared::{Claim, Cursor, Load as SharedLoad, MAX_WORKERS, Stage, WorkerArgument};
 use super::state::State;
@@ -23,7 +23,7 @@ use crate::error::Error;
 use crate::pg::activity::{self, WaitEvent};
 use crate::pg::database::Database;
 use crate::pg::dsm::Segment;
-use crate::pg::error::new_report;
+use crate::pg::error::{log, log_with_hint};
 use crate::pg::worker::{Handle, Status};
 use crate::pg::{buffer, file, process, transaction};
 use crate::settings;
@@ -71,7 +71,7 @@ pub fn run(state: &'static State) -> Outcome {
             let message =
                 format!("skipping prewarm because block dump file is being written by PID {pid}");
             state.last_error.record(&message);
-            log!("{message}");
+            log(&message);
             return Outcome::InUse;
         }
     };
@@ -81,7 +81,7 @@ pub fn run(state: &'static State) -> Outcome {
         // Reading the list was broken off.
         Ok(Err(_)) if process::shutdown_requested() => Outcome::StillDue,
         Ok(Err(_)) if state.cancel_is_requested() => {
-            log!("autoprewarm load was cancelled");
+            log("autoprewarm load was cancelled");
             Outcome::Cancelled
         }
         Ok(Err(error)) => {
@@ -208,12 +208,12 @@ impl Load {
                 if let Halt::NoWorkerLives = halt {
                     let message = "could not load blocks: autoprewarm workers do not come to work";
                     self.state.last_error.record(message);
-                    new_report(
+                    log_with_hint(
+                        PgLogLevel::WARNING,
                         PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
-                        message.to_owned(),
-                        Some(format!("The server log may tell why. {RETRIED}")),
-                    )
-                    .report(PgLogLevel::WARNING);
+                        message,
+                        Some(&format!("The server log may tell why. {RETRIED}")),
+                    );
                 }
                 Outcome::StillDue
             }
@@ -257,12 +257,12 @@ impl Load {
                     return Ok(());
                 }
                 if slots_are_short && !std::mem::replace(&mut waiting_was_logged, true) {
-                    new_report(
+                    log_with_hint(
+                        PgLogLevel::LOG,
                         PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
-                        "autoprewarm is waiting for a background worker slot".to_owned(),
-                        Some("You may need to increase \"max_worker_processes\".".to_owned()),
-                    )
-                    .report(PgLogLevel::LOG);
+                        "autoprewarm is waiting for a background worker slot",
+                        Some("You may need to increase \"max_worker_processes\"."),
+                    );
                 }
             }
             self.show_progress();
@@ -343,10 +343,10 @@ impl Load {
         let tried_enough = database.failed_connects >= CONNECT_TRIES;
         if let Some(reason) = reason.or(tried_enough.then_some(SkipReason::NoDatabase)) {
             if !database.given_up {
-                log!(
+                log(&format!(
                     "autoprewarm could not connect to the database with OID {}",
                     database.oid
-                );
+                ));
             }
             self.give_up(index, reason);
         }
@@ -475,13 +475,13 @@ impl Load {
             self.skip(SkipReason::Interrupted, rest - shared);
         }
         let counts = self.stats().counts();
-        log!(
+        log(&format!(
             "autoprewarm successfully prewarmed {} of {} previously-loaded blocks",
             counts.loaded + counts.cached,
             counts.total
-        );
+        ));
         if counts.skipped.total() > 0 {
-            log!("autoprewarm skipped {}", counts.skipped);
+            log(&format!("autoprewarm skipped {}", counts.skipped));
         }
     }
 }
@@ -491,22 +491,26 @@ fn report_oddities(list: &BlockList, state: &State) {
     if let Some(line) = list.first_bad_line {
         let message = super::corrupted_at(line);
         state.last_error.record(&message);
-        new_report(
+        log_with_hint(
+            PgLogLevel::WARNING,
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-            message,
-            Some(format!(
+            &message,
+            Some(&format!(
                 "Whatever else \"{DUMP_FILE}\" lists is loaded, and the next block dump replaces \
                  it."
             )),
-        )
-        .report(PgLogLevel::WARNING);
+        );
     }
     match list.heats {
         Heats::LeftAside(reason) => {
-            log!("the heat of blocks in \"{DUMP_FILE}\" is left aside: {reason}");
+            log(&format!(
+                "the heat of blocks in \"{DUMP_FILE}\" is left aside: {reason}"
+            ));
         }
         Heats::Missing if !list.entries.is_empty() => {
-            log!("\"{DUMP_FILE}\" does not tell the heat of blocks: all count as equally hot");
+            log(&format!(
+                "\"{DUMP_FILE}\" does not tell the heat of blocks: all count as equally hot"
+            ));
         }
         Heats::Missing | Heats::Saved => {}
     }

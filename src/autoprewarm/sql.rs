@@ -67,8 +67,7 @@ fn autoprewarm_dump_now() -> i64 {
 fn dump_now() -> Result<i64, Error> {
     let state = State::attach();
     let _in_use = state.use_dump_file().map_err(Error::DumpFileInUse)?;
-    let records = dump::write(dump::Unlogged::Included, &state.dump)?;
-    state.list_was_replaced();
+    let records = dump::write(dump::Unlogged::Included, state)?;
     // Buffers are counted in 31 bits.
     Ok(records as i64)
 }

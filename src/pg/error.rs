@@ -1,7 +1,7 @@
 //! Errors that PostgreSQL raised, caught.
 
-use std::ffi::{CStr, c_void};
-use std::panic::AssertUnwindSafe;
+use std::ffi::{CStr, CString, c_void};
+use std::panic::{AssertUnwindSafe, Location};
 
 use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
 use pgrx::{PgLogLevel, PgSqlErrorCode, PgTryBuilder, pg_guard, pg_sys};
@@ -42,20 +42,85 @@ pub fn catch<T>(body: impl FnOnce() -> T) -> Result<T, Caught> {
         .execute()
 }
 
-/// A message with its SQLSTATE and hint, to be reported at some level, or
-/// returned as an error to the caller of an SQL function.
-pub fn new_report(sqlstate: PgSqlErrorCode, message: String, hint: Option<String>) -> ErrorReport {
+/// Raises an ERROR, which unwinds to whoever catches it.
+#[track_caller]
+pub fn raise(sqlstate: PgSqlErrorCode, message: String, hint: Option<String>) -> ! {
     let report = ErrorReport::new(sqlstate, message, "pg_prewarm");
-    match hint {
+    let report = match hint {
         Some(hint) => report.set_hint(hint),
         None => report,
+    };
+    report.report(PgLogLevel::ERROR);
+    unreachable!("an ERROR does not return");
+}
+
+/// Reports what ends nothing: a WARNING, or what is less.
+#[track_caller]
+pub fn tell(level: PgLogLevel, sqlstate: PgSqlErrorCode, message: &str, hint: Option<&str>) {
+    let [message, hint] =
+        [Some(message), hint].map(|text| text.map(|text| CString::new(text).expect("no NUL")));
+    let pointer = |text: &Option<CString>| text.as_ref().map_or(std::ptr::null(), |t| t.as_ptr());
+    let (message, hint) = (pointer(&message), pointer(&hint));
+    // SAFETY: C strings that outlive the call, as the format wants them.
+    unsafe {
+        ereport(level, sqlstate, || {
+            ffi::errmsg_internal(c"%s".as_ptr(), message);
+            if !hint.is_null() {
+                ffi::errhint(c"%s".as_ptr(), hint);
+            }
+        });
     }
 }
 
 /// Tells the client something.
-pub fn notice(message: String) {
-    new_report(PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION, message, None)
-        .report(PgLogLevel::NOTICE);
+#[track_caller]
+pub fn notice(message: &str) {
+    tell(PgLogLevel::NOTICE, SUCCESS, message, None);
+}
+
+/// Has a background process report something, and go on even if that fails: for want
+/// of memory, or for a conflict with recovery, which a standby before 17 may raise
+/// after the transaction that it was meant for.
+pub fn log_with_hint(
+    level: PgLogLevel,
+    sqlstate: PgSqlErrorCode,
+    message: &str,
+    hint: Option<&str>,
+) {
+    let _ = catch(|| tell(level, sqlstate, message, hint));
+}
+
+/// A line of a background process in the server's log.
+pub fn log(message: &str) {
+    log_with_hint(PgLogLevel::LOG, SUCCESS, message, None);
+}
+
+/// What a message has that is no error.
+pub const SUCCESS: PgSqlErrorCode = PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION;
+
+/// What the server's `ereport` expands to, with what `say` says.
+///
+/// The server serves interrupts at its end, so that a cancel can come of any message,
+/// however harmless. It has to unwind, as every ERROR that passes through Rust: pgrx's
+/// own macros for messages let it jump.
+///
+/// # Safety
+/// `say` calls `errmsg` and the like with arguments that fit their formats, and
+/// nothing in it needs dropping.
+#[track_caller]
+pub unsafe fn ereport(level: PgLogLevel, sqlstate: PgSqlErrorCode, say: impl FnOnce()) {
+    let location = Location::caller();
+    let (file, line) = (location.file_as_c_str().as_ptr(), location.line() as i32);
+    // SAFETY: the caller's promise; the file's name is as old as the program.
+    unsafe {
+        pg_sys::ffi::pg_guard_ffi_boundary(|| {
+            if ffi::errstart(level as i32, std::ptr::null()) {
+                ffi::errcode(sqlstate as i32);
+                say();
+                ffi::errfinish(file, line, c"pg_prewarm".as_ptr());
+            }
+        });
+    }
 }
 
 /// A message of this server's that is shown as data. It is UTF-8 here; in a
@@ -87,7 +152,8 @@ impl Caught {
 
     /// Logs the error and goes on.
     pub fn warn(self) {
-        new_report(self.sqlstate, self.message, self.hint).report(PgLogLevel::WARNING);
+        let hint = self.hint.as_deref();
+        log_with_hint(PgLogLevel::WARNING, self.sqlstate, &self.message, hint);
         memory::keep_reserve();
     }
 }

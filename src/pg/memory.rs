@@ -4,9 +4,9 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering::Relaxed};
 
-use pgrx::{PgLogLevel, PgSqlErrorCode};
+use pgrx::PgSqlErrorCode;
 
-use super::error::new_report;
+use super::error::raise;
 use crate::blocks::room;
 
 /// A vector with room for so many. Raises an ERROR where there is no memory.
@@ -19,12 +19,8 @@ pub fn room_for<T>(count: usize) -> Vec<T> {
 /// Makes room for so many more. Raises an ERROR where there is no memory.
 pub fn reserve<T>(vec: &mut Vec<T>, count: usize) {
     if room::ask(|| vec.try_reserve_exact(count)).is_err() {
-        new_report(
-            PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
-            "out of memory".to_owned(),
-            None,
-        )
-        .report(PgLogLevel::ERROR);
+        let message = "out of memory".to_owned();
+        raise(PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY, message, None);
     }
 }
 

@@ -8,7 +8,7 @@ use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 use super::buffer::{Pinned, ReadEnd};
 pub use super::compat::Locator;
 use super::compat::{self, Blocks, READ_BLOCKS_MAX, REQUEST_BLOCKS};
-use super::error::new_report;
+use super::error::{self, raise};
 use super::{ffi, memory, process};
 use crate::blocks::{BlockNumber, Fork, Oid};
 
@@ -280,12 +280,11 @@ impl Relation {
     /// Raises the server's ERROR where it is another session's temporary relation.
     pub fn check_not_others(&self) {
         if self.is_others_temporary() {
-            new_report(
+            raise(
                 PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
                 "cannot access temporary tables of other sessions".to_owned(),
                 None,
-            )
-            .report(PgLogLevel::ERROR);
+            );
         }
     }
 
@@ -586,13 +585,7 @@ pub fn schema_exists(schema: pg_sys::Oid) -> bool {
 
 /// Tells the client something of a relation whose name this is, or was.
 pub fn notice(format: &CStr, name: &CStr) {
-    report(
-        PgLogLevel::NOTICE,
-        PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION,
-        format,
-        name,
-        None,
-    );
+    report(PgLogLevel::NOTICE, error::SUCCESS, format, name, None);
 }
 
 /// Reports a message with a relation's name in it, in the server's own encoding,
@@ -605,21 +598,12 @@ fn report(
     kind: Option<c_char>,
 ) {
     let (format, name) = (format.as_ptr(), name.as_ptr());
-    // SAFETY: what `ereport` expands to. Nothing in the closure is dropped, and
-    // the message's argument is a C string, as the format wants it.
+    // SAFETY: the message's argument is a C string, as the format wants it.
     unsafe {
-        pg_sys::ffi::pg_guard_ffi_boundary(|| {
-            if ffi::errstart(level as i32, std::ptr::null()) {
-                ffi::errcode(sqlstate as i32);
-                ffi::errmsg(format, name);
-                if let Some(kind) = kind {
-                    ffi::errdetail_relkind_not_supported(kind);
-                }
-                ffi::errfinish(
-                    c"relation.rs".as_ptr(),
-                    line!() as i32,
-                    c"pg_prewarm".as_ptr(),
-                );
+        error::ereport(level, sqlstate, || {
+            ffi::errmsg(format, name);
+            if let Some(kind) = kind {
+                ffi::errdetail_relkind_not_supported(kind);
             }
         });
     }

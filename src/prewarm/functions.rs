@@ -249,15 +249,17 @@ fn row(target: &Target) -> Option<Row> {
 
 fn tell_what_is_left_out(collection: &Collection) {
     if collection.denied > 0 {
-        notice(format!(
+        notice(&format!(
             "skipped {} for which the SELECT privilege is missing",
             relations(collection.denied)
         ));
     }
     match collection.foreign {
         0 => {}
-        1 => notice("skipped 1 relation that is a foreign table".to_owned()),
-        count => notice(format!("skipped {count} relations that are foreign tables")),
+        1 => notice("skipped 1 relation that is a foreign table"),
+        count => notice(&format!(
+            "skipped {count} relations that are foreign tables"
+        )),
     }
 }
 
@@ -280,10 +282,10 @@ fn tell_how_it_ended(collection: &Collection, header: &Header, targets: &[Target
     let done = header.done.load(SeqCst);
     match header.full() {
         None => {}
-        Some(Full::Shared) => notice(format!(
+        Some(Full::Shared) => notice(&format!(
             "shared buffers are full: {done} of {total} blocks were prewarmed"
         )),
-        Some(Full::Local) => notice(format!(
+        Some(Full::Local) => notice(&format!(
             "temporary buffers are full: {done} of {total} blocks were prewarmed"
         )),
     }

@@ -19,6 +19,7 @@ pub const SESSION_SETTINGS: &[(&CStr, &CStr)] = &[
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
     (c"transaction_timeout", c"0"),
     (c"zero_damaged_pages", c"false"),
+    (c"exit_on_error", c"false"),
 ];
 
 /// The physical identity of a relation: database, tablespace, file number.

@@ -112,9 +112,16 @@ pub fn sleep(timeout: Option<Duration>, what_for: WaitEvent) {
 
 /// The same for background workers outside of transactions. On a standby before 17,
 /// a conflict with recovery may be raised then, after the transaction that it was
-/// meant for: there is nothing to undo.
+/// meant for: there is nothing to undo. What makes it fail may be there the next time
+/// as well, so it has slept in any case.
 pub fn sleep_as_worker(timeout: Option<Duration>, what_for: WaitEvent) {
-    let _ = catch(|| sleep(timeout, what_for));
+    const IN_ANY_CASE: Duration = Duration::from_millis(10);
+    if catch(|| sleep(timeout, what_for)).is_err() {
+        // SAFETY: outside of transactions it holds none on purpose; but the server may
+        // have taken one to look up a wait event's name.
+        unsafe { pg_sys::LWLockReleaseAll() };
+        std::thread::sleep(timeout.map_or(IN_ANY_CASE, |timeout| timeout.min(IN_ANY_CASE)));
+    }
 }
 
 /// Sets another process's latch, if that is a background worker of ours, as the
@@ -139,7 +146,8 @@ pub fn at_exit(callback: fn()) {
 }
 
 /// Puts aside what the configuration says for sessions of users and would harm a
-/// worker: being ended by a time limit, or overwriting pages that it cannot read.
+/// worker: being ended by a time limit or by the first error, or overwriting pages that
+/// it cannot read.
 /// Before connecting, since that is a transaction as well. The autovacuum launcher
 /// and its workers do the same.
 fn override_session_settings() {

@@ -126,10 +126,9 @@ fn autoprewarm_cancel() -> bool {
     while state.load_is_pending() && state.phase() != Phase::Loading {
         process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
     }
-    let number = state.load.number();
-    if !state.request_cancel() {
+    let Some(number) = state.request_cancel() else {
         return false;
-    }
+    };
     while state.load.number() == number
         && state.phase() == Phase::Loading
         && state.leader().is_some()

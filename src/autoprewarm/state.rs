@@ -192,24 +192,25 @@ impl State {
         self.load_requested.load(SeqCst) == self.load.number() + 1
     }
 
-    /// Asks for a load after the one of that number; nothing where one is asked for
-    /// already.
+    /// Asks for a load after the one of that number; nothing where a leader has been
+    /// asked for it already. (Whoever asked while there was none may be gone.)
     pub fn request_load_after(&self, number: u32) -> Option<LoadRequest<'_>> {
         let request = number + 1;
         let before = self.load_requested.swap(request, SeqCst);
-        (before != request).then(|| LoadRequest(self, request))
+        (before != request || self.leader().is_none()).then(|| LoadRequest(self, request))
     }
 
-    /// Asks for the end of the load that runs, and of no later one. False where none
-    /// does.
-    pub fn request_cancel(&self) -> bool {
-        let number = self.load.number();
-        let runs = self.leader().is_some() && self.phase() == Phase::Loading;
-        if runs {
-            self.load_to_cancel.store(number, SeqCst);
-            self.wake_leader();
+    /// Asks for the end of the load that runs, and of no later one, and returns its
+    /// number; nothing where none does.
+    pub fn request_cancel(&self) -> Option<u32> {
+        if self.leader().is_none() || self.phase() != Phase::Loading {
+            return None;
         }
-        runs
+        // After the phase, which changes later: so it is not the former load's.
+        let number = self.load.number();
+        self.load_to_cancel.store(number, SeqCst);
+        self.wake_leader();
+        Some(number)
     }
 
     pub fn cancel_is_requested(&self) -> bool {
@@ -257,4 +258,24 @@ fn take(role: &AtomicI32) -> Result<(), i32> {
 /// Gives a role back, if this process has it.
 fn release(role: &AtomicI32) {
     let _ = role.compare_exchange(process::my_pid(), NOBODY, SeqCst, SeqCst);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_somebody_who_is_gone_asked_for_can_be_asked_for_again() {
+        let state = State::INITIAL;
+        // The server ends a process without unwinding it.
+        std::mem::forget(state.request_load_after(0).unwrap());
+        let request = state.request_load_after(0).unwrap();
+        assert!(state.load_is_requested());
+        // A leader knows of it.
+        state.leader.store(1, SeqCst);
+        assert!(state.request_load_after(0).is_none());
+        drop(request);
+        assert!(!state.load_is_requested());
+        assert!(state.request_load_after(0).is_some());
+    }
 }

@@ -30,13 +30,14 @@ const DUMP_FILE_BEING_WRITTEN: &str = "autoprewarm.blocks.tmp";
 const LEADER: Kind = Kind {
     name: c"autoprewarm leader",
     function: c"autoprewarm_main",
-    restart: true,
+    // At once, one that cannot come up would be started thousands of times.
+    restart: Some(1),
 };
 
 const WORKER: Kind = Kind {
     name: c"autoprewarm worker",
     function: c"autoprewarm_database_main",
-    restart: false,
+    restart: None,
 };
 
 /// What is said of a list that has a line which is no record.

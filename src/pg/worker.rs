@@ -12,8 +12,8 @@ pub struct Kind {
     pub name: &'static CStr,
     /// The C function that it runs.
     pub function: &'static CStr,
-    /// Whether the server starts it again, at once, after it failed.
-    pub restart: bool,
+    /// How many seconds after it failed the server starts it again; never for `None`.
+    pub restart: Option<i32>,
 }
 
 /// The library that the server loads the function from.
@@ -33,7 +33,7 @@ impl Kind {
         worker.bgw_flags =
             (pg_sys::BGWORKER_SHMEM_ACCESS | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION) as i32;
         worker.bgw_start_time = pg_sys::BgWorkerStartTime::BgWorkerStart_ConsistentState;
-        worker.bgw_restart_time = if self.restart { 0 } else { NEVER_RESTART };
+        worker.bgw_restart_time = self.restart.unwrap_or(NEVER_RESTART);
         worker.bgw_main_arg = pg_sys::Datum::from(argument);
         worker.bgw_notify_pid = notify;
         worker

@@ -16,8 +16,8 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
 use crate::common::{
-    Block, Cluster, LIST, Shutdown, error, give_to_server, limit_file_size, list_of, signal, value,
-    wait_until,
+    Block, Cluster, Fault, LIST, Shutdown, error, give_to_server, limit_file_size, list_of, signal,
+    value, wait_until,
 };
 
 /// Blocks of the table that the lists name.
@@ -818,6 +818,35 @@ fn no_interval_replaces_a_list_that_cannot_be_read() {
     assert_eq!(cluster.wait_for_load(0), (1, 1));
     wait_until("the next dump", || cluster.list() != list);
     assert_eq!(cluster.leader(), leader);
+}
+
+#[test]
+fn a_list_that_cannot_be_read_is_tried_again_where_there_is_no_interval() {
+    let cluster = Cluster::build()
+        .setting("pg_prewarm.autoprewarm_interval = 0")
+        .create();
+    cluster.write_list("<<0>>\n");
+    let rights = |mode| {
+        let rights = fs::Permissions::from_mode(mode);
+        fs::set_permissions(cluster.data(LIST), rights).unwrap();
+    };
+    rights(0o000);
+    cluster.set_fault(Fault::Uptime, 0);
+    cluster.start();
+    let warnings = || cluster.log().matches("could not read file").count();
+    wait_until("the first try", || warnings() == 1);
+    for (try_, seconds) in (2..=3).zip([400, 800]) {
+        cluster.set_fault(Fault::Uptime, seconds);
+        wait_until("another try", || {
+            // It sleeps for as long as it meant to, unless its latch is set.
+            signal(cluster.leader().unwrap(), libc::SIGUSR1);
+            warnings() == try_
+        });
+    }
+    rights(0o600);
+    cluster.set_fault(Fault::Uptime, 1200);
+    signal(cluster.leader().unwrap(), libc::SIGUSR1);
+    assert_eq!(cluster.wait_for_load(0), (0, 0));
 }
 
 #[test]

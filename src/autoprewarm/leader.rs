@@ -17,6 +17,12 @@ use crate::pg::error::log;
 use crate::pg::{process, transaction};
 use crate::settings;
 
+/// When a load that failed is tried again where there is no interval between dumps.
+const RETRY_WITHOUT_INTERVAL: Duration = Duration::from_secs(300);
+
+/// How long a session that dumps has to finish, or to be ended, at shutdown.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
+
 /// The leader's life, from its start by the server to the server's shutdown.
 pub fn main() {
     process::handle_signals_as_leader();
@@ -38,10 +44,12 @@ pub fn main() {
     let mut last = Instant::now();
     while !process::shutdown_requested() {
         let reloaded = process::reload_configuration_if_due();
-        let wait = settings::autoprewarm_interval()
-            .map(|interval| interval.saturating_sub(last.elapsed()));
+        let has_failed = state.phase() == Phase::Failed;
+        let interval =
+            settings::autoprewarm_interval().or(has_failed.then_some(RETRY_WITHOUT_INTERVAL));
+        let wait = interval.map(|interval| interval.saturating_sub(last.elapsed()));
         let interval_is_over = wait == Some(Duration::ZERO);
-        let retry = state.phase() == Phase::Failed && (reloaded || interval_is_over);
+        let retry = has_failed && (reloaded || interval_is_over);
         if retry || state.load_is_requested() {
             load(state);
             last = Instant::now();
@@ -55,7 +63,10 @@ pub fn main() {
     // Most likely the server shuts down, which unlogged relations survive. A
     // load that was cut short must not cut the list short.
     match state.phase() {
-        Phase::Ended => dump_and_survive(state, Unlogged::Included),
+        Phase::Ended => {
+            wait_for_other_dumps(state);
+            dump_and_survive(state, Unlogged::Included);
+        }
         Phase::Cancelled => {}
         Phase::Due | Phase::Loading | Phase::Failed => state.postpone_load(),
     }
@@ -74,6 +85,15 @@ fn load(state: &'static State) {
     };
     activity::report_idle();
     state.end_load(phase, result);
+}
+
+/// At shutdown, a session that dumps is most likely being ended as well, and its list
+/// with it.
+fn wait_for_other_dumps(state: &State) {
+    let since = Instant::now();
+    while state.dump_file_user().is_some() && since.elapsed() < SHUTDOWN_PATIENCE {
+        process::sleep_as_worker(Some(Duration::from_millis(10)), WaitEvent::Leader);
+    }
 }
 
 /// Dumps, and goes on whatever happens: the list on disk stays until a new one

@@ -38,6 +38,8 @@ const FAULTS: &str = "faults";
 pub enum Fault {
     /// Microseconds that the time of day is ahead.
     Clock,
+    /// Seconds that the clock is ahead that nobody sets.
+    Uptime,
     /// Milliseconds that a read of a user relation's file takes (with
     /// `io_method = io_uring` it does nothing).
     ReadDelay,
@@ -58,8 +60,9 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Clock,
+        Self::Uptime,
         Self::ReadDelay,
         Self::ReadErrors,
         Self::ListDelay,

@@ -33,9 +33,9 @@ use crate::settings;
 const RETRY: Duration = Duration::from_secs(1);
 
 /// How often workers may fail to connect to a database; and how often, one after
-/// another, to come that far.
+/// another, to come that far, or to get anything done.
 const CONNECT_TRIES: u32 = 3;
-const START_TRIES: u32 = 10;
+const DEATHS_IN_VAIN: u32 = 10;
 
 /// How long workers have to end by themselves when a load is cancelled.
 const CANCEL_PATIENCE: Duration = Duration::from_millis(100);
@@ -107,8 +107,10 @@ struct Load {
     /// Chunks that were handed out a second time.
     second_tries: Vec<u32>,
     workers: Vec<Worker>,
-    /// Workers that died before they could do anything, one after another.
-    failed_starts: u32,
+    /// Workers that died one after another without anything done in between; and how
+    /// many blocks were left when the last one died.
+    deaths_in_vain: u32,
+    rest_at_death: u64,
 }
 
 /// A database of the plan.
@@ -129,7 +131,7 @@ struct Worker {
 /// Why a load does not go on to its end.
 enum Halt {
     ShuttingDown,
-    /// Workers are started and die before they can do anything.
+    /// Workers are started and die before they get anything done.
     NoWorkerLives,
 }
 
@@ -190,7 +192,8 @@ impl Load {
             left_behind: Vec::new(),
             second_tries: Vec::new(),
             workers: Vec::new(),
-            failed_starts: 0,
+            deaths_in_vain: 0,
+            rest_at_death: u64::MAX,
         }))
     }
 
@@ -248,7 +251,7 @@ impl Load {
                 if since.elapsed() >= CANCEL_PATIENCE {
                     self.terminate_workers();
                 }
-            } else if self.failed_starts >= START_TRIES {
+            } else if self.deaths_in_vain >= DEATHS_IN_VAIN {
                 return Err(Halt::NoWorkerLives);
             }
             let slots_are_short = !failed && self.start_workers();
@@ -293,12 +296,10 @@ impl Load {
                 continue;
             }
             let worker = self.workers.swap_remove(index);
-            if stage >= Stage::Connected {
-                self.failed_starts = 0;
-            }
             match stage {
                 Stage::Finished => {}
                 Stage::Connected => {
+                    failed |= self.count_death();
                     self.leave_behind(worker.database, claim);
                     deserted.push(worker.database);
                 }
@@ -308,7 +309,7 @@ impl Load {
                     self.left_behind.extend(claim);
                     failed = true;
                     if stage == Stage::NotStarted {
-                        self.failed_starts += 1;
+                        self.count_death();
                     } else if !unconnected.contains(&worker.database) {
                         unconnected.push(worker.database);
                     }
@@ -324,6 +325,17 @@ impl Load {
             self.could_not_connect(database);
         }
         failed
+    }
+
+    /// A worker died. True where nothing has been done since the last one did.
+    fn count_death(&mut self) -> bool {
+        let rest = self.stats().counts().rest();
+        let in_vain = rest == std::mem::replace(&mut self.rest_at_death, rest);
+        self.deaths_in_vain = match in_vain {
+            true => self.deaths_in_vain + 1,
+            false => 0,
+        };
+        in_vain
     }
 
     /// A worker died at that chunk, which another may try once more.

@@ -1,5 +1,5 @@
 //! Symbols of the server that pgrx does not bind, or binds in a form that does
-//! not fit: behind a guard that a signal handler or the loop over all buffers
+//! not fit: behind a guard that a signal handler, the loop over all buffers or a `Drop`
 //! cannot have.
 
 use std::ffi::{c_char, c_int};
@@ -19,6 +19,10 @@ unsafe extern "C-unwind" {
     /// Takes the spinlock of a buffer's header and returns its state. It raises
     /// no ERROR, so that it needs no guard.
     pub fn LockBufHdr(header: *mut pg_sys::BufferDesc) -> u32;
+
+    /// Counts a file of this process's as closed. It raises no ERROR, so that it needs
+    /// no guard, and may be called while one unwinds.
+    pub fn ReleaseExternalFD();
 
     #[cfg(feature = "pg15")]
     #[link_name = "RelidByRelfilenode"]

@@ -9,11 +9,48 @@ use std::rc::Rc;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
+use super::ffi;
 use super::process::check_for_interrupts;
+
+/// A file that may be open for long. The server knows of it, so that it keeps within
+/// its number of open files.
+pub struct OpenFile {
+    file: File,
+    _descriptor: Descriptor,
+}
+
+/// One of those that the server leaves to others.
+struct Descriptor;
+
+impl Descriptor {
+    /// Fails where others have a third of all already.
+    fn acquire() -> io::Result<Self> {
+        // SAFETY: it counts, and may have the server close files that are not in use.
+        match unsafe { pg_sys::AcquireExternalFD() } {
+            true => Ok(Self),
+            false => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+        }
+    }
+}
+
+impl Drop for Descriptor {
+    fn drop(&mut self) {
+        // SAFETY: it was acquired. It counts, and nothing else, so that this is
+        // allowed while an ERROR unwinds.
+        unsafe { ffi::ReleaseExternalFD() };
+    }
+}
+
+impl Read for OpenFile {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.file.read(buffer)
+    }
+}
 
 /// Opens a regular file for reading. A folder or a pipe in its place is an
 /// error, and never waited for.
-pub fn open(path: &str) -> io::Result<(File, u64)> {
+pub fn open(path: &str) -> io::Result<(OpenFile, u64)> {
+    let descriptor = Descriptor::acquire()?;
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)
@@ -25,6 +62,10 @@ pub fn open(path: &str) -> io::Result<(File, u64)> {
     if !metadata.is_file() {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
+    let file = OpenFile {
+        file,
+        _descriptor: descriptor,
+    };
     Ok((file, metadata.len()))
 }
 
@@ -76,13 +117,13 @@ impl<R: Read, S: Fn() -> bool> Read for Interruptible<R, S> {
 
 /// A place in a file that may have several readers.
 pub struct At {
-    pub file: Rc<File>,
+    pub file: Rc<OpenFile>,
     pub offset: u64,
 }
 
 impl Read for At {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let length = self.file.read_at(buffer, self.offset)?;
+        let length = self.file.file.read_at(buffer, self.offset)?;
         self.offset += length as u64;
         Ok(length)
     }

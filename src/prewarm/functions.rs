@@ -173,7 +173,7 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
     let mut full = None;
     if let Mode::Buffer = request.mode {
         let header = Header::new(request.mode, 1, 0);
-        let filled = Filled::new(&words, &local);
+        let filled = Filled::new(&header, &words, &local);
         let share = Share::new(&header, &filled, kind, total, start);
         let mut done = Vec::new();
         for (part, target) in parts.iter().zip(&mut targets) {
@@ -215,7 +215,7 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
         &words,
         |job, workers| {
             job.header.set_workers(workers);
-            let filled = Filled::new(job.words, &local);
+            let filled = Filled::new(job.header, job.words, &local);
             let share = Share::new(job.header, &filled, kind, total, start);
             share.work(job.cells, job.words);
         },

@@ -13,6 +13,7 @@ use std::ops::ControlFlow::{self, Break, Continue};
 use std::ops::Range;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
+use std::time::Instant;
 
 use rustc_hash::FxHashSet;
 
@@ -38,6 +39,7 @@ pub struct Header {
     pub done: AtomicU64,
     /// Why nothing more is to be done, if so: each [`Full`] is a bit.
     full: AtomicU32,
+    free: Free,
     gate: Gate,
     provided: Provided,
 }
@@ -52,6 +54,7 @@ impl Header {
             processes: AtomicU32::new(processes),
             done: AtomicU64::new(done),
             full: AtomicU32::new(0),
+            free: Free(AtomicU64::new(u64::MAX)),
             gate: Gate::new(),
             provided: Provided::new(),
         }
@@ -221,14 +224,26 @@ pub enum Full {
 /// The local buffers that a call has brought something into.
 pub type FilledLocal = RefCell<FxHashSet<i32>>;
 
+/// How many buffers were free when all were last counted, less what the call has read
+/// since; [`u64::MAX`] before that.
+struct Free(AtomicU64);
+
+impl Free {
+    fn take(&self, blocks: u64) {
+        let less = |free: u64| (free != u64::MAX).then(|| free.saturating_sub(blocks));
+        let _ = self.0.fetch_update(Relaxed, Relaxed, less);
+    }
+}
+
 /// The buffers that a call has brought something into. The first time that another
 /// block is found in one of these, something of the call's has been evicted, by it
 /// or by others: then there are no others any more.
 pub struct Filled<'a> {
     shared: &'a [AtomicU32],
     local: &'a FilledLocal,
-    /// How many buffers are free, at most; [`usize::MAX`] before it was counted.
-    free: Cell<usize>,
+    free: &'a Free,
+    /// When this process may count the free buffers again.
+    next_count: Cell<Option<Instant>>,
 }
 
 impl<'a> Filled<'a> {
@@ -237,11 +252,12 @@ impl<'a> Filled<'a> {
         buffer::count().div_ceil(32)
     }
 
-    pub fn new(words: &'a [AtomicU32], local: &'a FilledLocal) -> Self {
+    pub fn new(header: &'a Header, words: &'a [AtomicU32], local: &'a FilledLocal) -> Self {
         Self {
             shared: &words[..Self::words()],
             local,
-            free: Cell::new(usize::MAX),
+            free: &header.free,
+            next_count: Cell::new(None),
         }
     }
 
@@ -264,17 +280,22 @@ impl<'a> Filled<'a> {
         }
     }
 
-    /// How many buffers are free. All are counted only where it may matter.
+    /// How many buffers are free. All are counted only where it may matter, and for a
+    /// tenth of the time at most.
     fn count_free(&self, most: usize) -> usize {
         if !buffer::have_free_buffer() {
             return 0;
         }
-        let mut free = self.free.get();
-        if free == usize::MAX || free < 2 * most {
-            free = buffer::count_free();
+        let known = self.free.0.load(Relaxed);
+        let start = Instant::now();
+        let is_due = self.next_count.get().is_none_or(|next| start >= next);
+        if known != u64::MAX && (known >= 2 * most as u64 || !is_due) {
+            return known as usize;
         }
-        // As if this turn, and one of each other process, took them all.
-        self.free.set(free.saturating_sub(most));
+        let free = buffer::count_free();
+        self.free.0.store(free as u64, Relaxed);
+        self.next_count
+            .set(Some(Instant::now() + 9 * start.elapsed()));
         free
     }
 
@@ -402,6 +423,9 @@ impl<'a> Share<'a> {
             },
             &mut |count| {
                 target.count(count);
+                if !target.is_temporary {
+                    self.filled.free.take(count.blocks - count.cached);
+                }
                 let all = self.header.done.fetch_add(count.blocks, SeqCst) + count.blocks;
                 self.progress.change(|progress| match self.is_caller {
                     true => progress.done = all,
@@ -429,7 +453,7 @@ pub unsafe fn worker_main(toc: *mut pgrx::pg_sys::shm_toc) {
     // job.
     let job = unsafe { parallel::attach::<Header, Target>(toc) };
     let local = FilledLocal::default();
-    let filled = Filled::new(job.words, &local);
+    let filled = Filled::new(job.header, job.words, &local);
     let share = Share::new(job.header, &filled, Kind::PrewarmWorker, 0, now());
     share.work(job.cells, job.words);
     Progress::end();

@@ -107,6 +107,9 @@ pub fn rng(seed: u64, number: u64) -> StdRng {
     StdRng::seed_from_u64(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ number)
 }
 
+/// How many shared buffers there are, far more than the anchors need.
+pub const BUFFERS: i64 = 8192;
+
 /// A call in a session of its own.
 pub struct Call {
     pub pid: i32,
@@ -126,7 +129,7 @@ impl Arena {
     pub fn new() -> Self {
         let mut cluster = Cluster::build()
             .checksums()
-            .setting("shared_buffers = 64MB")
+            .setting(&format!("shared_buffers = {BUFFERS}"))
             .setting("dynamic_shared_memory_type = mmap")
             .setting("max_connections = 20")
             .setting("max_worker_processes = 6")

@@ -154,6 +154,35 @@ fn of_many_sessions_that_ask_at_once_one_starts_the_load() {
 }
 
 #[test]
+fn what_a_session_asked_for_that_was_ended_can_be_asked_for_again() {
+    let cluster = Cluster::build().not_preloaded().start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.write_list("<<0>>\n");
+    let [mut first, mut second, mut other] = [(); 3].map(|()| cluster.connect("postgres"));
+    let pid: i32 = value(&mut first, "SELECT pg_backend_pid()");
+    // Nobody starts the leader that the first asks for.
+    signal(cluster.postmaster(), libc::SIGSTOP);
+    let first = thread::spawn(move || first.batch_execute(LOAD).unwrap_err());
+    let state = |other: &mut Client| {
+        let sql = "SELECT state FROM pg_stat_activity WHERE pid = $1";
+        let row = other.query_opt(sql, &[&pid]).unwrap();
+        row.map(|row| row.get::<_, String>(0))
+    };
+    wait_until("the first to ask", || {
+        state(&mut other).as_deref() == Some("active")
+    });
+    other
+        .execute("SELECT pg_terminate_backend($1)", &[&pid])
+        .unwrap();
+    wait_until("the first to be gone", || state(&mut other).is_none());
+    first.join().unwrap();
+    let second = thread::spawn(move || second.batch_execute(LOAD));
+    thread::sleep(Duration::from_millis(100));
+    signal(cluster.postmaster(), libc::SIGCONT);
+    second.join().unwrap().unwrap();
+}
+
+#[test]
 fn a_load_is_refused_while_another_runs_or_the_list_is_written() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut client = cluster.connect("postgres");

@@ -87,11 +87,8 @@ fn load_now() -> Result<(), Error> {
     if let Some(pid) = state.dump_file_user() {
         return Err(Error::ListInUse(pid));
     }
-    let number = state.load.number();
-    let request = state
-        .request_load_after(number)
-        .ok_or(Error::LoadInProgress)?;
-    while state.load.number() == number {
+    let request = state.request_load().ok_or(Error::LoadInProgress)?;
+    while !request.is_granted() {
         if state.leader().is_none() {
             let started = start_leader();
             // One that somebody else started will do as well.

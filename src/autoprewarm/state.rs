@@ -21,6 +21,8 @@ const NOBODY: i32 = -1;
 pub struct State {
     leader: AtomicI32,
     dump_file_user: AtomicI32,
+    /// Who asks for a load.
+    load_requester: AtomicI32,
     /// There has been a leader since this state was made.
     had_leader: AtomicBool,
     /// Since when somebody waits for the first leader; 0 for nobody.
@@ -43,6 +45,7 @@ unsafe impl Shared for State {
     const INITIAL: Self = Self {
         leader: AtomicI32::new(NOBODY),
         dump_file_user: AtomicI32::new(NOBODY),
+        load_requester: AtomicI32::new(NOBODY),
         had_leader: AtomicBool::new(false),
         awaited_since: AtomicI64::new(0),
         phase: AtomicU32::new(Phase::Due as u32),
@@ -86,12 +89,17 @@ impl State {
         let state = STATE.get();
         process::at_exit(|| {
             if let Some(state) = STATE.get_if_mapped() {
-                if state.leader() == Some(process::my_pid()) {
+                let me = Some(process::my_pid());
+                if [&state.leader, &state.load_requester]
+                    .map(holder)
+                    .contains(&me)
+                {
                     // Whoever comes next is not to be told that a load is coming.
                     state.load_requested.store(0, SeqCst);
                 }
                 release(&state.leader);
                 release(&state.dump_file_user);
+                release(&state.load_requester);
             }
         });
         state
@@ -192,12 +200,16 @@ impl State {
         self.load_requested.load(SeqCst) == self.load.number() + 1
     }
 
-    /// Asks for a load after the one of that number; nothing where a leader has been
-    /// asked for it already. (Whoever asked while there was none may be gone.)
-    pub fn request_load_after(&self, number: u32) -> Option<LoadRequest<'_>> {
-        let request = number + 1;
-        let before = self.load_requested.swap(request, SeqCst);
-        (before != request || self.leader().is_none()).then(|| LoadRequest(self, request))
+    /// Asks for a load; nothing where one runs or somebody has asked for one.
+    pub fn request_load(&self) -> Option<LoadRequest<'_>> {
+        take(&self.load_requester).ok()?;
+        if self.load_is_pending() {
+            release(&self.load_requester);
+            return None;
+        }
+        let request = LoadRequest(self, self.load.number());
+        request.repeat();
+        Some(request)
     }
 
     /// Asks for the end of the load that runs, and of no later one, and returns its
@@ -227,22 +239,26 @@ impl Drop for DumpFileInUse<'_> {
     }
 }
 
-/// A load that was asked for; dropping it withdraws that, if it has not begun.
+/// A load that was asked for after the one of that number; dropping it withdraws
+/// that, if it has not begun.
 pub struct LoadRequest<'a>(&'a State, u32);
 
 impl LoadRequest<'_> {
     /// Asks once more: a leader that ends takes what it was asked for with it.
     pub fn repeat(&self) {
-        self.0.load_requested.store(self.1, SeqCst);
+        self.0.load_requested.store(self.1 + 1, SeqCst);
+    }
+
+    /// Whether the load has begun.
+    pub fn is_granted(&self) -> bool {
+        self.0.load.number() != self.1
     }
 }
 
 impl Drop for LoadRequest<'_> {
     fn drop(&mut self) {
-        let _ = self
-            .0
-            .load_requested
-            .compare_exchange(self.1, 0, SeqCst, SeqCst);
+        self.0.load_requested.store(0, SeqCst);
+        release(&self.0.load_requester);
     }
 }
 
@@ -258,24 +274,4 @@ fn take(role: &AtomicI32) -> Result<(), i32> {
 /// Gives a role back, if this process has it.
 fn release(role: &AtomicI32) {
     let _ = role.compare_exchange(process::my_pid(), NOBODY, SeqCst, SeqCst);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_somebody_who_is_gone_asked_for_can_be_asked_for_again() {
-        let state = State::INITIAL;
-        // The server ends a process without unwinding it.
-        std::mem::forget(state.request_load_after(0).unwrap());
-        let request = state.request_load_after(0).unwrap();
-        assert!(state.load_is_requested());
-        // A leader knows of it.
-        state.leader.store(1, SeqCst);
-        assert!(state.request_load_after(0).is_none());
-        drop(request);
-        assert!(!state.load_is_requested());
-        assert!(state.request_load_after(0).is_some());
-    }
 }

@@ -1,13 +1,16 @@
 //! What a load promises holds while its workers wait for a slow disk: they end
 //! when told to, let others have their locks, and leave the list alone until all
-//! is loaded.
+//! is loaded. And so does what a dump promises: no list is lost, and nobody kept from
+//! writing the next.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use postgres::Client;
 
-use crate::common::{Block, Builder, Cluster, Shutdown, list_of, signal, value, wait_until};
+use crate::common::{
+    Block, Builder, Cluster, Fault, Shutdown, SqlError, error, list_of, signal, value, wait_until,
+};
 
 const BLOCKS: u32 = 4000;
 
@@ -460,4 +463,43 @@ fn a_database_that_is_dropped_on_the_primary_is_skipped_on_a_standby() {
     // Only of the two workers that replay ended.
     let log = standby.log_since(mark);
     assert_eq!(log.matches("FATAL").count(), 2, "{log}");
+}
+
+/// A cluster whose lists are flushed, as slowly as is asked for.
+fn cluster_that_flushes() -> Cluster {
+    let cluster = Cluster::build().setting("fsync = on").create();
+    cluster.set_fault(Fault::ListFlush, 0);
+    cluster.start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    // It looks for a list first.
+    cluster.wait_for_leader();
+    cluster
+}
+
+#[test]
+fn a_dump_that_a_timeout_ends_while_it_is_flushed_lets_other_sessions_dump() {
+    let cluster = cluster_that_flushes();
+    // Who is told of a dump that was written, as soon as it is flushed.
+    for settings in [
+        "SET client_min_messages = debug1; SET log_min_messages = warning",
+        "SET client_min_messages = notice; SET log_min_messages = debug1",
+    ] {
+        let mut client = cluster.connect("postgres");
+        client
+            .batch_execute(&format!("{settings}; SET statement_timeout = '200ms'"))
+            .unwrap();
+        cluster.set_fault(Fault::ListFlush, 600);
+        assert_eq!(
+            error(&mut client, "SELECT autoprewarm_dump_now()"),
+            SqlError::new("57014", "canceling statement due to statement timeout"),
+            "{settings}"
+        );
+        cluster.set_fault(Fault::ListFlush, 0);
+        let mut other = cluster.connect("postgres");
+        let dumped = other.query_one("SELECT autoprewarm_dump_now()", &[]);
+        assert!(dumped.is_ok(), "{settings}: {dumped:?}");
+        client
+            .batch_execute("RESET statement_timeout; SELECT autoprewarm_dump_now()")
+            .unwrap();
+    }
 }

@@ -33,6 +33,7 @@ struct faults
 	int64_t read_delay;		/* milliseconds that a read takes */
 	int64_t read_errors;	/* one read of so many fails */
 	int64_t list_delay;		/* milliseconds that a write or a rename takes */
+	int64_t list_flush;		/* milliseconds that flushing it takes */
 	int64_t list_write;		/* what writing the list fails with */
 	int64_t list_close;		/* what closing it fails with */
 	int64_t list_rename;	/* what renaming it fails with */
@@ -182,6 +183,16 @@ ssize_t write(int file, const void *from, size_t length)
 		}
 	}
 	return next(file, from, length);
+}
+
+int fsync(int file)
+{
+	NEXT(fsync);
+	long milliseconds = faults->list_flush;
+
+	if (milliseconds > 0 && is_new_list(file))
+		delay(milliseconds);
+	return next(file);
 }
 
 int close(int file)

@@ -47,7 +47,9 @@ pub enum Fault {
     ReadErrors,
     /// Milliseconds that a write to the new list takes.
     ListDelay,
-    /// The error that writing, closing or renaming it fails with.
+    /// Milliseconds that flushing it takes, where `fsync` is on.
+    ListFlush,
+    /// The error that writing, closing or renaming the new list fails with.
     ListWrite,
     ListClose,
     ListRename,
@@ -60,12 +62,13 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Clock,
         Self::Uptime,
         Self::ReadDelay,
         Self::ReadErrors,
         Self::ListDelay,
+        Self::ListFlush,
         Self::ListWrite,
         Self::ListClose,
         Self::ListRename,

@@ -3,6 +3,7 @@
 //! is loaded. And so does what a dump promises: no list is lost, and nobody kept from
 //! writing the next.
 
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -502,4 +503,38 @@ fn a_dump_that_a_timeout_ends_while_it_is_flushed_lets_other_sessions_dump() {
             .batch_execute("RESET statement_timeout; SELECT autoprewarm_dump_now()")
             .unwrap();
     }
+}
+
+#[test]
+fn a_fast_shutdown_in_mid_dump_of_a_session_is_followed_by_the_leaders_own() {
+    let cluster = cluster_that_flushes();
+    cluster.sql("CREATE EXTENSION pg_buffercache");
+    cluster.set_fault(Fault::ListFlush, 2000);
+    let mut client = cluster.connect("postgres");
+    let dump = std::thread::spawn(move || {
+        client
+            .batch_execute("SELECT autoprewarm_dump_now()")
+            .is_ok()
+    });
+    // The checksum is its last line.
+    wait_until("a list that is about to be flushed", || {
+        fs::read_to_string(cluster.data("autoprewarm.blocks.tmp"))
+            .is_ok_and(|list| list.contains("# crc32c "))
+    });
+    // These are not on it.
+    let table = cluster.table("t", 100);
+    let cached = cluster.cached();
+    assert!(table.first(100).all(|block| cached.contains(&block)));
+    cluster.set_fault(Fault::ListFlush, 0);
+    let mark = cluster.log_end();
+    cluster.stop(Shutdown::Fast);
+    assert!(!dump.join().unwrap());
+    let log = cluster.log_since(mark);
+    let leader = |line: &&str| line.starts_with("autoprewarm leader");
+    let said: Vec<_> = log.lines().filter(leader).collect();
+    assert!(
+        said.iter().any(|line| line.contains("wrote block details")),
+        "{said:?}"
+    );
+    assert!(cached.is_subset(&cluster.listed()));
 }

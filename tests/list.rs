@@ -330,6 +330,32 @@ fn a_list_of_any_length_takes_little_memory_and_no_file_stays_open() {
 }
 
 #[test]
+fn more_readings_at_once_than_there_may_be_open_files_are_refused() {
+    let cluster = start(
+        Cluster::build()
+            .not_preloaded()
+            .setting("max_files_per_process = 64"),
+    );
+    let mut client = cluster.connect("postgres");
+    let pid = pid(&mut client);
+    client
+        .batch_execute("SELECT autoprewarm_dump_now()")
+        .unwrap();
+    let many = format!("SELECT {}", ["autoprewarm_blocks()"; 100].join(", "));
+    for _ in 0..3 {
+        let refused = error(&mut client, &many);
+        assert_eq!(refused.sqlstate, "53000", "{refused:?}");
+        let message = format!("could not open file \"{LIST}\"");
+        assert!(refused.message.starts_with(&message), "{refused:?}");
+        assert_eq!(times_open(pid), 0);
+        // There is room for a few again.
+        let few = "SELECT count(*) FROM (SELECT autoprewarm_blocks(), autoprewarm_blocks()) s";
+        assert!(value::<i64>(&mut client, few) > 0);
+        assert!(value::<i64>(&mut client, "SELECT count(*) FROM autoprewarm_blocks()") > 0);
+    }
+}
+
+#[test]
 fn a_reading_goes_on_with_the_list_that_it_began_with() {
     // More than are read at a time.
     const BLOCKS: u32 = 50_000;

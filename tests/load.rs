@@ -2,8 +2,9 @@
 //! becomes of the list when the load does not come to its end.
 
 use std::collections::BTreeSet;
+use std::fs;
 
-use crate::common::{Block, Cluster, Shutdown, list_of, signal, value, wait_until};
+use crate::common::{Block, Cluster, Fault, Shutdown, list_of, signal, value, wait_until};
 
 /// Starts the stopped cluster with that list, and waits for the load to end.
 /// Returns what was loaded, of how many, and the line about what was not.
@@ -344,6 +345,39 @@ fn time_limits_of_sessions_do_not_end_a_load_or_a_dump() {
     let log = cluster.log_since(mark);
     let mut ours = log.lines().filter(|line| line.starts_with("autoprewarm"));
     assert!(!ours.any(|line| line.contains("FATAL")), "{log}");
+}
+
+#[test]
+fn exit_on_error_ends_no_load_and_no_leader() {
+    let cluster = Cluster::build()
+        .checksums()
+        .setting("exit_on_error = on")
+        .setting("pg_prewarm.autoprewarm_interval = 1")
+        .create();
+    cluster.set_fault(Fault::ListRename, 0);
+    cluster.start();
+    let table = cluster.table("t", 600);
+    let path: String = cluster.value("SELECT pg_relation_filepath('t')");
+    cluster.stop(Shutdown::Fast);
+    let path = cluster.data(&path);
+    let mut file = fs::read(&path).unwrap();
+    file[300 * 8192 + 5000] ^= 1;
+    fs::write(&path, file).unwrap();
+
+    cluster.set_fault(Fault::ListRename, libc::EIO.into());
+    let (loaded, total, skipped) = load(&cluster, &list_of(table.first(600)));
+    assert_eq!(
+        (loaded, total, skipped.as_str()),
+        (599, 600, "1 block: 1 that could not be read")
+    );
+    // Nor is the leader ended by a list that cannot be written.
+    let leader = cluster.leader();
+    let mark = cluster.log_end();
+    cluster.wait_for_log(mark, "WARNING:  could not rename file");
+    assert_eq!(cluster.leader(), leader);
+    cluster.set_fault(Fault::ListRename, 0);
+    cluster.wait_for_log(mark, "wrote block details for");
+    assert_eq!(cluster.leader(), leader);
 }
 
 #[test]

@@ -6,9 +6,11 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Instant;
 
+use postgres::Client;
+
 use crate::common::{
-    Block, Cluster, Fault, LIST, Shutdown, error, limit, limit_file_size, list_of, signal, value,
-    wait_until,
+    Block, Cluster, Fault, LIST, LoadStats, Shutdown, error, limit, limit_file_size, list_of,
+    signal, value, wait_until,
 };
 
 const WAITING: &str = "LOG:  autoprewarm is waiting for a background worker slot";
@@ -555,6 +557,66 @@ fn workers_that_do_not_come_to_work_end_the_load_and_the_list_is_kept() {
     );
     assert_eq!(cluster.wait_for_load(0), (12, 12));
     assert_eq!(cluster.leader(), leader);
+}
+
+/// A stopped cluster, and its list of so many blocks, which it would load for hours.
+fn cluster_with_endless_load(blocks: u32) -> (Cluster, String) {
+    let cluster = Cluster::build()
+        .setting("shared_buffers = 64MB")
+        .setting("max_worker_processes = 20")
+        .setting("pg_prewarm.autoprewarm_interval = 0")
+        .start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let table = cluster.table("t", blocks);
+    cluster.stop(Shutdown::Fast);
+    // A block every eight seconds.
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 1");
+    let list = list_of(table.first(blocks));
+    cluster.write_list(&list);
+    (cluster, list)
+}
+
+/// Ends every worker that waits for its first block, until the load has ended, and
+/// returns how many there were.
+fn end_workers_until_the_load_ends(client: &mut Client) -> usize {
+    let mut ended = BTreeSet::new();
+    wait_until("the end of the load", || {
+        let rows = client.query(
+            "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity \
+             WHERE backend_type = 'autoprewarm worker' AND wait_event_type = 'Extension'",
+            &[],
+        );
+        ended.extend(rows.unwrap().iter().map(|row| row.get::<_, i32>(0)));
+        LoadStats::get(client).result.is_some()
+    });
+    ended.len()
+}
+
+#[test]
+fn workers_that_are_ended_before_they_load_anything_end_the_load_and_the_list_is_kept() {
+    let (cluster, list) = cluster_with_endless_load(4000);
+    for workers in [4, 12] {
+        cluster.configure(&format!("pg_prewarm.autoprewarm_workers = {workers}"));
+        let mark = cluster.log_end();
+        cluster.start();
+        let mut client = cluster.connect("postgres");
+        let ended = end_workers_until_the_load_ends(&mut client);
+        assert_eq!(LoadStats::get(&mut client).result(), "failed");
+        cluster.wait_for_log(
+            mark,
+            "WARNING:  could not load blocks: autoprewarm workers do not come to work",
+        );
+        assert!((10..40).contains(&ended), "{ended}");
+        assert_eq!(cluster.list(), list);
+        if workers == 4 {
+            cluster.stop(Shutdown::Fast);
+            assert_eq!(cluster.list(), list);
+        }
+    }
+    let mark = cluster.log_end();
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
+    assert_eq!(cluster.wait_for_load(mark), (4000, 4000));
 }
 
 #[test]

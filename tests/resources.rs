@@ -578,9 +578,10 @@ fn cluster_with_endless_load(blocks: u32) -> (Cluster, String) {
 
 /// Ends every worker that waits for its first block, until the load has ended, and
 /// returns how many there were.
-fn end_workers_until_the_load_ends(client: &mut Client) -> usize {
+fn end_workers_until_the_load_ends(client: &mut Client, mut meanwhile: impl FnMut()) -> usize {
     let mut ended = BTreeSet::new();
     wait_until("the end of the load", || {
+        meanwhile();
         let rows = client.query(
             "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity \
              WHERE backend_type = 'autoprewarm worker' AND wait_event_type = 'Extension'",
@@ -600,7 +601,7 @@ fn workers_that_are_ended_before_they_load_anything_end_the_load_and_the_list_is
         let mark = cluster.log_end();
         cluster.start();
         let mut client = cluster.connect("postgres");
-        let ended = end_workers_until_the_load_ends(&mut client);
+        let ended = end_workers_until_the_load_ends(&mut client, || ());
         assert_eq!(LoadStats::get(&mut client).result(), "failed");
         cluster.wait_for_log(
             mark,
@@ -617,6 +618,21 @@ fn workers_that_are_ended_before_they_load_anything_end_the_load_and_the_list_is
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
     cluster.reload();
     assert_eq!(cluster.wait_for_load(mark), (4000, 4000));
+}
+
+#[test]
+fn workers_that_died_in_vain_are_replaced_after_a_second_whatever_wakes_the_leader() {
+    let (cluster, _) = cluster_with_endless_load(4000);
+    cluster.configure("pg_prewarm.autoprewarm_workers = 4");
+    cluster.start();
+    let leader = cluster.wait_for_leader();
+    let mut client = cluster.connect("postgres");
+    let start = Instant::now();
+    let ended = end_workers_until_the_load_ends(&mut client, || signal(leader, libc::SIGUSR1));
+    let elapsed = start.elapsed();
+    // The first to die are not known to have died in vain.
+    let at_most = 4 * (elapsed.as_secs() as usize + 1) + 2;
+    assert!(ended <= at_most, "{ended} in {elapsed:?}");
 }
 
 #[test]

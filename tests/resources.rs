@@ -343,6 +343,35 @@ fn a_worker_that_fails_before_it_is_connected_fails_alone() {
     assert_eq!(cluster.leader(), leader);
 }
 
+#[test]
+fn a_leader_that_cannot_come_up_is_tried_again_once_a_second() {
+    let cluster = cluster_without_leader(&[]);
+    let mut client = cluster.connect("postgres");
+    // Nobody can connect to anything without it.
+    let [map, aside] = ["global/pg_filenode.map", "global/aside"].map(|name| cluster.data(name));
+    fs::rename(&map, &aside).unwrap();
+    let mark = cluster.log_end();
+    let start = Instant::now();
+    // It may have failed already when this looks whether it has been started.
+    let _ = client.batch_execute("SELECT autoprewarm_start_worker()");
+    let failures = || {
+        let log = cluster.log_since(mark);
+        let ends = log.lines().filter(|line| {
+            line.contains("\"autoprewarm leader\" (PID")
+                && line.ends_with("exited with exit code 1")
+        });
+        ends.count() as u64
+    };
+    wait_until("the third try", || failures() >= 3);
+    let (failures, elapsed) = (failures(), start.elapsed());
+    fs::rename(&aside, &map).unwrap();
+    assert!(
+        failures <= elapsed.as_secs() + 1,
+        "{failures} in {elapsed:?}"
+    );
+    cluster.wait_for_leader();
+}
+
 /// The bytes that a process has mapped.
 fn address_space(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();

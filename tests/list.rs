@@ -10,7 +10,7 @@ use postgres::{Client, NoTls};
 
 use crate::bad_files::Unreadable;
 use crate::common::{
-    Block, Builder, Cluster, Installation, LIST, Shutdown, SqlError, error, give_to_server,
+    Block, Builder, Cluster, Fault, Installation, LIST, Shutdown, SqlError, error, give_to_server,
     list_of, value,
 };
 
@@ -421,4 +421,29 @@ fn a_reading_can_be_cancelled_at_any_time() {
     assert_eq!(error(&mut client, ALL), timeout);
     assert!(start.elapsed() < Duration::from_secs(10));
     assert_eq!(times_open(pid), 0);
+}
+
+#[test]
+fn a_timeout_that_comes_before_a_bad_line_is_warned_of_leaves_no_file_open() {
+    let cluster = Cluster::build().not_preloaded().create();
+    cluster.set_fault(Fault::ListEnd, 0);
+    cluster.start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.write_list("<<2>>\nbad\n1,2,3,0,5\n");
+    let mut client = cluster.connect("postgres");
+    assert_eq!(rows(&mut client).len(), 1);
+    let pid = pid(&mut client);
+    // The warning comes when all has been read, once.
+    cluster.set_fault(Fault::ListEnd, 600);
+    client
+        .batch_execute("SET statement_timeout = '200ms'")
+        .unwrap();
+    assert_eq!(
+        error(&mut client, ALL),
+        SqlError::new("57014", "canceling statement due to statement timeout")
+    );
+    assert_eq!(times_open(pid), 0);
+    cluster.set_fault(Fault::ListEnd, 0);
+    client.batch_execute("RESET statement_timeout").unwrap();
+    assert_eq!(rows(&mut client).len(), 1);
 }

@@ -3,9 +3,10 @@
  * server, it does as the numbers in the file that FAULTS names say, at once and in
  * every process, since all have that file mapped.
  *
- * Reads are those of user relations' files; writes are those of the list that
- * autoprewarm is making. As on a real disk, no signal cuts a delay short. Memory is
- * refused to the library, or, to one process, whoever asks in it.
+ * Reads are those of user relations' files, and of the list by who looks at it;
+ * writes are those of the list that autoprewarm is making. As on a real disk, no
+ * signal cuts a delay short. Memory is refused to the library, or, to one process,
+ * whoever asks in it.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -23,7 +24,8 @@
 #include <unistd.h>
 
 #define FIRST_USER_FILE 16384
-#define NEW_LIST "/autoprewarm.blocks.tmp"
+#define LIST "/autoprewarm.blocks"
+#define NEW_LIST LIST ".tmp"
 
 /* What can be asked for; the same as `Fault` in mod.rs. */
 struct faults
@@ -32,6 +34,7 @@ struct faults
 	int64_t uptime;			/* seconds that the clock is ahead that nobody sets */
 	int64_t read_delay;		/* milliseconds that a read takes */
 	int64_t read_errors;	/* one read of so many fails */
+	int64_t list_end;		/* milliseconds that it takes to find the list's end */
 	int64_t list_delay;		/* milliseconds that a write or a rename takes */
 	int64_t list_flush;		/* milliseconds that flushing it takes */
 	int64_t list_write;		/* what writing the list fails with */
@@ -89,13 +92,13 @@ static int is_users(int file)
 		number >= FIRST_USER_FILE;
 }
 
-static int is_new_list(int file)
+static int is_named(int file, const char *name)
 {
 	char path[4096];
 	ssize_t length = path_of(file, path, sizeof(path));
-	ssize_t end = sizeof(NEW_LIST) - 1;
+	ssize_t end = strlen(name);
 
-	return length >= end && strcmp(path + length - end, NEW_LIST) == 0;
+	return length >= end && strcmp(path + length - end, name) == 0;
 }
 
 static void delay(long milliseconds)
@@ -148,7 +151,12 @@ ssize_t pread(int file, void *into, size_t length, off_t offset)
 ssize_t pread64(int file, void *into, size_t length, off64_t offset)
 {
 	NEXT(pread64);
-	return bad_read(file) ? -1 : next(file, into, length, offset);
+	ssize_t result = bad_read(file) ? -1 : next(file, into, length, offset);
+	long milliseconds = faults->list_end;
+
+	if (result == 0 && milliseconds > 0 && is_named(file, LIST))
+		delay(milliseconds);
+	return result;
 }
 
 ssize_t preadv(int file, const struct iovec *into, int count, off_t offset)
@@ -168,7 +176,7 @@ ssize_t write(int file, const void *from, size_t length)
 	NEXT(write);
 	long milliseconds = faults->list_delay, error = faults->list_write;
 
-	if ((milliseconds > 0 || error > 0) && is_new_list(file))
+	if ((milliseconds > 0 || error > 0) && is_named(file, NEW_LIST))
 	{
 		/* Half of it is on the disk before anything happens. */
 		ssize_t half = length > 1 ? next(file, from, length / 2) : 0;
@@ -190,7 +198,7 @@ int fsync(int file)
 	NEXT(fsync);
 	long milliseconds = faults->list_flush;
 
-	if (milliseconds > 0 && is_new_list(file))
+	if (milliseconds > 0 && is_named(file, NEW_LIST))
 		delay(milliseconds);
 	return next(file);
 }
@@ -200,7 +208,7 @@ int close(int file)
 	NEXT(close);
 	int kept = errno, error = faults->list_close;
 
-	if (error > 0 && is_new_list(file))
+	if (error > 0 && is_named(file, NEW_LIST))
 	{
 		next(file);
 		errno = error;

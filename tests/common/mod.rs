@@ -45,6 +45,8 @@ pub enum Fault {
     ReadDelay,
     /// One such read of so many fails.
     ReadErrors,
+    /// Milliseconds that it takes `autoprewarm_blocks()` to find the list's end.
+    ListEnd,
     /// Milliseconds that a write to the new list takes.
     ListDelay,
     /// Milliseconds that flushing it takes, where `fsync` is on.
@@ -62,11 +64,12 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Clock,
         Self::Uptime,
         Self::ReadDelay,
         Self::ReadErrors,
+        Self::ListEnd,
         Self::ListDelay,
         Self::ListFlush,
         Self::ListWrite,

@@ -87,6 +87,12 @@ fn times_open(pid: i32) -> usize {
         .count()
 }
 
+/// The same of a client's process, after an error: that is told before what the query
+/// held is let go, and the answer to another query after it.
+fn times_left_open(client: &mut Client) -> usize {
+    times_open(pid(client))
+}
+
 /// The most memory that a process has had, in kB.
 fn peak_memory(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -245,7 +251,6 @@ fn numbers_are_returned_as_they_are_and_a_fork_number_that_does_not_fit_is_null(
 fn a_list_that_is_missing_or_cannot_be_read_is_a_clear_error() {
     let cluster = start(Cluster::build().not_preloaded());
     let mut client = cluster.connect("postgres");
-    let pid = pid(&mut client);
     let could_not_open = |sqlstate, reason| {
         SqlError::new(
             sqlstate,
@@ -271,7 +276,7 @@ fn a_list_that_is_missing_or_cannot_be_read_is_a_clear_error() {
         assert_eq!(error(&mut client, ALL), expected, "{unreadable:?}");
         unreadable.remove(&path);
     }
-    assert_eq!(times_open(pid), 0);
+    assert_eq!(times_left_open(&mut client), 0);
     assert!(value::<i64>(&mut client, "SELECT autoprewarm_dump_now()") > 0);
     assert!(!rows(&mut client).is_empty());
 }
@@ -337,7 +342,6 @@ fn more_readings_at_once_than_there_may_be_open_files_are_refused() {
             .setting("max_files_per_process = 64"),
     );
     let mut client = cluster.connect("postgres");
-    let pid = pid(&mut client);
     client
         .batch_execute("SELECT autoprewarm_dump_now()")
         .unwrap();
@@ -347,7 +351,7 @@ fn more_readings_at_once_than_there_may_be_open_files_are_refused() {
         assert_eq!(refused.sqlstate, "53000", "{refused:?}");
         let message = format!("could not open file \"{LIST}\"");
         assert!(refused.message.starts_with(&message), "{refused:?}");
-        assert_eq!(times_open(pid), 0);
+        assert_eq!(times_left_open(&mut client), 0);
         // There is room for a few again.
         let few = "SELECT count(*) FROM (SELECT autoprewarm_blocks(), autoprewarm_blocks()) s";
         assert!(value::<i64>(&mut client, few) > 0);
@@ -420,7 +424,7 @@ fn a_reading_can_be_cancelled_at_any_time() {
     let start = Instant::now();
     assert_eq!(error(&mut client, ALL), timeout);
     assert!(start.elapsed() < Duration::from_secs(10));
-    assert_eq!(times_open(pid), 0);
+    assert_eq!(times_left_open(&mut client), 0);
 }
 
 #[test]
@@ -432,7 +436,6 @@ fn a_timeout_that_comes_before_a_bad_line_is_warned_of_leaves_no_file_open() {
     cluster.write_list("<<2>>\nbad\n1,2,3,0,5\n");
     let mut client = cluster.connect("postgres");
     assert_eq!(rows(&mut client).len(), 1);
-    let pid = pid(&mut client);
     // The warning comes when all has been read, once.
     cluster.set_fault(Fault::ListEnd, 600);
     client
@@ -442,7 +445,7 @@ fn a_timeout_that_comes_before_a_bad_line_is_warned_of_leaves_no_file_open() {
         error(&mut client, ALL),
         SqlError::new("57014", "canceling statement due to statement timeout")
     );
-    assert_eq!(times_open(pid), 0);
+    assert_eq!(times_left_open(&mut client), 0);
     cluster.set_fault(Fault::ListEnd, 0);
     client.batch_execute("RESET statement_timeout").unwrap();
     assert_eq!(rows(&mut client).len(), 1);

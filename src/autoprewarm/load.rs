@@ -28,8 +28,8 @@ use crate::pg::worker::{Handle, Status};
 use crate::pg::{buffer, file, process, transaction};
 use crate::settings;
 
-/// How long to wait before a worker that could not be started is tried again,
-/// unless something happens before.
+/// How long to wait before another worker is started where one could not be, or could
+/// not do its work.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// How often workers may fail to connect to a database; and how often, one after
@@ -111,6 +111,8 @@ struct Load {
     /// many blocks were left when the last one died.
     deaths_in_vain: u32,
     rest_at_death: u64,
+    /// No worker is started before that.
+    next_start: Instant,
 }
 
 /// A database of the plan.
@@ -194,6 +196,7 @@ impl Load {
             workers: Vec::new(),
             deaths_in_vain: 0,
             rest_at_death: u64::MAX,
+            next_start: Instant::now(),
         }))
     }
 
@@ -239,7 +242,7 @@ impl Load {
                 settings::autoprewarm_max_rate(),
                 process::monotonic_micros(),
             );
-            let failed = self.reap();
+            self.reap();
             // One that ended because everything does is no failure, and what it
             // left is no loss.
             if process::shutdown_requested() {
@@ -254,9 +257,10 @@ impl Load {
             } else if self.deaths_in_vain >= DEATHS_IN_VAIN {
                 return Err(Halt::NoWorkerLives);
             }
-            let slots_are_short = !failed && self.start_workers();
+            let is_paused = Instant::now() < self.next_start;
+            let slots_are_short = !is_paused && self.start_workers();
             if self.workers.is_empty() {
-                if self.segment.header().has_ended() || !failed && !slots_are_short {
+                if self.segment.header().has_ended() || !is_paused && !slots_are_short {
                     return Ok(());
                 }
                 if slots_are_short && !std::mem::replace(&mut waiting_was_logged, true) {
@@ -277,10 +281,8 @@ impl Load {
         }
     }
 
-    /// Lets go of the workers that have finished or ended. True where one could
-    /// not do its work, and another should not be started at once.
-    fn reap(&mut self) -> bool {
-        let mut failed = false;
+    /// Lets go of the workers that have finished or ended.
+    fn reap(&mut self) {
         let mut deserted = Vec::new();
         let mut unconnected = Vec::new();
         let mut index = 0;
@@ -299,7 +301,7 @@ impl Load {
             match stage {
                 Stage::Finished => {}
                 Stage::Connected => {
-                    failed |= self.count_death();
+                    self.count_death();
                     self.leave_behind(worker.database, claim);
                     deserted.push(worker.database);
                 }
@@ -307,7 +309,7 @@ impl Load {
                 Stage::NotStarted | Stage::Attached => {
                     let claim = claim.map(|claim| (worker.database, claim));
                     self.left_behind.extend(claim);
-                    failed = true;
+                    self.pause();
                     if stage == Stage::NotStarted {
                         self.count_death();
                     } else if !unconnected.contains(&worker.database) {
@@ -324,18 +326,21 @@ impl Load {
         for database in unconnected {
             self.could_not_connect(database);
         }
-        failed
     }
 
-    /// A worker died. True where nothing has been done since the last one did.
-    fn count_death(&mut self) -> bool {
+    fn pause(&mut self) {
+        self.next_start = Instant::now() + RETRY;
+    }
+
+    /// A worker died, in vain if nothing has been done since the last one did.
+    fn count_death(&mut self) {
         let rest = self.stats().counts().rest();
-        let in_vain = rest == std::mem::replace(&mut self.rest_at_death, rest);
-        self.deaths_in_vain = match in_vain {
-            true => self.deaths_in_vain + 1,
-            false => 0,
-        };
-        in_vain
+        if rest == std::mem::replace(&mut self.rest_at_death, rest) {
+            self.deaths_in_vain += 1;
+            self.pause();
+        } else {
+            self.deaths_in_vain = 0;
+        }
     }
 
     /// A worker died at that chunk, which another may try once more.

@@ -509,7 +509,7 @@ fn a_dump_that_a_timeout_ends_while_it_is_flushed_lets_other_sessions_dump() {
 fn a_fast_shutdown_in_mid_dump_of_a_session_is_followed_by_the_leaders_own() {
     let cluster = cluster_that_flushes();
     cluster.sql("CREATE EXTENSION pg_buffercache");
-    cluster.set_fault(Fault::ListFlush, 2000);
+    cluster.set_fault(Fault::ListFlush, 4000);
     let mut client = cluster.connect("postgres");
     let dump = std::thread::spawn(move || {
         client

@@ -163,18 +163,18 @@ fn what_a_session_asked_for_that_was_ended_can_be_asked_for_again() {
     // Nobody starts the leader that the first asks for.
     signal(cluster.postmaster(), libc::SIGSTOP);
     let first = thread::spawn(move || first.batch_execute(LOAD).unwrap_err());
-    let state = |other: &mut Client| {
-        let sql = "SELECT state FROM pg_stat_activity WHERE pid = $1";
+    let waits_for = |other: &mut Client| {
+        let sql = "SELECT COALESCE(lower(wait_event), '') FROM pg_stat_activity WHERE pid = $1";
         let row = other.query_opt(sql, &[&pid]).unwrap();
         row.map(|row| row.get::<_, String>(0))
     };
-    wait_until("the first to ask", || {
-        state(&mut other).as_deref() == Some("active")
+    wait_until("the first to have asked", || {
+        waits_for(&mut other).as_deref() == Some("bgworkerstartup")
     });
     other
         .execute("SELECT pg_terminate_backend($1)", &[&pid])
         .unwrap();
-    wait_until("the first to be gone", || state(&mut other).is_none());
+    wait_until("the first to be gone", || waits_for(&mut other).is_none());
     first.join().unwrap();
     let second = thread::spawn(move || second.batch_execute(LOAD));
     thread::sleep(Duration::from_millis(100));

@@ -4,14 +4,11 @@ use std::fs;
 use std::io;
 use std::time::Instant;
 
-use pgrx::PgLogLevel;
-
 use super::state::State;
 use super::{DUMP_FILE, DUMP_FILE_BEING_WRITTEN};
 use crate::blocks::writer::{ListWriter, WriteError};
 use crate::error::Error;
 use crate::pg::buffer::{self, CachedBlock};
-use crate::pg::error::{SUCCESS, tell};
 use crate::pg::file;
 
 /// Whether blocks of unlogged relations are listed: a crash empties them, so
@@ -40,9 +37,12 @@ pub fn write(unlogged: Unlogged, state: &State) -> Result<u64, Error> {
     std::mem::forget(unfinished);
     state.dump.record(written, start.elapsed());
     state.list_was_replaced();
-    let message = format!("wrote block details for {written} blocks");
-    tell(PgLogLevel::DEBUG1, SUCCESS, &message, None);
     Ok(written)
+}
+
+/// What is said, at DEBUG1, of a list of so many records that was written.
+pub fn describe(written: u64) -> String {
+    format!("wrote block details for {written} blocks")
 }
 
 /// Writes a list of about `expected` records; nothing where its header has no

@@ -8,12 +8,14 @@
 
 use std::time::{Duration, Instant};
 
+use pgrx::PgLogLevel;
+
 use super::dump::{self, Unlogged};
 use super::load::{self, Outcome};
 use super::state::{Phase, State};
 use super::stats::LoadResult;
 use crate::pg::activity::{self, WaitEvent};
-use crate::pg::error::log;
+use crate::pg::error::{SUCCESS, log, log_with_hint};
 use crate::pg::{process, transaction};
 use crate::settings;
 
@@ -110,7 +112,10 @@ fn dump_and_survive(state: &State, unlogged: Unlogged) {
     };
     activity::report(b"dumping".to_vec());
     match transaction::run(|| dump::write(unlogged, state)) {
-        Ok(Ok(_)) => {}
+        Ok(Ok(written)) => {
+            let message = dump::describe(written);
+            log_with_hint(PgLogLevel::DEBUG1, SUCCESS, &message, None);
+        }
         Ok(Err(error)) => {
             state.last_error.record(&error.to_string());
             error.warn(

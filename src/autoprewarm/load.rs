@@ -33,9 +33,10 @@ use crate::settings;
 const RETRY: Duration = Duration::from_secs(1);
 
 /// How often workers may fail to connect to a database; and how often, one after
-/// another, to come that far, or to get anything done.
+/// another, to come that far, or to get anything done, beside as many as may be ended
+/// at once.
 const CONNECT_TRIES: u32 = 3;
-const DEATHS_IN_VAIN: u32 = 10;
+const DEATHS_IN_VAIN: usize = 10;
 
 /// How long workers have to end by themselves when a load is cancelled.
 const CANCEL_PATIENCE: Duration = Duration::from_millis(100);
@@ -46,8 +47,9 @@ const CANCEL_PATIENCE: Duration = Duration::from_millis(100);
 const RESERVE: usize = 64;
 
 /// What becomes of a list that cannot be loaded now.
-const RETRIED: &str = "It is tried again after \"pg_prewarm.autoprewarm_interval\" and when the \
-                       configuration is reloaded, and the list is not replaced before.";
+const RETRIED: &str = "It is tried again after \"pg_prewarm.autoprewarm_interval\" (five minutes \
+                       if that is 0) and when the configuration is reloaded, and the list is not \
+                       replaced before.";
 
 /// How a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,8 +110,8 @@ struct Load {
     second_tries: Vec<u32>,
     workers: Vec<Worker>,
     /// Workers that died one after another without anything done in between; and how
-    /// many blocks were left when the last one died.
-    deaths_in_vain: u32,
+    /// many blocks were left when the last one died, or the load began.
+    deaths_in_vain: usize,
     rest_at_death: u64,
     /// No worker is started before that.
     next_start: Instant,
@@ -195,7 +197,7 @@ impl Load {
             second_tries: Vec::new(),
             workers: Vec::new(),
             deaths_in_vain: 0,
-            rest_at_death: u64::MAX,
+            rest_at_death: state.load.counts().rest(),
             next_start: Instant::now(),
         }))
     }
@@ -254,7 +256,7 @@ impl Load {
                 if since.elapsed() >= CANCEL_PATIENCE {
                     self.terminate_workers();
                 }
-            } else if self.deaths_in_vain >= DEATHS_IN_VAIN {
+            } else if self.deaths_in_vain >= DEATHS_IN_VAIN + most_workers() {
                 return Err(Halt::NoWorkerLives);
             }
             let is_paused = Instant::now() < self.next_start;
@@ -275,7 +277,11 @@ impl Load {
             self.show_progress();
             // A worker that finishes, starts or ends sets the latch, and so does
             // whoever cancels the load or has the configuration reloaded.
-            let timeout = cancelled_since.map_or(RETRY, |_| CANCEL_PATIENCE);
+            let timeout = match cancelled_since {
+                Some(_) => CANCEL_PATIENCE,
+                None if is_paused => self.next_start - Instant::now(),
+                None => RETRY,
+            };
             process::sleep_as_worker(Some(timeout), WaitEvent::Load);
             process::reload_configuration_if_due();
         }
@@ -400,7 +406,7 @@ impl Load {
     /// Starts as many workers as there may be. True where there are too few
     /// slots for that.
     fn start_workers(&mut self) -> bool {
-        while self.workers.len() < settings::autoprewarm_workers().min(MAX_WORKERS) {
+        while self.workers.len() < most_workers() {
             if !buffer::have_free_buffer() {
                 self.segment.header().end_for(SkipReason::NoFreeBuffer);
             }
@@ -501,6 +507,11 @@ impl Load {
             log(&format!("autoprewarm skipped {}", counts.skipped));
         }
     }
+}
+
+/// How many workers may run at once.
+fn most_workers() -> usize {
+    settings::autoprewarm_workers().min(MAX_WORKERS)
 }
 
 /// Logs what is odd about a list, of which the rest is loaded.

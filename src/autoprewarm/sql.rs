@@ -12,6 +12,7 @@ use super::state::{Phase, State};
 use super::{LEADER, dump};
 use crate::error::Error;
 use crate::pg::activity::WaitEvent;
+use crate::pg::error::{SUCCESS, tell};
 use crate::pg::process;
 use crate::pg::worker::{Handle, Status};
 use crate::settings;
@@ -67,9 +68,10 @@ fn autoprewarm_dump_now() -> i64 {
 fn dump_now() -> Result<i64, Error> {
     let state = State::attach();
     let _in_use = state.use_dump_file().map_err(Error::DumpFileInUse)?;
-    let records = dump::write(dump::Unlogged::Included, state)?;
+    let written = dump::write(dump::Unlogged::Included, state)?;
+    tell(PgLogLevel::DEBUG1, SUCCESS, &dump::describe(written), None);
     // Buffers are counted in 31 bits.
-    Ok(records as i64)
+    Ok(written as i64)
 }
 
 /// Has the leader load the list now; starts a leader where there is none. Returns

@@ -2,7 +2,7 @@
 //!
 //! The state lies in the server's shared memory from the first use until the
 //! server stops or restarts after a crash, and begins anew then. It needs no
-//! lock: each field is an atomic word of its own. Two of them hold the process ID
+//! lock: each field is an atomic word of its own. Three of them hold the process ID
 //! of whoever has a role that only one process may have; a process takes a role by
 //! changing the word from nobody to itself, gives it back likewise, and gives back
 //! all it has when it ends, so that no role outlives its holder.
@@ -207,7 +207,9 @@ impl State {
             release(&self.load_requester);
             return None;
         }
-        let request = LoadRequest(self, self.load.number());
+        // Loads have odd numbers. A leader that died may have left the last one open.
+        let number = self.load.number();
+        let request = LoadRequest(self, number + 1 + number % 2);
         request.repeat();
         Some(request)
     }
@@ -239,19 +241,19 @@ impl Drop for DumpFileInUse<'_> {
     }
 }
 
-/// A load that was asked for after the one of that number; dropping it withdraws
-/// that, if it has not begun.
+/// The load of that number, which was asked for; dropping it withdraws that, if it has
+/// not begun.
 pub struct LoadRequest<'a>(&'a State, u32);
 
 impl LoadRequest<'_> {
     /// Asks once more: a leader that ends takes what it was asked for with it.
     pub fn repeat(&self) {
-        self.0.load_requested.store(self.1 + 1, SeqCst);
+        self.0.load_requested.store(self.1, SeqCst);
     }
 
     /// Whether the load has begun.
     pub fn is_granted(&self) -> bool {
-        self.0.load.number() != self.1
+        self.0.load.number() >= self.1
     }
 }
 

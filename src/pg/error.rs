@@ -57,10 +57,10 @@ pub fn raise(sqlstate: PgSqlErrorCode, message: String, hint: Option<String>) ->
 /// Reports what ends nothing: a WARNING, or what is less.
 #[track_caller]
 pub fn tell(level: PgLogLevel, sqlstate: PgSqlErrorCode, message: &str, hint: Option<&str>) {
-    let [message, hint] =
-        [Some(message), hint].map(|text| text.map(|text| CString::new(text).expect("no NUL")));
-    let pointer = |text: &Option<CString>| text.as_ref().map_or(std::ptr::null(), |t| t.as_ptr());
-    let (message, hint) = (pointer(&message), pointer(&hint));
+    let c_string = |text: &str| CString::new(text).expect("a message has no NUL");
+    let (message, hint) = (c_string(message), hint.map(c_string));
+    let hint = hint.as_deref().map_or(std::ptr::null(), CStr::as_ptr);
+    let message = message.as_ptr();
     // SAFETY: C strings that outlive the call, as the format wants them.
     unsafe {
         ereport(level, sqlstate, || {

@@ -40,8 +40,8 @@ unsafe extern "C-unwind" {
     /// What a partition is a partition of, directly or not, as a list of OIDs.
     pub fn get_partition_ancestors(partition: pg_sys::Oid) -> *mut pg_sys::List;
 
-    // What `ereport` is made of, for the one message whose detail only the
-    // server can word.
+    // What `ereport` is made of: pgrx's own lets what an interrupt raises at its end
+    // jump over Rust's frames.
     pub fn errstart(level: c_int, domain: *const c_char) -> bool;
     pub fn errcode(sqlstate: c_int) -> c_int;
     pub fn errmsg(format: *const c_char, ...) -> c_int;

@@ -147,9 +147,8 @@ pub fn at_exit(callback: fn()) {
 
 /// Puts aside what the configuration says for sessions of users and would harm a
 /// worker: being ended by a time limit or by the first error, or overwriting pages that
-/// it cannot read.
-/// Before connecting, since that is a transaction as well. The autovacuum launcher
-/// and its workers do the same.
+/// it cannot read. Before connecting, since that is a transaction as well. The
+/// autovacuum launcher and its workers do much the same.
 fn override_session_settings() {
     for (name, value) in compat::SESSION_SETTINGS {
         // SAFETY: settings of this server's version, with a value of their type.

@@ -1073,6 +1073,39 @@ fn a_dump_by_hand_that_cannot_be_written_is_an_error_and_leaves_the_list() {
 }
 
 #[test]
+fn an_error_of_the_disk_at_any_step_of_a_dump_leaves_the_old_list() {
+    let cluster = Cluster::build()
+        .setting("fsync = on")
+        .setting("pg_prewarm.autoprewarm_interval = 0")
+        .create();
+    cluster.set_fault(Fault::ListWrite, 0);
+    cluster.start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.sql("SELECT autoprewarm_dump_now()");
+    let list = cluster.list();
+    let table = cluster.table("t", 10);
+    let mut client = cluster.connect("postgres");
+    let dump = "SELECT autoprewarm_dump_now()";
+    for (fault, action) in [
+        (Fault::ListWrite, "write to"),
+        (Fault::ListClose, "close"),
+        (Fault::ListFlush, "fsync"),
+        (Fault::ListRename, "rename"),
+    ] {
+        cluster.set_fault(fault, libc::EIO.into());
+        let error = error(&mut client, dump);
+        cluster.set_fault(fault, 0);
+        assert_eq!(error.sqlstate, "58030", "{error:?}");
+        let begins = format!("could not {action} file \"{NEW_LIST}\"");
+        assert!(error.message.starts_with(&begins), "{error:?}");
+        assert!(cluster.list() == list, "{fault:?}");
+        assert!(!cluster.data(NEW_LIST).exists(), "{fault:?}");
+    }
+    client.batch_execute(dump).unwrap();
+    assert!(cluster.lists(table));
+}
+
+#[test]
 fn what_an_earlier_dump_left_behind_is_replaced_and_a_link_is_not_followed() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 0")

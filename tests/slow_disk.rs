@@ -469,7 +469,7 @@ fn a_database_that_is_dropped_on_the_primary_is_skipped_on_a_standby() {
 /// A cluster whose lists are flushed, as slowly as is asked for.
 fn cluster_that_flushes() -> Cluster {
     let cluster = Cluster::build().setting("fsync = on").create();
-    cluster.set_fault(Fault::ListFlush, 0);
+    cluster.set_fault(Fault::FlushDelay, 0);
     cluster.start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     // It looks for a list first.
@@ -489,13 +489,13 @@ fn a_dump_that_a_timeout_ends_while_it_is_flushed_lets_other_sessions_dump() {
         client
             .batch_execute(&format!("{settings}; SET statement_timeout = '200ms'"))
             .unwrap();
-        cluster.set_fault(Fault::ListFlush, 600);
+        cluster.set_fault(Fault::FlushDelay, 600);
         assert_eq!(
             error(&mut client, "SELECT autoprewarm_dump_now()"),
             SqlError::new("57014", "canceling statement due to statement timeout"),
             "{settings}"
         );
-        cluster.set_fault(Fault::ListFlush, 0);
+        cluster.set_fault(Fault::FlushDelay, 0);
         let mut other = cluster.connect("postgres");
         let dumped = other.query_one("SELECT autoprewarm_dump_now()", &[]);
         assert!(dumped.is_ok(), "{settings}: {dumped:?}");
@@ -509,7 +509,7 @@ fn a_dump_that_a_timeout_ends_while_it_is_flushed_lets_other_sessions_dump() {
 fn a_fast_shutdown_in_mid_dump_of_a_session_is_followed_by_the_leaders_own() {
     let cluster = cluster_that_flushes();
     cluster.sql("CREATE EXTENSION pg_buffercache");
-    cluster.set_fault(Fault::ListFlush, 4000);
+    cluster.set_fault(Fault::FlushDelay, 4000);
     let mut client = cluster.connect("postgres");
     let dump = std::thread::spawn(move || {
         client
@@ -525,7 +525,7 @@ fn a_fast_shutdown_in_mid_dump_of_a_session_is_followed_by_the_leaders_own() {
     let table = cluster.table("t", 100);
     let cached = cluster.cached();
     assert!(table.first(100).all(|block| cached.contains(&block)));
-    cluster.set_fault(Fault::ListFlush, 0);
+    cluster.set_fault(Fault::FlushDelay, 0);
     let mark = cluster.log_end();
     cluster.stop(Shutdown::Fast);
     assert!(!dump.join().unwrap());

@@ -36,9 +36,10 @@ struct faults
 	int64_t read_errors;	/* one read of so many fails */
 	int64_t list_end;		/* milliseconds that it takes to find the list's end */
 	int64_t list_delay;		/* milliseconds that a write or a rename takes */
-	int64_t list_flush;		/* milliseconds that flushing it takes */
+	int64_t flush_delay;	/* milliseconds that flushing it takes */
 	int64_t list_write;		/* what writing the list fails with */
 	int64_t list_close;		/* what closing it fails with */
+	int64_t list_flush;		/* what flushing it fails with */
 	int64_t list_rename;	/* what renaming it fails with */
 	int64_t refused_memory; /* one request for memory of the library's of so many fails */
 	int64_t poor_process;	/* the process that may not have much more memory */
@@ -193,16 +194,6 @@ ssize_t write(int file, const void *from, size_t length)
 	return next(file, from, length);
 }
 
-int fsync(int file)
-{
-	NEXT(fsync);
-	long milliseconds = faults->list_flush;
-
-	if (milliseconds > 0 && is_named(file, NEW_LIST))
-		delay(milliseconds);
-	return next(file);
-}
-
 int close(int file)
 {
 	NEXT(close);
@@ -215,6 +206,23 @@ int close(int file)
 		return -1;
 	}
 	errno = kept;
+	return next(file);
+}
+
+int fsync(int file)
+{
+	NEXT(fsync);
+	long milliseconds = faults->flush_delay, error = faults->list_flush;
+
+	if ((milliseconds > 0 || error > 0) && is_named(file, NEW_LIST))
+	{
+		delay(milliseconds);
+		if (error > 0)
+		{
+			errno = error;
+			return -1;
+		}
+	}
 	return next(file);
 }
 

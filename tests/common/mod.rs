@@ -50,10 +50,11 @@ pub enum Fault {
     /// Milliseconds that a write to the new list takes.
     ListDelay,
     /// Milliseconds that flushing it takes, where `fsync` is on.
-    ListFlush,
-    /// The error that writing, closing or renaming the new list fails with.
+    FlushDelay,
+    /// The error that writing, closing, flushing or renaming the new list fails with.
     ListWrite,
     ListClose,
+    ListFlush,
     ListRename,
     /// One request of the library for memory of so many fails.
     RefusedMemory,
@@ -64,16 +65,17 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Clock,
         Self::Uptime,
         Self::ReadDelay,
         Self::ReadErrors,
         Self::ListEnd,
         Self::ListDelay,
-        Self::ListFlush,
+        Self::FlushDelay,
         Self::ListWrite,
         Self::ListClose,
+        Self::ListFlush,
         Self::ListRename,
         Self::RefusedMemory,
         Self::PoorProcess,

@@ -973,6 +973,27 @@ fn workers_share_the_work_and_end_with_their_caller() {
 }
 
 #[test]
+fn temporary_tables_are_left_to_the_caller_by_its_workers() {
+    let cluster = slow_cluster(0);
+    let mut caller = Caller::of(&cluster, "postgres");
+    caller
+        .client
+        .batch_execute(
+            "SET temp_buffers = '32MB'; \
+             CREATE TEMPORARY TABLE temp (id int, filler text) WITH (fillfactor = 10); \
+             INSERT INTO temp SELECT g, repeat('x', 700) FROM generate_series(1, 3100) g",
+        )
+        .unwrap();
+    // Of the table before it, a worker has the last run, which is a short one, and
+    // then looks for more.
+    cluster.slow_reads(1);
+    let outcome = caller.call("pg_prewarm_database(toast => false, workers => 2)");
+    assert_eq!(outcome.names(), ["small", "t", "temp"]);
+    let blocks: Vec<_> = outcome.rows.iter().map(|row| row.blocks).collect();
+    assert_eq!(blocks, [1, 3000, 3100]);
+}
+
+#[test]
 fn an_error_in_a_worker_reaches_the_caller() {
     let cluster = slow_cluster(0);
     let file: String = cluster.value("SELECT pg_relation_filepath('t')");

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::common::{Block, Cluster, LIST, Shutdown};
+use crate::common::{Block, Cluster, LIST, LoadStats, Shutdown, list_of};
 
 /// A table of that many blocks, and the extensions that the tests use.
 fn table(cluster: &Cluster, blocks: u32) -> Block {
@@ -51,6 +51,36 @@ fn a_restart_restores_usage_counts() {
     cluster.wait_for_load(mark);
     assert_eq!(usage_counts(&cluster), before);
     assert!(!cluster.log_since(mark).contains("heat"));
+}
+
+#[test]
+fn what_clients_use_during_a_load_stays_as_hot_as_they_made_it() {
+    let cluster = Cluster::build().start();
+    let file = table(&cluster, 300);
+    cluster.stop(Shutdown::Fast);
+    // By the list, all are as cold as can be.
+    cluster.write_list(list_of(file.first(300)));
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 80");
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    LoadStats::wait_for(&mut client, |stats| stats.loaded > 0);
+    for _ in 0..3 {
+        client
+            .batch_execute("SELECT pg_prewarm('t', 'buffer', 'main', 250, 299)")
+            .unwrap();
+    }
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!((stats.total, stats.cached), (300, 50));
+    let counts = usage_counts(&cluster);
+    assert_eq!(counts.len(), 300);
+    assert!(
+        counts
+            .iter()
+            .all(|(n, count)| *count == if *n < 250 { 1 } else { 3 }),
+        "{counts:?}"
+    );
 }
 
 #[test]

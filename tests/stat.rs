@@ -176,6 +176,62 @@ fn a_load_watched_to_its_end_shows_counters_that_grow_and_add_up() {
 }
 
 #[test]
+fn blocks_are_counted_by_the_reason_for_which_they_were_skipped() {
+    let cluster = Cluster::build().checksums().start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let table = cluster.table("t", 10);
+    let broken = cluster.table("broken", 6);
+    let locked = cluster.table("locked", 7);
+    let path: String = cluster.value("SELECT pg_relation_filepath('broken')");
+    cluster.stop(Shutdown::Fast);
+    let mut data = fs::read(cluster.data(&path)).unwrap();
+    data.chunks_mut(8192)
+        .for_each(|page| page[100..200].fill(0xff));
+    fs::write(cluster.data(&path), data).unwrap();
+    cluster.write_list("<<0>>\n");
+    cluster.start();
+    let mut holder = cluster.connect("postgres");
+    holder.batch_execute("BEGIN; LOCK TABLE locked").unwrap();
+
+    let of_template = Block {
+        database: 1,
+        ..table
+    };
+    let of_nothing = Block {
+        database: 99999,
+        ..table
+    };
+    let gone = Block {
+        filenumber: 99999,
+        ..table
+    };
+    let blocks = Block { fork: 9, ..table }
+        .first(1)
+        .chain(of_template.first(2))
+        .chain(of_nothing.first(3))
+        .chain(gone.first(4))
+        .chain((100..105).map(|block| table.at(block)))
+        .chain(broken.first(6))
+        .chain(locked.first(7))
+        .chain(table.first(10));
+    cluster.write_list(list_of(blocks));
+    let mut client = cluster.connect("postgres");
+    client.batch_execute(LOAD).unwrap();
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!((stats.total, stats.loaded, stats.skipped), (38, 10, 28));
+    assert_eq!(
+        shown(
+            &mut client,
+            "ARRAY[skipped_illegal, skipped_template_database, skipped_no_database, \
+                   skipped_no_relation, skipped_no_block, skipped_unreadable, skipped_locked, \
+                   skipped_no_free_buffer, skipped_interrupted, skipped_cancelled]"
+        )
+        .unwrap(),
+        "{1,2,3,4,5,6,7,0,0,0}"
+    );
+}
+
+#[test]
 fn every_state_of_the_leader_is_shown() {
     let cluster = Cluster::build().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");

@@ -478,13 +478,16 @@ fn a_temporary_table_is_prewarmed_in_its_own_session_only() {
     }
     let oid: u32 = value(&mut client, "SELECT 'temp'::regclass::oid");
     let mut other = cluster.connect("postgres");
-    assert_eq!(
-        prewarm(&mut other, &oid.to_string()),
-        Err(SqlError::new(
-            "0A000",
-            "cannot access temporary tables of other sessions"
-        ))
-    );
+    for mode in ["prefetch", "buffer"] {
+        assert_eq!(
+            prewarm(&mut other, &format!("{oid}, '{mode}'")),
+            Err(SqlError::new(
+                "0A000",
+                "cannot access temporary tables of other sessions"
+            )),
+            "{mode}"
+        );
+    }
 }
 
 #[test]

@@ -804,6 +804,33 @@ fn the_catalog_describes_the_functions_as_contrib_does() {
 }
 
 #[test]
+fn what_is_new_runs_with_its_callers_rights_and_in_no_parallel_worker() {
+    let cluster = lazy_cluster();
+    let rows: Vec<String> = cluster.value(
+        "SELECT array_agg(concat_ws(' ', proname, provolatile, proparallel, \
+                                    CASE WHEN proisstrict THEN 'strict' END, \
+                                    CASE WHEN prosecdef OR proleakproof THEN '!' END) \
+                          ORDER BY proname) \
+         FROM pg_proc WHERE probin = '$libdir/pg_prewarm' \
+           AND proname NOT IN ('pg_prewarm', 'autoprewarm_start_worker', 'autoprewarm_dump_now')",
+    );
+    assert_eq!(
+        rows,
+        [
+            "autoprewarm_blocks v r strict",
+            "autoprewarm_cancel v u strict",
+            "autoprewarm_load_now v u strict",
+            "autoprewarm_wait v u",
+            "pg_prewarm_database v u",
+            "pg_prewarm_relation v u",
+            "pg_prewarm_schema v u",
+            "pg_stat_get_autoprewarm v u strict",
+            "pg_stat_get_progress_prewarm v u strict",
+        ]
+    );
+}
+
+#[test]
 fn a_parallel_worker_may_call_it() {
     let cluster = lazy_cluster();
     make_table(&cluster);

@@ -532,6 +532,25 @@ fn a_load_that_waits_for_locked_relations_is_cancelled() {
 }
 
 #[test]
+fn a_load_that_waits_for_a_locked_catalog_is_cancelled() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let mut client = cluster.connect("postgres");
+    let waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)";
+    // What is asked for below is known to the session then.
+    client
+        .batch_execute("SET statement_timeout = '1min'")
+        .unwrap();
+    assert!(!value::<bool>(&mut client, waits));
+    begin_load(&mut client);
+    cancel(&mut client);
+    let mut holder = cluster.connect("postgres");
+    holder.batch_execute("BEGIN; LOCK TABLE pg_class").unwrap();
+    client.batch_execute(LOAD).unwrap();
+    wait_until("a worker that waits", || value(&mut client, waits));
+    cancel(&mut client);
+}
+
+#[test]
 fn a_load_is_cancelled_while_its_list_is_read() {
     let (cluster, _) = cluster_with_list(Cluster::build());
     let mut list = String::from("<<3000000>>\n");

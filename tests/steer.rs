@@ -871,6 +871,18 @@ fn the_rate_is_kept_and_a_reload_changes_it_in_mid_load() {
 }
 
 #[test]
+fn what_clients_have_read_meanwhile_costs_nothing_of_the_rate() {
+    let (cluster, _) = slow_cluster(Cluster::build());
+    let mut client = cluster.connect("postgres");
+    begin_load(&mut client);
+    client.batch_execute("SELECT pg_prewarm('t')").unwrap();
+    // To read them would take longer than this waits.
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!(stats.loaded + stats.cached, 1000);
+    assert!(stats.cached > 900, "{stats:?}");
+}
+
+#[test]
 fn a_standby_is_loaded_watched_and_cancelled_like_any_other_server() {
     let (primary, table) = slow_cluster(Cluster::build());
     let standby = primary.standby();

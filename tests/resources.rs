@@ -624,7 +624,9 @@ fn end_workers_until_the_load_ends(client: &mut Client, mut meanwhile: impl FnMu
 
 #[test]
 fn workers_that_are_ended_before_they_load_anything_end_the_load_and_the_list_is_kept() {
-    let (cluster, list) = cluster_with_endless_load(4000);
+    // More chunks than workers die: each is given to two of them at most.
+    const BLOCKS: u32 = 7000;
+    let (cluster, list) = cluster_with_endless_load(BLOCKS);
     for workers in [8, 12] {
         cluster.configure(&format!("pg_prewarm.autoprewarm_workers = {workers}"));
         let mark = cluster.log_end();
@@ -646,7 +648,7 @@ fn workers_that_are_ended_before_they_load_anything_end_the_load_and_the_list_is
     let mark = cluster.log_end();
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
     cluster.reload();
-    assert_eq!(cluster.wait_for_load(mark), (4000, 4000));
+    assert_eq!(cluster.wait_for_load(mark), (BLOCKS.into(), BLOCKS.into()));
 }
 
 #[test]

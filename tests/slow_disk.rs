@@ -327,6 +327,17 @@ fn workers_read_one_table_side_by_side_and_hold_back_no_vacuum() {
 }
 
 #[test]
+fn the_snapshot_by_which_a_relation_was_found_is_gone_when_it_is_read() {
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 1000);
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    // The first read: for the next turn, the relation is known.
+    wait_for_reading(&mut client, 2);
+    let held = format!("SELECT count(backend_xmin) {READING}");
+    assert_eq!(value::<i64>(&mut client, &held), 0);
+}
+
+#[test]
 fn waiting_ddl_gets_its_lock_within_100_ms() {
     let (cluster, _) = cluster_with_slow_load(Cluster::build(), 10);
     for method in io_methods(&cluster) {

@@ -112,6 +112,33 @@ fn a_cache_that_has_shrunk_keeps_the_hottest() {
 }
 
 #[test]
+fn what_was_used_again_is_loaded_before_all_else() {
+    let cluster = Cluster::build().start();
+    let file = table(&cluster, 100);
+    cluster.stop(Shutdown::Fast);
+    let heats = format!("{}{}", "1".repeat(60), "2".repeat(40));
+    let mut list = list_of(file.first(100));
+    list.push_str(&format!("# pg_prewarm 2.0\n# heat\n{heats}\n"));
+    list.push_str(&format!(
+        "# crc32c 0x{:08x}\n",
+        crc32c::crc32c(list.as_bytes())
+    ));
+    cluster.write_list(list);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 80");
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    LoadStats::wait_for(&mut client, |stats| stats.loaded > 0);
+    let counts = usage_counts(&cluster);
+    assert!(
+        counts.iter().all(|(n, count)| *n >= 60 && *count == 2),
+        "{counts:?}"
+    );
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
+    assert_eq!(LoadStats::wait_for_end(&mut client).loaded, 100);
+}
+
+#[test]
 fn a_list_whose_trailer_does_not_fit_is_loaded_without_heat() {
     let cluster = Cluster::build().start();
     table(&cluster, 100);

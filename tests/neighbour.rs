@@ -145,7 +145,11 @@ fn fewer_slots_than_workers_still_load_everything() {
 
 #[test]
 fn an_unreadable_page_costs_one_block() {
-    let cluster = Cluster::build().checksums().start();
+    // What helps to rescue data is for sessions only.
+    let cluster = Cluster::build()
+        .checksums()
+        .setting("zero_damaged_pages = on")
+        .start();
     let table = cluster.table("t", 600);
     let path: String = cluster.value("SELECT pg_relation_filepath('t')");
     cluster.stop(Shutdown::Fast);

@@ -76,6 +76,31 @@ fn a_worker_that_is_ended_costs_what_it_had_left_and_nothing_else() {
 }
 
 #[test]
+fn what_two_workers_ended_at_is_not_given_to_a_third() {
+    let cluster = Cluster::build().start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let table = cluster.table("t", 500);
+    cluster.stop(Shutdown::Fast);
+    cluster.write_list(list_of(table.first(500)));
+    // More than a minute's work.
+    cluster.configure("pg_prewarm.autoprewarm_workers = 1\npg_prewarm.autoprewarm_max_rate = 40");
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    let mut loaded = 0;
+    for _ in 0..2 {
+        loaded = LoadStats::wait_for(&mut client, |stats| stats.loaded > loaded).loaded;
+        client
+            .batch_execute(&format!(
+                "SELECT pg_terminate_backend(pid, 60000) {WORKERS}"
+            ))
+            .unwrap();
+    }
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!(stats.result(), "completed");
+    assert!(stats.skipped > 400, "{stats:?}");
+}
+
+#[test]
 fn waiting_ddl_gets_its_lock_in_mid_load() {
     // Twenty passes over the table, so that there is something to get between.
     let cluster = Cluster::build().setting("shared_buffers = 128MB").start();

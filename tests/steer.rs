@@ -428,6 +428,33 @@ fn a_load_is_begun_though_the_leader_ends_that_was_asked_for_it() {
 }
 
 #[test]
+fn what_a_session_asked_for_that_is_gone_is_not_asked_of_the_next_leader() {
+    let (cluster, _) = cluster_with_list(Cluster::build());
+    let mut client = cluster.connect("postgres");
+    const BEGAN: &str = "SELECT load_start_time::text FROM pg_stat_autoprewarm";
+    let before: String = value(&mut client, BEGAN);
+    let leader = cluster.leader().unwrap();
+    signal(leader, libc::SIGSTOP);
+    let mut asking = cluster.connect("postgres");
+    let pid: i32 = value(&mut asking, "SELECT pg_backend_pid()");
+    thread::scope(|scope| {
+        let asked = scope.spawn(|| asking.batch_execute(LOAD));
+        LoadStats::wait_for(&mut client, |stats| stats.state == "load pending");
+        let end = format!("SELECT pg_terminate_backend({pid}, 60000)");
+        assert!(value::<bool>(&mut client, &end));
+        assert!(asked.join().unwrap().is_err());
+    });
+    signal(leader, libc::SIGTERM);
+    signal(leader, libc::SIGCONT);
+    LoadStats::wait_for(&mut client, |stats| stats.state == "not running");
+    client
+        .batch_execute("SELECT autoprewarm_start_worker()")
+        .unwrap();
+    cluster.wait_for_leader();
+    assert_eq!(value::<String>(&mut client, BEGAN), before);
+}
+
+#[test]
 fn two_sessions_may_cancel_one_load() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut clients = [(); 2].map(|()| cluster.connect("postgres"));

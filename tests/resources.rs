@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use postgres::Client;
@@ -147,8 +148,9 @@ fn a_load_without_dynamic_shared_memory_is_tried_again() {
     wait_until("a dump after the load", || cluster.list() != list);
 }
 
-#[test]
-fn a_load_goes_on_when_there_is_room_in_the_lock_table_again() {
+/// A load of so many blocks whose worker has no room in the lock table, as long as
+/// the client stays, and where the log ended before it.
+fn load_without_room_in_the_lock_table() -> (Cluster, Client, u64, usize) {
     let cluster = Cluster::build()
         .setting("max_connections = 10")
         .setting("max_locks_per_transaction = 10")
@@ -195,8 +197,25 @@ fn a_load_goes_on_when_there_is_room_in_the_lock_table_again() {
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
     cluster.reload();
     cluster.wait_for_log(mark, "WARNING:  out of shared memory");
+    (cluster, client, total, mark)
+}
+
+#[test]
+fn a_load_goes_on_when_there_is_room_in_the_lock_table_again() {
+    let (cluster, client, total, mark) = load_without_room_in_the_lock_table();
     drop(client);
     assert_eq!(cluster.wait_for_load(mark), (total, total));
+}
+
+#[test]
+fn blocks_that_there_is_no_room_in_the_lock_table_for_could_not_be_read() {
+    let (cluster, _client, total, mark) = load_without_room_in_the_lock_table();
+    let (loaded, of) = cluster.wait_for_load(mark);
+    assert_eq!(of, total);
+    assert_eq!(
+        cluster.wait_for_skipped(mark),
+        format!("{0} blocks: {0} that could not be read", total - loaded)
+    );
 }
 
 #[test]
@@ -312,10 +331,7 @@ fn a_worker_that_fails_before_it_is_connected_fails_alone() {
     cluster.write_list(list_of(blocks(table, 1000)));
     cluster.slow_reads(10);
     let mut client = cluster.connect("postgres");
-    let segments = || -> BTreeSet<_> {
-        let files = fs::read_dir(cluster.data("pg_dynshmem")).unwrap();
-        files.map(|file| file.unwrap().path()).collect()
-    };
+    let segments = || segments(&cluster);
     // What the statistics need is there.
     client
         .batch_execute("SELECT pg_prewarm('t', 'prefetch')")

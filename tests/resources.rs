@@ -317,6 +317,40 @@ fn an_error_for_want_of_memory_does_not_fail_for_want_of_memory() {
 }
 
 #[test]
+fn a_load_whose_leader_has_died_is_not_begun_anew_at_once() {
+    let cluster = Cluster::build().create();
+    cluster.set_fault(Fault::PoorProcess, 0);
+    cluster.start();
+    let table = cluster.table("t", 1000);
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.stop(Shutdown::Fast);
+    cluster.write_list(list_of(table.first(1000)));
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 80");
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    LoadStats::wait_for(&mut client, |stats| stats.loaded > 0);
+    let leader = cluster.leader().unwrap();
+    cluster.set_fault(Fault::PoorProcess, leader.into());
+    wait_until("another leader", || {
+        cluster.leader().is_some_and(|pid| pid != leader)
+    });
+    cluster.wait_for_leader();
+    let stats = LoadStats::get(&mut client);
+    assert_eq!((&*stats.state, stats.result()), ("load failed", "failed"));
+
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
+    let stats = LoadStats::wait_for(&mut client, |stats| stats.result() == "completed");
+    assert_eq!(stats.loaded + stats.cached, 1000);
+}
+
+/// The dynamic shared memory of a server that keeps it in files.
+fn segments(cluster: &Cluster) -> BTreeSet<PathBuf> {
+    let files = fs::read_dir(cluster.data("pg_dynshmem")).unwrap();
+    files.map(|file| file.unwrap().path()).collect()
+}
+
+#[test]
 fn a_worker_that_fails_before_it_is_connected_fails_alone() {
     let cluster = Cluster::build()
         .setting("dynamic_shared_memory_type = mmap")

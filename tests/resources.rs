@@ -351,6 +351,23 @@ fn segments(cluster: &Cluster) -> BTreeSet<PathBuf> {
 }
 
 #[test]
+fn a_load_that_has_ended_leaves_no_shared_memory_behind() {
+    let cluster = cluster_without_leader(&["dynamic_shared_memory_type = mmap"]);
+    let table = cluster.table("t", 100);
+    start_load(&cluster, &list_of(blocks(table, 100)));
+    let mut client = cluster.connect("postgres");
+    LoadStats::wait_for_end(&mut client);
+    let before = segments(&cluster);
+    for _ in 0..3 {
+        client
+            .batch_execute("SELECT autoprewarm_load_now()")
+            .unwrap();
+        LoadStats::wait_for_end(&mut client);
+    }
+    wait_until("the end of the last", || segments(&cluster) == before);
+}
+
+#[test]
 fn a_worker_that_fails_before_it_is_connected_fails_alone() {
     let cluster = Cluster::build()
         .setting("dynamic_shared_memory_type = mmap")

@@ -4,7 +4,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use crate::common::{Block, Cluster, Fault, Shutdown, list_of, signal, value, wait_until};
+use crate::common::{
+    Block, Cluster, Fault, LoadStats, Shutdown, list_of, signal, value, wait_until,
+};
 
 /// Starts the stopped cluster with that list, and waits for the load to end.
 /// Returns what was loaded, of how many, and the line about what was not.
@@ -432,18 +434,26 @@ fn blocks_that_clients_have_read_are_not_evicted_by_a_load() {
         .start();
     cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
     let mine = cluster.table("mine", 500);
+    cluster.table("few", 40);
     let listed = cluster.table("listed", 4000);
     cluster.stop(Shutdown::Fast);
     // Not preloaded, so that the load begins when there are clients' blocks.
-    cluster.configure("shared_preload_libraries = ''");
+    cluster.configure("shared_preload_libraries = ''\npg_prewarm.autoprewarm_max_rate = 80");
     cluster.write_list(list_of(listed.first(4000)));
     cluster.start();
     cluster.sql("SELECT pg_prewarm('mine')");
+    let mark = cluster.log_end();
+    let mut client = cluster.connect("postgres");
+    client
+        .batch_execute("SELECT autoprewarm_start_worker()")
+        .unwrap();
+    LoadStats::wait_for(&mut client, |stats| stats.loaded > 0);
+    // There is room for some more.
+    client.batch_execute("SELECT pg_prewarm('few')").unwrap();
     let before = cluster.cached_without_extension();
     assert!(mine.first(500).all(|block| before.contains(&block)));
-
-    let mark = cluster.log_end();
-    cluster.sql("SELECT autoprewarm_start_worker()");
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
     let (loaded, _) = cluster.wait_for_load(mark);
     assert!(loaded > 500, "{loaded}");
     let after = cluster.cached_without_extension();

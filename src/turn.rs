@@ -96,3 +96,21 @@ impl<'a> Memory<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turn_that_took_too_long_is_followed_by_one_of_fewer_blocks() {
+        let pace = Pace::new();
+        pace.adapt(TURN, 512);
+        assert_eq!(pace.most_blocks(), usize::MAX);
+        pace.adapt(4 * TURN, 64);
+        assert_eq!(pace.most_blocks(), 32);
+        pace.adapt(4 * TURN, 1);
+        assert_eq!(pace.most_blocks(), 1);
+        pace.adapt(TURN, 1);
+        assert_eq!(pace.most_blocks(), 2);
+    }
+}

@@ -5,10 +5,12 @@
 //! for want of anything else the process ends as the server ends one.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::panic::Location;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
+use super::error::ereport_unguarded;
 use super::{ffi, memory};
 use crate::blocks::room;
 
@@ -37,22 +39,21 @@ fn end_process(size: usize) {
         return;
     }
     memory::give_up_reserve();
-    // SAFETY: what `ereport` expands to, with arguments that fit the formats. It does
-    // not come back, neither by returning nor by a jump, so that no frame of Rust's
-    // is skipped that anybody would go on in. Callbacks that tell where the error is
-    // raised may need memory, so they are left out.
+    // SAFETY: the arguments fit the formats. It does not come back, neither by returning
+    // nor by a jump, so that no frame of Rust's is skipped that anybody would go on in.
+    // Callbacks that tell where the error is raised may need memory, so they are left
+    // out.
     unsafe {
         pg_sys::error_context_stack = std::ptr::null_mut();
-        if ffi::errstart(PgLogLevel::FATAL as i32, std::ptr::null()) {
-            ffi::errcode(PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY as i32);
-            ffi::errmsg(c"out of memory".as_ptr());
-            ffi::errdetail_internal(c"Failed on request of size %zu.".as_ptr(), size);
-            ffi::errfinish(
-                c"allocator.rs".as_ptr(),
-                line!() as i32,
-                c"pg_prewarm".as_ptr(),
-            );
-        }
+        ereport_unguarded(
+            PgLogLevel::FATAL,
+            PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
+            Location::caller(),
+            || {
+                ffi::errmsg(c"out of memory".as_ptr());
+                ffi::errdetail_internal(c"Failed on request of size %zu.".as_ptr(), size);
+            },
+        );
     }
 }
 

@@ -35,7 +35,13 @@ impl From<CaughtError> for Caught {
 /// Runs `body`; an ERROR in it becomes an `Err`, but what it held is not let go:
 /// that is for [`super::transaction::run`], or for callers that hold nothing.
 pub fn catch<T>(body: impl FnOnce() -> T) -> Result<T, Caught> {
-    memory::keep_reserve();
+    if !memory::keep_reserve() {
+        return Err(Caught {
+            sqlstate: PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
+            message: "out of memory".to_owned(),
+            hint: None,
+        });
+    }
     PgTryBuilder::new(AssertUnwindSafe(|| Ok(body())))
         .catch_others(|caught| Err(caught.into()))
         .catch_rust_panic(|caught| Err(caught.into()))
@@ -110,16 +116,56 @@ pub const SUCCESS: PgSqlErrorCode = PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETIO
 #[track_caller]
 pub unsafe fn ereport(level: PgLogLevel, sqlstate: PgSqlErrorCode, say: impl FnOnce()) {
     let location = Location::caller();
-    let (file, line) = (location.file_as_c_str().as_ptr(), location.line() as i32);
-    // SAFETY: the caller's promise; the file's name is as old as the program.
+    // SAFETY: the caller's promise.
     unsafe {
         pg_sys::ffi::pg_guard_ffi_boundary(|| {
-            if ffi::errstart(level as i32, std::ptr::null()) {
-                ffi::errcode(sqlstate as i32);
-                say();
-                ffi::errfinish(file, line, c"pg_prewarm".as_ptr());
-            }
+            ereport_unguarded(level, sqlstate, location, say);
         });
+    }
+}
+
+/// The same where an ERROR may jump, or nothing comes back.
+///
+/// # Safety
+/// As of [`ereport`], and no frame of Rust's that needs dropping is jumped over.
+pub unsafe fn ereport_unguarded(
+    level: PgLogLevel,
+    sqlstate: PgSqlErrorCode,
+    location: &Location,
+    say: impl FnOnce(),
+) {
+    // SAFETY: the caller's promise; the file's name is as old as the program.
+    unsafe {
+        if ffi::errstart(level as i32, std::ptr::null()) {
+            ffi::errcode(sqlstate as i32);
+            say();
+            ffi::errfinish(
+                location.file_as_c_str().as_ptr(),
+                location.line() as i32,
+                c"pg_prewarm".as_ptr(),
+            );
+        }
+    }
+}
+
+/// Raises an ERROR, by a jump, unless there is memory for those to come.
+///
+/// # Safety
+/// Nothing that needs dropping stands between the server's call of this library and
+/// this.
+unsafe fn require_reserve() {
+    if !memory::keep_reserve() {
+        // SAFETY: the caller's promise; a text without arguments.
+        unsafe {
+            ereport_unguarded(
+                PgLogLevel::ERROR,
+                PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
+                Location::caller(),
+                || {
+                    ffi::errmsg(c"out of memory".as_ptr());
+                },
+            );
+        }
     }
 }
 
@@ -154,7 +200,6 @@ impl Caught {
     pub fn warn(self) {
         let hint = self.hint.as_deref();
         log_with_hint(PgLogLevel::WARNING, self.sqlstate, &self.message, hint);
-        memory::keep_reserve();
     }
 }
 
@@ -171,7 +216,8 @@ impl Caught {
 /// Nothing that needs dropping may stand between the server's call of the SQL
 /// function and this: an ERROR that leaves `body` jumps over it.
 pub unsafe fn with_exact_messages<T>(body: impl FnOnce() -> T) -> T {
-    memory::keep_reserve();
+    // SAFETY: the caller's promise.
+    unsafe { require_reserve() };
     let mut raised: *mut pg_sys::ErrorData = std::ptr::null_mut();
     // SAFETY: the callback is taken off the stack before it goes out of scope;
     // after an ERROR by whoever catches it, as for every such callback.
@@ -203,10 +249,10 @@ pub unsafe fn with_reserve(body: impl FnOnce()) {
         }
     }
 
-    memory::keep_reserve();
-    // SAFETY: the callback is taken off the stack before it goes out of scope; after
-    // an ERROR by the server, before anything else is run here.
+    // SAFETY: the caller's promise. The callback is taken off the stack before it goes
+    // out of scope; after an ERROR by the server, before anything else is run here.
     unsafe {
+        require_reserve();
         let mut callback = pg_sys::ErrorContextCallback {
             previous: pg_sys::error_context_stack,
             callback: Some(help),
@@ -249,7 +295,7 @@ unsafe extern "C-unwind" fn keep_or_restore(raised: *mut c_void) {
         pg_sys::error_context_stack = callbacks;
         pg_sys::MemoryContextSwitchTo(previous);
         if !is_out_of_memory() {
-            memory::keep_reserve();
+            let _ = memory::keep_reserve();
         }
         if (*current).elevel != PgLogLevel::ERROR as i32 {
             pg_sys::FreeErrorData(current);

@@ -30,8 +30,10 @@ pub fn reserve<T>(vec: &mut Vec<T>, count: usize) {
 /// processes.
 static RESERVE: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
 
-/// Sees to it that there is a reserve, if there is memory for it.
-pub fn keep_reserve() {
+/// Sees to it that there is a reserve. False where there is no memory for it: then
+/// nothing should be begun that might raise an ERROR.
+#[must_use]
+pub fn keep_reserve() -> bool {
     // A context that has grown takes a megabyte at least, if less is not to be had.
     // What is not touched takes no more than addresses.
     const SIZE: usize = (2 << 20) + (256 << 10);
@@ -39,6 +41,7 @@ pub fn keep_reserve() {
         // SAFETY: always allowed; a null is kept as no reserve.
         RESERVE.store(unsafe { libc::malloc(SIZE) }, Relaxed);
     }
+    !RESERVE.load(Relaxed).is_null()
 }
 
 /// Leaves the reserve to whoever needs memory now.

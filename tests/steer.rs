@@ -407,14 +407,22 @@ fn a_load_that_has_not_begun_yet_is_cancelled_as_well() {
     assert!(!value::<bool>(&mut client, CANCEL));
 }
 
-#[test]
-fn a_load_is_begun_though_the_leader_ends_that_was_asked_for_it() {
+const BEGAN: &str = "SELECT load_start_time::text FROM pg_stat_autoprewarm";
+
+/// A running cluster with a client, its leader, which hears nothing before SIGCONT,
+/// and when the load at its start began.
+fn cluster_with_frozen_leader() -> (Cluster, Client, i32, String) {
     let (cluster, _) = cluster_with_list(Cluster::build());
     let mut client = cluster.connect("postgres");
-    const BEGAN: &str = "SELECT load_start_time::text FROM pg_stat_autoprewarm";
-    let before: String = value(&mut client, BEGAN);
+    let began = value(&mut client, BEGAN);
     let leader = cluster.leader().unwrap();
     signal(leader, libc::SIGSTOP);
+    (cluster, client, leader, began)
+}
+
+#[test]
+fn a_load_is_begun_though_the_leader_ends_that_was_asked_for_it() {
+    let (cluster, mut client, leader, before) = cluster_with_frozen_leader();
     thread::scope(|scope| {
         let asked = scope.spawn(|| cluster.sql(LOAD));
         LoadStats::wait_for(&mut client, |stats| stats.state == "load pending");
@@ -429,12 +437,7 @@ fn a_load_is_begun_though_the_leader_ends_that_was_asked_for_it() {
 
 #[test]
 fn what_a_session_asked_for_that_is_gone_is_not_asked_of_the_next_leader() {
-    let (cluster, _) = cluster_with_list(Cluster::build());
-    let mut client = cluster.connect("postgres");
-    const BEGAN: &str = "SELECT load_start_time::text FROM pg_stat_autoprewarm";
-    let before: String = value(&mut client, BEGAN);
-    let leader = cluster.leader().unwrap();
-    signal(leader, libc::SIGSTOP);
+    let (cluster, mut client, leader, before) = cluster_with_frozen_leader();
     let mut asking = cluster.connect("postgres");
     let pid: i32 = value(&mut asking, "SELECT pg_backend_pid()");
     thread::scope(|scope| {

@@ -101,6 +101,43 @@ fn what_two_workers_ended_at_is_not_given_to_a_third() {
 }
 
 #[test]
+fn from_19_on_a_command_on_a_database_ends_its_workers_and_the_load_goes_on_after_it() {
+    let cluster = Cluster::build().start();
+    if cluster.major() < 19 {
+        println!("commands on a database cannot end its workers before 19: not run");
+        return;
+    }
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.create_tablespace("elsewhere");
+    cluster.sql("CREATE DATABASE app");
+    cluster.table_of_blocks("app", "t", 500);
+    for (database, command, is_loaded) in [
+        ("app", "CREATE DATABASE copy TEMPLATE app", true),
+        ("app", "ALTER DATABASE app RENAME TO other", true),
+        (
+            "other",
+            "ALTER DATABASE other SET TABLESPACE elsewhere",
+            false,
+        ),
+        ("other", "DROP DATABASE other", false),
+    ] {
+        let table = cluster.file_of(database, "t");
+        cluster.stop(Shutdown::Fast);
+        cluster.write_list(list_of(table.first(500)));
+        cluster.configure("pg_prewarm.autoprewarm_max_rate = 80");
+        cluster.start();
+        let mut client = cluster.connect("postgres");
+        LoadStats::wait_for(&mut client, |stats| stats.loaded > 0);
+        client.batch_execute(command).unwrap();
+        cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+        cluster.sql("SELECT pg_reload_conf()");
+        let stats = LoadStats::wait_for_end(&mut client);
+        assert_eq!(stats.result(), "completed", "{command}: {stats:?}");
+        assert_eq!(stats.skipped == 0, is_loaded, "{command}: {stats:?}");
+    }
+}
+
+#[test]
 fn waiting_ddl_gets_its_lock_in_mid_load() {
     // Twenty passes over the table, so that there is something to get between.
     let cluster = Cluster::build().setting("shared_buffers = 128MB").start();

@@ -599,6 +599,20 @@ fn a_load_is_cancelled_while_its_list_is_read() {
 }
 
 #[test]
+fn a_wait_after_the_start_of_a_leader_is_one_for_its_load() {
+    let cluster = Cluster::build().not_preloaded().start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let table = cluster.table("t", 100);
+    cluster.write_list(list_of((0..100).map(|block| table.at(block))));
+    let mut client = cluster.connect("postgres");
+    client
+        .batch_execute("SELECT autoprewarm_start_worker(); SELECT autoprewarm_wait()")
+        .unwrap();
+    let stats = LoadStats::get(&mut client);
+    assert_eq!((stats.result(), stats.total), ("completed", 100));
+}
+
+#[test]
 fn whoever_waits_learns_of_the_end_or_of_the_timeout() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut client = cluster.connect("postgres");

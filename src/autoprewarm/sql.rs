@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::pg::activity::WaitEvent;
 use crate::pg::error::{SUCCESS, tell};
 use crate::pg::process;
-use crate::pg::worker::{Handle, Status};
+use crate::pg::worker::Status;
 use crate::settings;
 
 /// How often a caller looks whether what it waits for has come about.
@@ -34,23 +34,31 @@ AS 'MODULE_PATHNAME', 'autoprewarm_start_worker'
 LANGUAGE C;
 "#)]
 fn autoprewarm_start_worker() {
-    let started = match State::attach().leader() {
+    let state = State::attach();
+    let started = match state.leader() {
         Some(pid) if settings::autoprewarm() => Err(Error::AlreadyRunning(pid)),
-        _ => start_leader().map(|_| ()),
+        _ => start_leader(state),
     };
     started.unwrap_or_else(|error| error.raise());
 }
 
-fn start_leader() -> Result<Handle, Error> {
+/// Returns when there is a leader, this one or another: who asks next whether a load is
+/// pending is to hear of the one that it begins with.
+fn start_leader(state: &State) -> Result<(), Error> {
     if !settings::autoprewarm() {
         return Err(Error::Disabled);
     }
     let leader = LEADER.start(0).ok_or(Error::NoWorkerSlot)?;
-    if leader.wait_until_started() {
-        Ok(leader)
-    } else {
-        Err(Error::WorkerNotStarted)
+    if !leader.wait_until_started() {
+        return Err(Error::WorkerNotStarted);
     }
+    while state.leader().is_none() {
+        if leader.status() == Status::Stopped {
+            return Err(Error::WorkerNotStarted);
+        }
+        process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
+    }
+    Ok(())
 }
 
 /// Writes the list of cached blocks now, those of unlogged relations included,
@@ -92,26 +100,14 @@ fn load_now() -> Result<(), Error> {
     let request = state.request_load().ok_or(Error::LoadInProgress)?;
     while !request.is_granted() {
         if state.leader().is_none() {
-            let started = start_leader();
+            let started = start_leader(state);
             // One that somebody else started will do as well.
             if state.leader().is_none() {
-                wait_for_leader(state, &started?)?;
+                started?;
             }
         }
         request.repeat();
         state.wake_leader();
-        process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
-    }
-    Ok(())
-}
-
-/// Who asks next whether a load is pending is to hear of the one asked for, which
-/// takes a leader.
-fn wait_for_leader(state: &State, leader: &Handle) -> Result<(), Error> {
-    while state.leader().is_none() {
-        if leader.status() == Status::Stopped {
-            return Err(Error::WorkerNotStarted);
-        }
         process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
     }
     Ok(())

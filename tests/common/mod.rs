@@ -131,7 +131,9 @@ impl Installation {
     pub fn major(&self) -> u32 {
         let version = run(Command::new(self.bin.join("postgres")).arg("--version"));
         let number = version.split_whitespace().nth(2).unwrap();
-        number.split('.').next().unwrap().parse().unwrap()
+        // Of "19rc1" as well.
+        let digits = number.find(|c: char| !c.is_ascii_digit());
+        number[..digits.unwrap_or(number.len())].parse().unwrap()
     }
 
     /// A freshly initialised data folder, made once and copied for each cluster.

@@ -93,7 +93,8 @@ tested_flavour() {
 # Has cargo and cargo-pgrx build for that pg_config. pgrx's build script takes it
 # from PGRX_PG_CONFIG_PATH, and runs again when that or PGRX_HOME's file changes:
 # both are the same for a pg_config at every call, whatever calls cargo, so that
-# what one has built the others use.
+# what one has built the others use. Nor does cargo-pgrx hand the linker a flag of
+# its own for the library, which makes it another than cargo's.
 use_pg_config() {
     local pg_config=$1 major
     [ -x "$pg_config" ] || command -v "$pg_config" >/dev/null ||
@@ -105,6 +106,7 @@ use_pg_config() {
         *) die "PostgreSQL $major is not supported: 15, 16, 17 and 18 are" ;;
     esac
     export PG_CONFIG=$pg_config PGRX_PG_CONFIG_PATH=$pg_config
+    export CARGO_PGRX_DISABLE_GC_SECTIONS_WORKAROUND=1
     export PGRX_HOME=$cache/pgrx/${pg_config//\//_}
     mkdir -p "$PGRX_HOME"
     printf '[configs]\npg%s = "%s"\n' "$major" "$pg_config" >"$PGRX_HOME/config.toml.new"
@@ -134,6 +136,14 @@ install_file() {
     local from=$1 to=$2 mode=$3
     mkdir -p "$(dirname "$to")" && install -m "$mode" "$from" "$to.new" && mv "$to.new" "$to" ||
         die "cannot install $to"
+}
+
+# What pgrx generates as 2.0's script, of the library that install_extension built
+# (unoptimised), into the file $1. Needs cargo-pgrx.
+generate_sql() {
+    cargo pgrx schema "pg$pg_major" --skip-build --no-default-features --out "$1" >"$1.log" 2>&1 ||
+        { cat "$1.log" >&2; die "cargo-pgrx generates no SQL"; }
+    rm "$1.log"
 }
 
 # Where cargo builds, whatever its configuration says.

@@ -17,7 +17,7 @@ else
 fi
 export PG_PREWARM_CACHE=$cache
 
-cargo_pgrx_version=0.18.1
+cargo_pgrx_version=0.19.3
 cargo_deny_version=0.20.2
 cargo_fuzz_version=0.13.2
 
@@ -90,8 +90,11 @@ tested_flavour() {
     esac
 }
 
-# Has cargo and pgrx build for that pg_config: each has a PGRX_HOME of its own,
-# so that going from one to the other builds nothing anew.
+# Has cargo and cargo-pgrx build for that pg_config. pgrx's build script takes it
+# from PGRX_PG_CONFIG_PATH, and runs again when that or PGRX_HOME's file changes:
+# both are the same for a pg_config at every call, whatever calls cargo, so that
+# what one has built the others use. Nor does cargo-pgrx hand the linker a flag of
+# its own for the library, which makes it another than cargo's.
 use_pg_config() {
     local pg_config=$1 major
     [ -x "$pg_config" ] || command -v "$pg_config" >/dev/null ||
@@ -102,7 +105,8 @@ use_pg_config() {
         15 | 16 | 17 | 18) ;;
         *) die "PostgreSQL $major is not supported: 15, 16, 17 and 18 are" ;;
     esac
-    export PG_CONFIG=$pg_config
+    export PG_CONFIG=$pg_config PGRX_PG_CONFIG_PATH=$pg_config
+    export CARGO_PGRX_DISABLE_GC_SECTIONS_WORKAROUND=1
     export PGRX_HOME=$cache/pgrx/${pg_config//\//_}
     mkdir -p "$PGRX_HOME"
     printf '[configs]\npg%s = "%s"\n' "$major" "$pg_config" >"$PGRX_HOME/config.toml.new"
@@ -113,23 +117,39 @@ use_pg_config() {
 }
 
 # Builds, and installs into the PostgreSQL in use: the library, the control file,
-# and every SQL script (cargo-pgrx leaves out base scripts of old versions).
-# Unoptimised unless --release is said. Each file takes its place in one step: a
-# running server goes on with the library that it has, which must not change below
-# its feet.
+# and every SQL script. Unoptimised unless --release is said. Each file takes its
+# place in one step: a running server goes on with the library that it has, which
+# must not change below its feet.
 install_extension() {
-    local stage=$cache/install-$$ profile=(--debug) file
-    [ "${1:-}" != --release ] || profile=()
-    mkdir -p "$stage"
-    cargo pgrx package --pg-config "$PG_CONFIG" "${pg_features[@]}" "${profile[@]}" \
-        --out-dir "$stage/files" >"$stage/log" 2>&1 ||
-        { cat "$stage/log" >&2; rm -rf "$stage"; die "the extension does not build"; }
-    cp "$project"/sql/pg_prewarm--1.[12].sql "$stage/files/$("$PG_CONFIG" --sharedir)/extension/"
-    while read -r file; do
-        cp "$stage/files/$file" "/$file.new" && mv "/$file.new" "/$file" ||
-            { rm -rf "$stage"; die "cannot install /$file"; }
-    done < <(cd "$stage/files" && find . -type f -printf '%P\n')
-    rm -rf "$stage"
+    local profile=debug extension file
+    [ "${1:-}" != --release ] || profile=release
+    cargo build --lib --quiet "$@" "${pg_features[@]}" || die "the extension does not build"
+    install_file "$(target_folder)/$profile/libpg_prewarm.so" \
+        "$("$PG_CONFIG" --pkglibdir)/pg_prewarm.so" 755
+    extension=$("$PG_CONFIG" --sharedir)/extension
+    for file in "$project"/pg_prewarm.control "$project"/sql/*.sql; do
+        install_file "$file" "$extension/${file##*/}" 644
+    done
+}
+
+install_file() {
+    local from=$1 to=$2 mode=$3
+    mkdir -p "$(dirname "$to")" && install -m "$mode" "$from" "$to.new" && mv "$to.new" "$to" ||
+        die "cannot install $to"
+}
+
+# What pgrx generates as 2.0's script, of the library that install_extension built
+# (unoptimised), into the file $1. Needs cargo-pgrx.
+generate_sql() {
+    cargo pgrx schema "pg$pg_major" --skip-build --no-default-features --out "$1" >"$1.log" 2>&1 ||
+        { cat "$1.log" >&2; die "cargo-pgrx generates no SQL"; }
+    rm "$1.log"
+}
+
+# Where cargo builds, whatever its configuration says.
+target_folder() {
+    cargo metadata --format-version 1 --no-deps --offline |
+        sed -E 's/.*"target_directory":"([^"]*)".*/\1/'
 }
 
 # Fails if the library that was installed (built for release) names a folder of

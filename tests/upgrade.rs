@@ -2,6 +2,8 @@
 //! folders and lists made with one are like with the other.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use postgres::Client;
 
@@ -116,6 +118,56 @@ fn an_updated_extension_is_the_same_as_a_new_one() {
         assert_eq!(objects(&mut client), fresh, "from {old}");
         assert!(value::<i64>(&mut client, "SELECT pg_prewarm('pg_class')") > 0);
     }
+}
+
+/// An extension of that name beside ours in its installation, until it is dropped:
+/// the same control file, and a script for 2.0 that is given.
+struct Beside {
+    files: [PathBuf; 2],
+}
+
+impl Beside {
+    fn install(name: &str, script: &str) -> Self {
+        let mut pg_config = Installation::ours().program("pg_config");
+        let folder = pg_config.arg("--sharedir").output().unwrap().stdout;
+        let folder = Path::new(String::from_utf8(folder).unwrap().trim()).join("extension");
+        let files = [".control", "--2.0.sql"].map(|end| folder.join(format!("{name}{end}")));
+        let control = include_str!("../pg_prewarm.control");
+        for (file, text) in files.iter().zip([control, script]) {
+            fs::write(file, text).unwrap();
+        }
+        Self { files }
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        for file in &self.files {
+            let _ = fs::remove_file(file);
+        }
+    }
+}
+
+#[test]
+fn the_base_script_is_what_pgrx_generates() {
+    let generated = std::env::var_os("GENERATED_SQL").filter(|path| !path.is_empty()).expect(
+        "GENERATED_SQL must name the script that pgrx generates from the library: run `make test`",
+    );
+    let generated = fs::read_to_string(generated).unwrap();
+    let name = "pg_prewarm_as_generated";
+    let _files = Beside::install(name, &generated);
+    let cluster = Cluster::build().start();
+    let mut client = cluster.connect("postgres");
+    client.batch_execute("CREATE EXTENSION pg_prewarm").unwrap();
+    let installed = objects(&mut client);
+    client
+        .batch_execute(&format!(
+            "DROP EXTENSION pg_prewarm; CREATE EXTENSION {name}; \
+             SET allow_system_table_mods = on; \
+             UPDATE pg_extension SET extname = 'pg_prewarm' WHERE extname = '{name}'"
+        ))
+        .unwrap();
+    assert_eq!(installed, objects(&mut client));
 }
 
 #[test]

@@ -17,7 +17,7 @@ else
 fi
 export PG_PREWARM_CACHE=$cache
 
-cargo_pgrx_version=0.18.1
+cargo_pgrx_version=0.19.3
 cargo_deny_version=0.20.2
 cargo_fuzz_version=0.13.2
 
@@ -60,8 +60,21 @@ as_server_user() {
     fi
 }
 
-# The folder of the private PostgreSQL of that flavour (15, 16, 17, 18,
-# 17-assert, 18-assert), and its pg_config.
+source "$project/scripts/lib/rust.sh"
+
+supported_majors=(15 16 17 18 19)
+is_supported() { case " ${supported_majors[*]} " in *" $1 "*) ;; *) return 1 ;; esac; }
+not_supported() { die "PostgreSQL $1 is not supported: ${supported_majors[*]} are${2:+; $2}"; }
+
+# Has what is named made ready, and the Rust in PATH that is to be used then. Fails,
+# with status 3, if a PostgreSQL cannot be had.
+prepare() {
+    "$project/scripts/prepare" "$@" || return
+    use_rust
+}
+
+# The folder of the private PostgreSQL of that flavour (15 to 19, or 17-test to
+# 19-test), and its pg_config.
 pg_root() { printf '%s/pg%s' "$cache" "$1"; }
 pg_config_of() {
     case $1 in
@@ -70,6 +83,10 @@ pg_config_of() {
         *) printf '%s/bin/pg_config' "$(pg_root "$1")" ;;
     esac
 }
+
+# What it was made of: the way, the version, and if it has assertions.
+origin_of() { cat "$(pg_root "$1")/.origin"; }
+has_assertions() { case $(origin_of "$1") in *", with assertions") ;; *) return 1 ;; esac; }
 
 # The pg_config of an untouched installation with contrib's own module: none
 # for 16, whose wheel has no contrib modules.
@@ -81,13 +98,25 @@ contrib_pg_config_of() {
     esac
 }
 
-# Tests of 17 and 18 run against builds with assertions.
+# Tests of 17 and later run against builds with assertions where they can be had.
 tested_flavour() {
+    is_supported "$1" || not_supported "$1"
     case $1 in
         15 | 16) printf '%s' "$1" ;;
-        17 | 18) printf '%s-assert' "$1" ;;
-        *) die "PostgreSQL '$1' is not supported: 15, 16, 17 and 18 are" ;;
+        *) printf '%s-test' "$1" ;;
     esac
+}
+
+# Contrib's own tests of pg_prewarm: those of that major, or else of another, which
+# serve as well; nothing where no source has come.
+contrib_tests_of() {
+    local major
+    for major in "$1" 18 19 17; do
+        if [ -d "$cache/contrib-tests/$major" ]; then
+            printf '%s/contrib-tests/%s' "$cache" "$major"
+            return
+        fi
+    done
 }
 
 # Has cargo and pgrx build for that pg_config: each has a PGRX_HOME of its own,
@@ -99,8 +128,8 @@ use_pg_config() {
     pg_config=$(command -v "$pg_config")
     major=$("$pg_config" --version | sed -E 's/^PostgreSQL ([0-9]+).*/\1/')
     case $major in
-        15 | 16 | 17 | 18) ;;
-        *) die "PostgreSQL $major is not supported: 15, 16, 17 and 18 are" ;;
+        [0-9]*) is_supported "$major" || not_supported "$major" "'$pg_config' is of $major: name the pg_config of another" ;;
+        *) die "'$pg_config' is no pg_config: say make install PG_CONFIG=/path/to/pg_config" ;;
     esac
     export PG_CONFIG=$pg_config
     export PGRX_HOME=$cache/pgrx/${pg_config//\//_}
@@ -149,14 +178,17 @@ run_torture() {
         --features "pg$pg_major cluster_tests" -- "$1"
 }
 
-# Runs contrib's own regression and TAP tests, of the version that is installed
-# in the folder $1, against the module that is installed there.
+# Runs contrib's own regression and TAP tests, which lie in the folder $1, against
+# the module that is installed. The server's own Perl modules come first, where it
+# has some: they fit it.
 run_contrib_tests() {
-    local root=$1 work=$cache/contrib-tests pgxs
+    local tests=$1 work=$cache/contrib-run pgxs perl
     rm -rf "$work"
     mkdir -p "$work"
-    cp -r "$root"/contrib/{t,sql,expected} "$work/"
+    cp -r "$tests"/{t,sql,expected} "$work/"
     pgxs=$("$PG_CONFIG" --pkglibdir)/pgxs
+    perl=$pgxs/src/test/perl
+    [ -d "$perl/PostgreSQL" ] || perl=$tests/perl
     [ "$(id -u)" != 0 ] || chown -R postgres: "$work"
     (
         cd "$work"
@@ -165,7 +197,7 @@ run_contrib_tests() {
             --inputdir=. --outputdir=. --temp-instance=./instance --no-locale pg_prewarm
         as_server_user env PATH="$("$PG_CONFIG" --bindir):$PATH" TESTDATADIR="$work/tmp_check" \
             TESTLOGDIR="$work/log" PG_REGRESS="$pgxs/src/test/regress/pg_regress" PGPORT=65432 \
-            prove -I "$root/contrib/perl" t/*.pl
+            prove -I "$perl" t/*.pl
     ) || die "contrib's own tests fail; see $work"
     rm -rf "$work"
 }

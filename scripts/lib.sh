@@ -114,6 +114,19 @@ tested_flavour() {
     esac
 }
 
+# The last line of all tests, of the major versions $1, and of $2, which were not
+# tested, with their reasons. Fails if that is not enough to let a change pass.
+sum_up() {
+    local tested
+    read -r -a tested <<<"$1"
+    printf 'tested: %s (%d of %d)%s\n' "${tested[*]}" ${#tested[@]} ${#supported_majors[@]} "${2:+; NOT tested: $2}"
+    case " ${tested[*]} " in
+        *" 15 "*" 18 "*) ;;
+        *) die "15 and 18 must be tested, and not both were" ;;
+    esac
+    [ ${#tested[@]} -ge 4 ] || die "fewer than four major versions were tested"
+}
+
 # Contrib's own tests of pg_prewarm: those of that major, or else of another, which
 # serve as well; nothing where no source has come.
 contrib_tests_of() {

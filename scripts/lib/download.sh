@@ -5,13 +5,18 @@
 # The error of the command whose output is in the file $1, in one line.
 last_error() { grep -aE '^(E|ERROR|error|curl|tar|patchelf|dpkg-deb): ?|rror:' "$1" | tail -1 | cut -c1-300; }
 
-# Ends the script if that command failed for want of room.
+# Ends the script if that command failed because there was no room: its words may
+# have had no room either, so a little is written to see.
 check_room_left() {
     local log=$1
-    ! grep -aqs 'No space left on device' "$log" &&
-        [ "$(df -k --output=avail "$cache" | tail -1)" -gt 1024 ] ||
-        die "no room left in $cache: free some (it is a cache: all in it can be made again)," \
-            "or name another folder in PG_PREWARM_CACHE; then call again"
+    if ! grep -aqs 'No space left on device' "$log" &&
+        head -c 65536 /dev/zero 2>/dev/null >"$cache/.probe"; then
+        rm -f "$cache/.probe"
+        return
+    fi
+    rm -f "$cache/.probe"
+    die "no room left in $cache: free some (it is a cache: all in it can be made again)," \
+        "or name another folder in PG_PREWARM_CACHE; then call again"
 }
 
 # Ends the script if the cache's file system has less than $1 MB, for $2.

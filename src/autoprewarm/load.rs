@@ -407,7 +407,7 @@ impl Load {
     /// slots for that.
     fn start_workers(&mut self) -> bool {
         while self.workers.len() < most_workers() {
-            if !buffer::have_free_buffer() {
+            if buffer::count_free_ahead(1) == 0 {
                 self.segment.header().end_for(SkipReason::NoFreeBuffer);
             }
             let Some((database, first)) = self.next_database() else {

@@ -32,12 +32,14 @@ const LEADER: Kind = Kind {
     function: c"autoprewarm_main",
     // At once, one that cannot come up would be started thousands of times.
     restart: Some(1),
+    interruptible: false,
 };
 
 const WORKER: Kind = Kind {
     name: c"autoprewarm worker",
     function: c"autoprewarm_database_main",
     restart: None,
+    interruptible: true,
 };
 
 /// What is said of a list that has a line which is no record.

@@ -1,12 +1,13 @@
 //! Shared buffers.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use pgrx::pg_sys;
 
 use super::btree::Page;
 pub use super::compat::READS_WANT_MEMORY;
+use super::compat::buffer_state::{self, AtomicWord, Word};
 use super::{compat, ffi, process};
 use crate::blocks::{Heat, Record};
 
@@ -25,36 +26,72 @@ pub fn count() -> usize {
     usize::try_from(unsafe { pg_sys::NBuffers }).unwrap_or(0)
 }
 
-/// Whether a block can be read in without evicting another.
-pub fn have_free_buffer() -> bool {
-    // SAFETY: it only looks.
-    unsafe { ffi::have_free_buffer() }
+/// How many blocks can be read in now, at most so many, without evicting another, if
+/// nobody else uses any buffer.
+///
+/// Up to 18, the server takes free buffers from a list: while that is not empty, none
+/// is evicted. On 19 it takes whatever its clock hand comes to: so this looks ahead of the
+/// hand, as far as the first block that it would evict.
+pub fn count_free_ahead(most: usize) -> usize {
+    match compat::free_list_is_empty() {
+        Some(true) => 0,
+        Some(false) => most,
+        None => {
+            let states = ahead_of_clock_hand().map(|index| state(index).load(Ordering::Relaxed));
+            let is_victim = |state: Word| {
+                state & (buffer_state::BM_TAG_VALID | buffer_state::BUF_REFCOUNT_MASK)
+                    == buffer_state::BM_TAG_VALID
+                    && buffer_state::usage_count(state) == 0
+            };
+            states
+                .take_while(|&state| !is_victim(state))
+                .filter(|&state| is_free(state))
+                .take(most)
+                .count()
+        }
+    }
+}
+
+/// Whether free buffers are taken before any block is evicted, wherever the clock hand
+/// is.
+pub fn free_ones_come_first() -> bool {
+    compat::free_list_is_empty().is_some()
 }
 
 /// How many buffers hold nothing and are used by nobody.
 pub fn count_free() -> usize {
-    const USED: u32 = pg_sys::BM_TAG_VALID | pg_sys::BUF_REFCOUNT_MASK;
-    count_where(|state| state & USED == 0)
+    count_where(is_free)
+}
+
+fn is_free(state: Word) -> bool {
+    state & (buffer_state::BM_TAG_VALID | buffer_state::BUF_REFCOUNT_MASK) == 0
+}
+
+/// All buffers, in the order in which the server will look at them next for one that it
+/// may take.
+fn ahead_of_clock_hand() -> impl Iterator<Item = usize> {
+    // SAFETY: it reads where the server stopped, and wants nothing else told.
+    let start = unsafe { pg_sys::StrategySyncStart(std::ptr::null_mut(), std::ptr::null_mut()) };
+    let start = usize::try_from(start).unwrap_or(0);
+    (start..count()).chain(0..start)
 }
 
 /// How many blocks could be read in, at most so many, before the server evicts the
 /// block of a buffer for which `keep` holds, if nobody else used any: it looks at
 /// the buffers in order from where it stopped, takes the first that has not been
-/// used since it last passed by, and counts a use of the others less. It is taken to
-/// have no free ones. Of very many buffers only the next are looked at.
+/// used since it last passed by, and counts a use of the others less. Where the server
+/// takes free ones first, it is taken to have none. Of very many buffers only the next
+/// are looked at.
 pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usize {
     const LOOKED_AT: usize = 1 << 16;
     /// What may be read when all that was looked at tells nothing.
     const A_FEW: usize = 128;
-    // SAFETY: it reads where the server stopped, and wants nothing else told.
-    let start = unsafe { pg_sys::StrategySyncStart(std::ptr::null_mut(), std::ptr::null_mut()) };
     let count = count();
     let mut evictable = 0;
     for round in 0..=Heat::MAX.usage_count() {
-        for offset in 0..count.min(LOOKED_AT) {
-            let index = (start as usize + offset) % count;
-            let state = state(header(index)).load(Ordering::Relaxed);
-            if state & pg_sys::BUF_REFCOUNT_MASK != 0 || heat(state).usage_count() != round {
+        for index in ahead_of_clock_hand().take(LOOKED_AT) {
+            let state = state(index).load(Ordering::Relaxed);
+            if state & buffer_state::BUF_REFCOUNT_MASK != 0 || heat(state).usage_count() != round {
                 continue;
             }
             if keep(index) {
@@ -83,15 +120,15 @@ pub fn count_local() -> usize {
 /// wanted. Nothing is locked, so that some may come and go meanwhile.
 pub fn count_cached(permanent_only: bool) -> usize {
     let wanted = match permanent_only {
-        true => pg_sys::BM_TAG_VALID | pg_sys::BM_PERMANENT,
-        false => pg_sys::BM_TAG_VALID,
+        true => buffer_state::BM_TAG_VALID | buffer_state::BM_PERMANENT,
+        false => buffer_state::BM_TAG_VALID,
     };
     count_where(|state| state & wanted == wanted)
 }
 
-fn count_where(condition: impl Fn(u32) -> bool) -> usize {
+fn count_where(condition: impl Fn(Word) -> bool) -> usize {
     (0..count())
-        .filter(|&index| condition(state(header(index)).load(Ordering::Relaxed)))
+        .filter(|&index| condition(state(index).load(Ordering::Relaxed)))
         .count()
 }
 
@@ -192,9 +229,9 @@ impl Pinned {
     pub fn copy_page(&self) -> Box<Page> {
         // SAFETY: pinned, and locked while it is copied.
         unsafe {
-            pg_sys::LockBuffer(self.0, pg_sys::BUFFER_LOCK_SHARE as i32);
+            compat::share_lock_buffer(self.0, true);
             let page = Box::new(pg_sys::BufferGetBlock(self.0).cast::<Page>().read());
-            pg_sys::LockBuffer(self.0, pg_sys::BUFFER_LOCK_UNLOCK as i32);
+            compat::share_lock_buffer(self.0, false);
             page
         }
     }
@@ -206,11 +243,11 @@ impl Pinned {
 
     /// Gives the block the heat that it once had, unless it is hotter already.
     pub fn restore_heat(&self, heat: Heat) {
-        let state = state(header(self.index()));
+        let state = state(self.index());
         let mut old = state.load(Ordering::Relaxed);
         loop {
             // Whoever has the header locked changes it as a whole, soon.
-            if old & pg_sys::BM_LOCKED != 0 {
+            if old & buffer_state::BM_LOCKED != 0 {
                 std::hint::spin_loop();
                 old = state.load(Ordering::Relaxed);
                 continue;
@@ -223,8 +260,7 @@ impl Pinned {
             } else {
                 current.usage_count().saturating_sub(1)
             };
-            let usage = heat.usage_count().max(before) * pg_sys::BUF_USAGECOUNT_ONE;
-            let new = old & !pg_sys::BUF_USAGECOUNT_MASK | usage;
+            let new = buffer_state::with_usage_count(old, heat.usage_count().max(before));
             match state.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => return,
                 Err(now) => old = now,
@@ -242,8 +278,8 @@ impl Drop for Pinned {
     }
 }
 
-fn heat(state: u32) -> Heat {
-    Heat::from_usage_count((state & pg_sys::BUF_USAGECOUNT_MASK) >> pg_sys::BUF_USAGECOUNT_SHIFT)
+fn heat(state: Word) -> Heat {
+    Heat::from_usage_count(buffer_state::usage_count(state))
 }
 
 fn header(index: usize) -> *mut pg_sys::BufferDesc {
@@ -252,9 +288,9 @@ fn header(index: usize) -> *mut pg_sys::BufferDesc {
     unsafe { &raw mut (*pg_sys::BufferDescriptors.add(index)).bufferdesc }
 }
 
-fn state<'a>(header: *mut pg_sys::BufferDesc) -> &'a AtomicU32 {
-    // SAFETY: a buffer's header, whose state every process changes atomically.
-    unsafe { AtomicU32::from_ptr(&raw mut (*header).state.value) }
+fn state(index: usize) -> &'static AtomicWord {
+    // SAFETY: one of the server's descriptors.
+    unsafe { buffer_state::state(header(index)) }
 }
 
 /// Every block in shared buffers, in the order of the buffers. Each is as it was
@@ -270,9 +306,9 @@ pub fn cached_blocks() -> impl Iterator<Item = CachedBlock> {
 
 fn cached_block(index: usize) -> Option<CachedBlock> {
     let header = header(index);
-    let state = state(header);
+    let state = state(index);
     // An empty buffer needs no lock to be passed over.
-    if state.load(Ordering::Relaxed) & pg_sys::BM_TAG_VALID == 0 {
+    if state.load(Ordering::Relaxed) & buffer_state::BM_TAG_VALID == 0 {
         return None;
     }
     // SAFETY: a buffer's header; the tag is stable while it is locked. Nothing
@@ -280,12 +316,12 @@ fn cached_block(index: usize) -> Option<CachedBlock> {
     let (locked, tag) = unsafe {
         let locked = ffi::LockBufHdr(header);
         let tag = (*header).tag;
-        state.store(locked & !pg_sys::BM_LOCKED, Ordering::Release);
+        state.fetch_and(!buffer_state::BM_LOCKED, Ordering::Release);
         (locked, tag)
     };
-    (locked & pg_sys::BM_TAG_VALID != 0).then(|| CachedBlock {
+    (locked & buffer_state::BM_TAG_VALID != 0).then(|| CachedBlock {
         record: compat::record(&tag),
-        permanent: locked & pg_sys::BM_PERMANENT != 0,
+        permanent: locked & buffer_state::BM_PERMANENT != 0,
         heat: heat(locked),
     })
 }

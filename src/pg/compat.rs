@@ -1,5 +1,7 @@
 //! What differs between the major versions, and nothing else.
 
+pub mod buffer_state;
+
 use std::ffi::CStr;
 use std::ffi::c_int;
 use std::ops::ControlFlow;
@@ -65,13 +67,13 @@ unsafe fn path(relation: pg_sys::Relation, fork: Fork) -> String {
             [database, tablespace, filenumber].map(pg_sys::Oid::from);
         let backend = (*relation).rd_backend;
         let path = pg_sys::GetRelationPath(database, tablespace, filenumber, backend, fork as i32);
-        #[cfg(not(feature = "pg18"))]
+        #[cfg(not(any(feature = "pg18", feature = "pg19")))]
         {
             let copy = CStr::from_ptr(path).to_string_lossy().into_owned();
             pg_sys::pfree(path.cast());
             copy
         }
-        #[cfg(feature = "pg18")]
+        #[cfg(any(feature = "pg18", feature = "pg19"))]
         CStr::from_ptr(path.str_.as_ptr())
             .to_string_lossy()
             .into_owned()
@@ -94,17 +96,92 @@ pub fn record(tag: &pg_sys::BufferTag) -> Record {
     }
 }
 
+/// Defines what signal handlers look like, with the arguments that the server gives them.
+macro_rules! define_signal_handlers {
+    ($($argument:ty),+) => {
+        pub type SignalHandler = unsafe extern "C-unwind" fn($($argument),+);
+
+        // PostgreSQL's own, to be given to `pqsignal` as they are: pgrx binds them
+        // behind a guard, which a signal handler cannot have.
+        unsafe extern "C-unwind" {
+            pub fn SignalHandlerForShutdownRequest($(_: $argument),+);
+            pub fn SignalHandlerForConfigReload($(_: $argument),+);
+            pub fn die($(_: $argument),+);
+        }
+
+        /// Does nothing.
+        pub unsafe extern "C-unwind" fn ignore_signal($(_: $argument),+) {}
+    };
+}
+
+#[cfg(not(feature = "pg19"))]
+define_signal_handlers!(c_int);
+#[cfg(feature = "pg19")]
+define_signal_handlers!(c_int, *const pg_sys::pg_signal_info);
+
 /// Sets a signal's handler.
 ///
 /// # Safety
 /// `handler` does only what a signal handler may.
-pub unsafe fn signal(number: c_int, handler: unsafe extern "C-unwind" fn(c_int)) {
+pub unsafe fn signal(number: c_int, handler: SignalHandler) {
     // SAFETY: the caller's promise.
     unsafe {
-        #[cfg(not(feature = "pg18"))]
+        #[cfg(not(any(feature = "pg18", feature = "pg19")))]
         pg_sys::pqsignal(number, Some(handler));
-        #[cfg(feature = "pg18")]
+        #[cfg(any(feature = "pg18", feature = "pg19"))]
         pg_sys::pqsignal_be(number, Some(handler));
+    }
+}
+
+/// Has `CREATE`, `ALTER` and `DROP DATABASE` end a background worker that is connected to the
+/// database, where the server's version can do that.
+pub const BGWORKER_INTERRUPTIBLE: u32 = {
+    #[cfg(not(feature = "pg19"))]
+    {
+        0
+    }
+    #[cfg(feature = "pg19")]
+    {
+        pg_sys::BGWORKER_INTERRUPTIBLE
+    }
+};
+
+/// Whether the list of free buffers is empty, looked at without a lock. 19 has no
+/// such list: there, free buffers are found by looking for them.
+pub fn free_list_is_empty() -> Option<bool> {
+    #[cfg(not(feature = "pg19"))]
+    {
+        unsafe extern "C-unwind" {
+            fn have_free_buffer() -> bool;
+        }
+        // SAFETY: it only looks, and raises no ERROR.
+        Some(unsafe { !have_free_buffer() })
+    }
+    #[cfg(feature = "pg19")]
+    None
+}
+
+/// Takes the share lock on the content of a pinned buffer, or gives it back.
+///
+/// # Safety
+/// The buffer is pinned by this process, which has not locked it yet; or has, if it is
+/// to be given back.
+pub unsafe fn share_lock_buffer(buffer: pg_sys::Buffer, lock: bool) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        #[cfg(not(feature = "pg19"))]
+        match lock {
+            true => pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32),
+            false => pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_UNLOCK as i32),
+        }
+        // `LockBuffer` is an inline function of these two.
+        #[cfg(feature = "pg19")]
+        match lock {
+            true => {
+                pg_sys::LockBufferInternal(buffer, pg_sys::BufferLockMode::BUFFER_LOCK_SHARE);
+            }
+            false => pg_sys::UnlockBuffer(buffer),
+        }
     }
 }
 
@@ -294,10 +371,27 @@ pub unsafe fn shared_struct(
             address
         }
     }
-    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
     {
         // SAFETY: the caller's promise.
         unsafe { pg_sys::GetNamedDSMSegment(name.as_ptr(), size, Some(init), &mut found) }
+    }
+    #[cfg(feature = "pg19")]
+    {
+        type Init = unsafe extern "C-unwind" fn(*mut std::ffi::c_void);
+
+        unsafe extern "C-unwind" fn call(
+            address: *mut std::ffi::c_void,
+            init: *mut std::ffi::c_void,
+        ) {
+            // SAFETY: `init` is the function pointer given below, and the caller's promise
+            // holds for it.
+            unsafe { std::mem::transmute::<*mut std::ffi::c_void, Init>(init)(address) };
+        }
+
+        let argument = init as *mut std::ffi::c_void;
+        // SAFETY: the caller's promise.
+        unsafe { pg_sys::GetNamedDSMSegment(name.as_ptr(), size, Some(call), &mut found, argument) }
     }
 }
 
@@ -408,7 +502,11 @@ unsafe fn read_in_runs(
     let mut index = 0;
     while index < blocks.len() {
         check_for_interrupts();
-        if only_free && !buffer::have_free_buffer() {
+        let most = match only_free {
+            true => buffer::count_free_ahead(most),
+            false => most,
+        };
+        if most == 0 {
             return ReadEnd::Full;
         }
         if !is_cached {
@@ -510,7 +608,7 @@ unsafe fn read_run(
 ) {
     #[cfg(feature = "pg17")]
     const FLAGS: u32 = 0;
-    #[cfg(feature = "pg18")]
+    #[cfg(not(feature = "pg17"))]
     const FLAGS: u32 = pg_sys::READ_BUFFERS_SYNCHRONOUSLY;
 
     let mut buffers = [pg_sys::InvalidBuffer as pg_sys::Buffer; RUN];
@@ -519,7 +617,7 @@ unsafe fn read_run(
         let rest = &mut buffers[done..count];
         let mut started = rest.len() as c_int;
         // SAFETY: the caller's promise. The server may start fewer reads than it
-        // is asked for, and on 18 have pinned more: what it left in `buffers` is
+        // is asked for, and from 18 on have pinned more: what it left in `buffers` is
         // given to it again. Pins of what was read are handed over.
         unsafe {
             let mut operation = pg_sys::ReadBuffersOperation {
@@ -533,7 +631,7 @@ unsafe fn read_run(
             {
                 operation.smgr_persistence = persistence;
             }
-            #[cfg(feature = "pg18")]
+            #[cfg(not(feature = "pg17"))]
             {
                 operation.persistence = persistence;
             }
@@ -591,7 +689,7 @@ unsafe fn read_through_stream(
     #[cfg(feature = "pg17")]
     const BATCHING: u32 = 0;
     // The callback takes no locks and waits for nothing.
-    #[cfg(feature = "pg18")]
+    #[cfg(not(feature = "pg17"))]
     const BATCHING: u32 = pg_sys::READ_STREAM_USE_BATCHING;
 
     let mut source = Source {

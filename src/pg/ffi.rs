@@ -1,24 +1,16 @@
 //! Symbols of the server that pgrx does not bind, or binds in a form that does
-//! not fit: behind a guard that a signal handler, the loop over all buffers or a `Drop`
-//! cannot have.
+//! not fit: behind a guard that the loop over all buffers or a `Drop` cannot have.
 
 use std::ffi::{c_char, c_int};
 
 use pgrx::pg_sys;
 
+use super::compat::buffer_state::Word;
+
 unsafe extern "C-unwind" {
-    // PostgreSQL's own signal handlers, to be given to `pqsignal` as they are.
-    pub fn SignalHandlerForShutdownRequest(signal: c_int);
-    pub fn SignalHandlerForConfigReload(signal: c_int);
-    pub fn die(signal: c_int);
-
-    /// Whether the list of free buffers is not empty, looked at without a lock.
-    /// It raises no ERROR, so that it needs no guard.
-    pub fn have_free_buffer() -> bool;
-
     /// Takes the spinlock of a buffer's header and returns its state. It raises
     /// no ERROR, so that it needs no guard.
-    pub fn LockBufHdr(header: *mut pg_sys::BufferDesc) -> u32;
+    pub fn LockBufHdr(header: *mut pg_sys::BufferDesc) -> Word;
 
     /// Counts a file of this process's as closed. It raises no ERROR, so that it needs
     /// no guard, and may be called while one unwinds.

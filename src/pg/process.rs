@@ -6,8 +6,8 @@ use std::time::Duration;
 use pgrx::{pg_guard, pg_sys};
 
 use super::activity::WaitEvent;
+use super::compat;
 use super::error::catch;
-use super::{compat, ffi};
 
 /// This process's ID, as the log and `pg_stat_activity` show it.
 pub fn my_pid() -> i32 {
@@ -38,17 +38,15 @@ pub fn check_for_interrupts() {
     pgrx::check_for_interrupts!();
 }
 
-/// What a cancel would interrupt is the service of the whole server, and no query.
-unsafe extern "C-unwind" fn ignore(_signal: i32) {}
-
 /// Takes signals as a worker that decides for itself when it ends:
-/// [`shutdown_requested`] tells.
+/// [`shutdown_requested`] tells. A cancel is ignored: what it would interrupt is the
+/// service of the whole server, and no query.
 pub fn handle_signals_as_leader() {
     // SAFETY: PostgreSQL's own handlers, made for this.
     unsafe {
-        compat::signal(libc::SIGINT, ignore);
-        compat::signal(libc::SIGTERM, ffi::SignalHandlerForShutdownRequest);
-        compat::signal(libc::SIGHUP, ffi::SignalHandlerForConfigReload);
+        compat::signal(libc::SIGINT, compat::ignore_signal);
+        compat::signal(libc::SIGTERM, compat::SignalHandlerForShutdownRequest);
+        compat::signal(libc::SIGHUP, compat::SignalHandlerForConfigReload);
         pg_sys::BackgroundWorkerUnblockSignals();
     }
 }
@@ -57,8 +55,8 @@ pub fn handle_signals_as_leader() {
 pub fn handle_signals_as_worker() {
     // SAFETY: as above.
     unsafe {
-        compat::signal(libc::SIGINT, ignore);
-        compat::signal(libc::SIGTERM, ffi::die);
+        compat::signal(libc::SIGINT, compat::ignore_signal);
+        compat::signal(libc::SIGTERM, compat::die);
         pg_sys::BackgroundWorkerUnblockSignals();
     }
 }

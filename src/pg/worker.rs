@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_char};
 
 use pgrx::pg_sys;
 
-use super::process;
+use super::{compat, process};
 
 /// A kind of background worker.
 pub struct Kind {
@@ -14,6 +14,9 @@ pub struct Kind {
     pub function: &'static CStr,
     /// How many seconds after it failed the server starts it again; never for `None`.
     pub restart: Option<i32>,
+    /// Whether `CREATE`, `ALTER` and `DROP DATABASE` may end one that is connected to the
+    /// database, instead of waiting for it in vain. Before 19, the server cannot.
+    pub interruptible: bool,
 }
 
 /// The library that the server loads the function from.
@@ -30,8 +33,12 @@ impl Kind {
         copy_name(&mut worker.bgw_type, self.name);
         copy_name(&mut worker.bgw_library_name, LIBRARY);
         copy_name(&mut worker.bgw_function_name, self.function);
-        worker.bgw_flags =
-            (pg_sys::BGWORKER_SHMEM_ACCESS | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION) as i32;
+        let mut flags =
+            pg_sys::BGWORKER_SHMEM_ACCESS | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION;
+        if self.interruptible {
+            flags |= compat::BGWORKER_INTERRUPTIBLE;
+        }
+        worker.bgw_flags = flags as i32;
         worker.bgw_start_time = pg_sys::BgWorkerStartTime::BgWorkerStart_ConsistentState;
         worker.bgw_restart_time = self.restart.unwrap_or(NEVER_RESTART);
         worker.bgw_main_arg = pg_sys::Datum::from(argument);

@@ -280,10 +280,10 @@ impl<'a> Filled<'a> {
         }
     }
 
-    /// How many buffers are free. All are counted only where it may matter, and for a
-    /// tenth of the time at most.
+    /// How many buffers are free, where these are taken before anything is evicted. All
+    /// are counted only where it may matter, and for a tenth of the time at most.
     fn count_free(&self, most: usize) -> usize {
-        if !buffer::have_free_buffer() {
+        if !buffer::free_ones_come_first() || buffer::count_free_ahead(1) == 0 {
             return 0;
         }
         let known = self.free.0.load(Relaxed);
@@ -305,7 +305,7 @@ impl<'a> Filled<'a> {
                 let bit = 1 << (index % 32);
                 let before = self.shared[index / 32].fetch_or(bit, Relaxed);
                 // What was in it may also have been dropped.
-                if before & bit != 0 && !buffer::have_free_buffer() {
+                if before & bit != 0 && buffer::count_free_ahead(1) == 0 {
                     return Break(Full::Shared);
                 }
             }

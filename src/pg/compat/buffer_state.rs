@@ -1,0 +1,66 @@
+//! The state word in a buffer's header: its type, and what its bits mean.
+//!
+//! It is changed by atomic operations only. Up to 18 it has 32 bits, and nobody changes it
+//! while the header is locked. On 19 it has 64, and others may unpin the buffer, by
+//! an atomic subtraction, while the header is locked: so whoever unlocks it must
+//! leave the other bits as they are at that moment.
+
+use pgrx::pg_sys;
+
+pub use word::{
+    AtomicWord, BM_LOCKED, BM_PERMANENT, BM_TAG_VALID, BUF_REFCOUNT_MASK, BUF_USAGECOUNT_MASK,
+    BUF_USAGECOUNT_ONE, Word,
+};
+
+#[cfg(not(feature = "pg19"))]
+mod word {
+    pub use pgrx::pg_sys::{
+        BM_LOCKED, BM_PERMANENT, BM_TAG_VALID, BUF_REFCOUNT_MASK, BUF_USAGECOUNT_MASK,
+        BUF_USAGECOUNT_ONE,
+    };
+
+    pub type Word = u32;
+    pub type AtomicWord = std::sync::atomic::AtomicU32;
+}
+
+/// As `buf_internals.h` of 19 defines them by macros that pgrx does not bind.
+#[cfg(feature = "pg19")]
+mod word {
+    use pgrx::pg_sys;
+
+    pub type Word = u64;
+    pub type AtomicWord = std::sync::atomic::AtomicU64;
+
+    pub const BUF_REFCOUNT_MASK: Word = (1 << pg_sys::BUF_REFCOUNT_BITS) - 1;
+    pub const BUF_USAGECOUNT_ONE: Word = 1 << pg_sys::BUF_USAGECOUNT_SHIFT;
+    pub const BUF_USAGECOUNT_MASK: Word =
+        ((1 << pg_sys::BUF_USAGECOUNT_BITS) - 1) << pg_sys::BUF_USAGECOUNT_SHIFT;
+
+    pub const BM_LOCKED: Word = flag(0);
+    pub const BM_TAG_VALID: Word = flag(3);
+    pub const BM_PERMANENT: Word = flag(9);
+
+    const fn flag(number: u32) -> Word {
+        1 << (pg_sys::BUF_FLAG_SHIFT + number)
+    }
+}
+
+/// How often the buffer was used, as the server counts it, up to `BM_MAX_USAGE_COUNT`.
+pub fn usage_count(state: Word) -> u32 {
+    ((state & BUF_USAGECOUNT_MASK) >> pg_sys::BUF_USAGECOUNT_SHIFT) as u32
+}
+
+/// The state with that usage count instead of its own.
+pub fn with_usage_count(state: Word, usage_count: u32) -> Word {
+    (state & !BUF_USAGECOUNT_MASK) | (Word::from(usage_count) * BUF_USAGECOUNT_ONE)
+}
+
+/// The state word of a buffer's header.
+///
+/// # Safety
+/// `header` is a shared buffer's, which is there for as long as the server is.
+pub unsafe fn state<'a>(header: *mut pg_sys::BufferDesc) -> &'a AtomicWord {
+    // SAFETY: the header outlives this process, and every process changes the word
+    // atomically.
+    unsafe { AtomicWord::from_ptr(&raw mut (*header).state.value) }
+}

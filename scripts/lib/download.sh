@@ -42,7 +42,8 @@ fetch() {
     return 1
 }
 
-is_gone() { grep -aqE '404 +Not Found|File not found|Unable to (find|locate)|No matching distribution' "$1"; }
+# What another try would not change.
+is_gone() { grep -aqE '404 +Not Found|File not found|Unable to (find|locate)|No matching distribution|could not compile' "$1"; }
 
 # Packages of this machine's own suites, installed.
 install_packages() {

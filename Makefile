@@ -10,6 +10,7 @@
 #                          faults with that in their name
 #   make restarts [PG=18]  1000 restarts with a changing workload (ROUNDS=n)
 #   make bench [PG=18]     contrib and this, side by side (SIZE=smoke: a minute)
+#   make test-scripts      what the scripts say where something is wrong
 #   make check             formatting, lints, documentation, dependencies
 #   make fuzz [TIME=60]    inputs that a fuzzer makes up, so many seconds each
 #   make valgrind [PG=18]  a load, a dump and every function under valgrind
@@ -22,7 +23,7 @@
 PG ?= 15
 PG_CONFIG ?= pg_config
 
-.PHONY: demo test test-all torture restarts bench check fuzz valgrind install clean
+.PHONY: demo test test-all test-scripts torture restarts bench check fuzz valgrind install clean
 
 demo:
 	@scripts/demo
@@ -31,7 +32,10 @@ test:
 	@scripts/test $(PG)
 
 test-all:
-	@scripts/test 15 16 17 18
+	@scripts/test all
+
+test-scripts:
+	@tests/scripts.sh
 
 # The shell has a SECONDS of its own.
 torture:

@@ -60,8 +60,28 @@ as_server_user() {
     fi
 }
 
-# The folder of the private PostgreSQL of that flavour (15, 16, 17, 18,
-# 17-assert, 18-assert), and its pg_config.
+source "$project/scripts/lib/rust.sh"
+
+supported_majors=(15 16 17 18 19)
+is_supported() { case " ${supported_majors[*]} " in *" $1 "*) ;; *) return 1 ;; esac; }
+not_supported() { die "PostgreSQL $1 is not supported: ${supported_majors[*]} are${2:+; $2}"; }
+
+# Has what is named made ready, and the Rust in PATH that is to be used then. Fails,
+# with status 3, if a PostgreSQL cannot be had; ends the script if anything else
+# is wrong.
+prepare() {
+    local status=0
+    "$project/scripts/prepare" "$@" || status=$?
+    [ "$status" = 0 ] || [ "$status" = 3 ] || exit "$status"
+    use_rust
+    return "$status"
+}
+
+# Why that flavour cannot be had, as prepare has just found; fails if it can.
+cannot_be_had() { cat "$cache/missing/$1" 2>/dev/null; }
+
+# The folder of the private PostgreSQL of that flavour (15 to 19, or 17-test to
+# 19-test), and its pg_config.
 pg_root() { printf '%s/pg%s' "$cache" "$1"; }
 pg_config_of() {
     case $1 in
@@ -70,6 +90,10 @@ pg_config_of() {
         *) printf '%s/bin/pg_config' "$(pg_root "$1")" ;;
     esac
 }
+
+# What it was made of: the way, the version, and if it has assertions.
+origin_of() { cat "$(pg_root "$1")/.origin"; }
+has_assertions() { case $(origin_of "$1") in *", with assertions") ;; *) return 1 ;; esac; }
 
 # The pg_config of an untouched installation with contrib's own module: none
 # for 16, whose wheel has no contrib modules.
@@ -81,13 +105,38 @@ contrib_pg_config_of() {
     esac
 }
 
-# Tests of 17 and 18 run against builds with assertions.
+# Tests of 17 and later run against builds with assertions where they can be had.
 tested_flavour() {
+    is_supported "$1" || not_supported "$1"
     case $1 in
         15 | 16) printf '%s' "$1" ;;
-        17 | 18) printf '%s-assert' "$1" ;;
-        *) die "PostgreSQL '$1' is not supported: 15, 16, 17 and 18 are" ;;
+        *) printf '%s-test' "$1" ;;
     esac
+}
+
+# The last line of all tests, of the major versions $1, and of $2, which were not
+# tested, with their reasons. Fails if that is not enough to let a change pass.
+sum_up() {
+    local tested
+    read -r -a tested <<<"$1"
+    printf 'tested: %s (%d of %d)%s\n' "${tested[*]}" ${#tested[@]} ${#supported_majors[@]} "${2:+; NOT tested: $2}"
+    case " ${tested[*]} " in
+        *" 15 "*" 18 "*) ;;
+        *) die "15 and 18 must be tested, and not both were" ;;
+    esac
+    [ ${#tested[@]} -ge 4 ] || die "fewer than four major versions were tested"
+}
+
+# Contrib's own tests of pg_prewarm: those of that major, or else of another, which
+# serve as well; nothing where no source has come.
+contrib_tests_of() {
+    local major
+    for major in "$1" 18 19 17; do
+        if [ -d "$cache/contrib-tests/$major" ]; then
+            printf '%s/contrib-tests/%s' "$cache" "$major"
+            return
+        fi
+    done
 }
 
 # Has cargo and cargo-pgrx build for that pg_config. pgrx's build script takes it
@@ -102,8 +151,8 @@ use_pg_config() {
     pg_config=$(command -v "$pg_config")
     major=$("$pg_config" --version | sed -E 's/^PostgreSQL ([0-9]+).*/\1/')
     case $major in
-        15 | 16 | 17 | 18) ;;
-        *) die "PostgreSQL $major is not supported: 15, 16, 17 and 18 are" ;;
+        [0-9]*) is_supported "$major" || not_supported "$major" "'$pg_config' is of $major: name the pg_config of another" ;;
+        *) die "'$pg_config' is no pg_config: say make install PG_CONFIG=/path/to/pg_config" ;;
     esac
     export PG_CONFIG=$pg_config PGRX_PG_CONFIG_PATH=$pg_config
     export CARGO_PGRX_DISABLE_GC_SECTIONS_WORKAROUND=1
@@ -169,14 +218,17 @@ run_torture() {
         --features "pg$pg_major cluster_tests" -- "$1"
 }
 
-# Runs contrib's own regression and TAP tests, of the version that is installed
-# in the folder $1, against the module that is installed there.
+# Runs contrib's own regression and TAP tests, which lie in the folder $1, against
+# the module that is installed. The server's own Perl modules come first, where it
+# has some: they fit it.
 run_contrib_tests() {
-    local root=$1 work=$cache/contrib-tests pgxs
+    local tests=$1 work=$cache/contrib-run pgxs perl
     rm -rf "$work"
     mkdir -p "$work"
-    cp -r "$root"/contrib/{t,sql,expected} "$work/"
+    cp -r "$tests"/{t,sql,expected} "$work/"
     pgxs=$("$PG_CONFIG" --pkglibdir)/pgxs
+    perl=$pgxs/src/test/perl
+    [ -d "$perl/PostgreSQL" ] || perl=$tests/perl
     [ "$(id -u)" != 0 ] || chown -R postgres: "$work"
     (
         cd "$work"
@@ -185,7 +237,7 @@ run_contrib_tests() {
             --inputdir=. --outputdir=. --temp-instance=./instance --no-locale pg_prewarm
         as_server_user env PATH="$("$PG_CONFIG" --bindir):$PATH" TESTDATADIR="$work/tmp_check" \
             TESTLOGDIR="$work/log" PG_REGRESS="$pgxs/src/test/regress/pg_regress" PGPORT=65432 \
-            prove -I "$root/contrib/perl" t/*.pl
+            prove -I "$perl" t/*.pl
     ) || die "contrib's own tests fail; see $work"
     rm -rf "$work"
 }

@@ -476,11 +476,10 @@ fn what_is_new_in_2_0_is_an_error_with_contribs_library_and_the_rest_works() {
 #[test]
 fn pg_upgrade_keeps_the_extension_and_a_copied_list_warms_the_new_cluster() {
     let Some(old) = Installation::old() else {
-        println!("OLD_PG_CONFIG names no PostgreSQL 15: pg_upgrade was not run");
+        println!("OLD_PG_CONFIG names no older PostgreSQL: pg_upgrade was not run");
         return;
     };
     let old = Cluster::build().installation(old).start();
-    assert_eq!(old.major(), 15);
     old.sql(GRANTS);
     old.create_tablespace("elsewhere");
     old.sql("CREATE DATABASE old");
@@ -493,7 +492,7 @@ fn pg_upgrade_keeps_the_extension_and_a_copied_list_warms_the_new_cluster() {
     ];
     old.sql("ALTER TABLE away SET TABLESPACE elsewhere; SELECT count(*) FROM away");
     let tables = [tables[0], old.file_of("postgres", "away"), tables[2]];
-    // 18 words views in another way, and says more of what depends on what.
+    // Newer versions word views in another way, and say more of what depends on what.
     let functions = |cluster: &Cluster, database: &str| {
         let mut objects = objects(&mut cluster.connect(database));
         objects.retain(|line| {
@@ -518,6 +517,7 @@ fn pg_upgrade_keeps_the_extension_and_a_copied_list_warms_the_new_cluster() {
 
     // It starts both servers several times, which load and dump nothing.
     let new = Cluster::build().create();
+    assert!(old.major() < new.major());
     new.upgrade_from(&old);
     assert_eq!(old.list(), list);
     assert!(!new.data(LIST).exists());

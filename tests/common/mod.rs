@@ -103,8 +103,8 @@ impl Installation {
         Self::from_env("CONTRIB_PG_CONFIG", "contrib")
     }
 
-    /// One of PostgreSQL 15 with this extension, where ours is of 18: `pg_upgrade`
-    /// goes from the one to the other.
+    /// One of an older PostgreSQL with this extension: `pg_upgrade` goes from that
+    /// to ours.
     pub fn old() -> Option<Self> {
         Self::from_env("OLD_PG_CONFIG", "old")
     }

@@ -23,7 +23,7 @@ macro_rules! export {
             #[unsafe(export_name = $name)]
             unsafe extern "C-unwind" fn call(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
                 // SAFETY: the server calls both with the same promise.
-                unsafe { crate::pg::error::with_exact_messages(|| $wrapper(fcinfo)) }
+                unsafe { crate::pg::error::with_reserve(|| $wrapper(fcinfo)) }
             }
         };
     };
@@ -134,5 +134,5 @@ pub unsafe extern "C-unwind" fn pg_prewarm_parallel_main(
         unsafe { crate::prewarm::job::worker_main(toc) };
     }
     // SAFETY: nothing here needs dropping.
-    unsafe { crate::pg::error::with_exact_messages(|| main(toc)) };
+    unsafe { crate::pg::error::with_reserve(|| main(toc)) };
 }

@@ -203,44 +203,13 @@ impl Caught {
     }
 }
 
-/// Runs an SQL function's body so that the server's own errors reach the caller
-/// byte for byte.
-///
-/// On its way through Rust an ERROR loses its context, and its text becomes UTF-8,
-/// which is wrong in a database of another encoding: names and translated messages
-/// would be mangled, or not even be valid text any more. So both are kept when the
-/// ERROR is raised, and put back when it is raised again on the way out, from a
-/// callback that the server calls for each.
+/// Runs what the server calls, an SQL function's body or the whole of a background process,
+/// with a reserve of memory for an ERROR that there is none.
 ///
 /// # Safety
-/// Nothing that needs dropping may stand between the server's call of the SQL
-/// function and this: an ERROR that leaves `body` jumps over it.
-pub unsafe fn with_exact_messages<T>(body: impl FnOnce() -> T) -> T {
-    // SAFETY: the caller's promise.
-    unsafe { require_reserve() };
-    let mut raised: *mut pg_sys::ErrorData = std::ptr::null_mut();
-    // SAFETY: the callback is taken off the stack before it goes out of scope;
-    // after an ERROR by whoever catches it, as for every such callback.
-    unsafe {
-        let mut callback = pg_sys::ErrorContextCallback {
-            previous: pg_sys::error_context_stack,
-            callback: Some(keep_or_restore),
-            arg: (&raw mut raised).cast(),
-        };
-        pg_sys::error_context_stack = &mut callback;
-        let result = body();
-        pg_sys::error_context_stack = callback.previous;
-        result
-    }
-}
-
-/// Runs the whole of a background process, with a reserve of memory for an ERROR that
-/// there is none. (What [`with_exact_messages`] does beside is for clients.)
-///
-/// # Safety
-/// As of [`with_exact_messages`]: an ERROR leaves Rust within `body`, and jumps over
-/// this.
-pub unsafe fn with_reserve(body: impl FnOnce()) {
+/// Nothing that needs dropping may stand between the server's call of this library and
+/// this: an ERROR leaves Rust within `body`, and jumps over it.
+pub unsafe fn with_reserve<T>(body: impl FnOnce() -> T) -> T {
     #[pg_guard]
     unsafe extern "C-unwind" fn help(_argument: *mut c_void) {
         // SAFETY: called while an error is being reported.
@@ -259,8 +228,9 @@ pub unsafe fn with_reserve(body: impl FnOnce()) {
             arg: std::ptr::null_mut(),
         };
         pg_sys::error_context_stack = &mut callback;
-        body();
+        let result = body();
         pg_sys::error_context_stack = callback.previous;
+        result
     }
 }
 
@@ -272,53 +242,4 @@ unsafe fn is_out_of_memory() -> bool {
     // SAFETY: the caller's promise.
     let sqlstate = unsafe { pg_sys::geterrcode() };
     sqlstate == PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY as i32
-}
-
-/// `raised` points to what was kept of the former ERROR, if there was one.
-#[pg_guard]
-unsafe extern "C-unwind" fn keep_or_restore(raised: *mut c_void) {
-    let raised: *mut *mut pg_sys::ErrorData = raised.cast();
-    // SAFETY: called while an error is being reported, with the argument of the
-    // callback above; what is allocated lives as long as the transaction.
-    unsafe {
-        // No memory may be asked for there, and an ERROR would be a PANIC.
-        if (&raw const pg_sys::CritSectionCount).read_volatile() > 0 {
-            return;
-        }
-        // For the copy, whatever the error is; and for those to come, if it is that.
-        memory::give_up_reserve();
-        let previous = pg_sys::MemoryContextSwitchTo(pg_sys::CurTransactionContext);
-        // Out of memory, this would be called for that error as well.
-        let callbacks = pg_sys::error_context_stack;
-        pg_sys::error_context_stack = std::ptr::null_mut();
-        let current = pg_sys::CopyErrorData();
-        pg_sys::error_context_stack = callbacks;
-        pg_sys::MemoryContextSwitchTo(previous);
-        if !is_out_of_memory() {
-            let _ = memory::keep_reserve();
-        }
-        if (*current).elevel != PgLogLevel::ERROR as i32 {
-            pg_sys::FreeErrorData(current);
-            return;
-        }
-        let former = std::mem::replace(&mut *raised, current);
-        if former.is_null() || (*former).message.is_null() || (*current).message.is_null() {
-            return;
-        }
-        let text = CStr::from_ptr((*former).message).to_string_lossy();
-        if text.as_bytes() != CStr::from_ptr((*current).message).to_bytes() {
-            return;
-        }
-        let format = c"%s".as_ptr();
-        ffi::errmsg_internal(format, (*former).message);
-        if !(*former).detail.is_null() {
-            ffi::errdetail_internal(format, (*former).detail);
-        }
-        if !(*former).hint.is_null() {
-            ffi::errhint(format, (*former).hint);
-        }
-        if !(*former).context.is_null() {
-            ffi::errcontext_msg(format, (*former).context);
-        }
-    }
 }

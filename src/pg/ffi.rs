@@ -40,7 +40,6 @@ unsafe extern "C-unwind" {
     pub fn errmsg_internal(format: *const c_char, ...) -> c_int;
     pub fn errdetail_internal(format: *const c_char, ...) -> c_int;
     pub fn errhint(format: *const c_char, ...) -> c_int;
-    pub fn errcontext_msg(format: *const c_char, ...) -> c_int;
     pub fn errdetail_relkind_not_supported(relkind: c_char) -> c_int;
     pub fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
 }

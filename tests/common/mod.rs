@@ -131,7 +131,9 @@ impl Installation {
     pub fn major(&self) -> u32 {
         let version = run(Command::new(self.bin.join("postgres")).arg("--version"));
         let number = version.split_whitespace().nth(2).unwrap();
-        number.split('.').next().unwrap().parse().unwrap()
+        // As in 18.6, or 19rc1.
+        let end = number.find(|c: char| !c.is_ascii_digit());
+        number[..end.unwrap_or(number.len())].parse().unwrap()
     }
 
     /// A freshly initialised data folder, made once and copied for each cluster.

@@ -308,7 +308,7 @@ unpack_packages() {
 package_names() {
     local major=$1 log=$cache/resolve.log
     if ! apt-get "${apt_of_suites[@]}" -s install "postgresql-$major" >"$log" 2>&1; then
-        why_not=$(last_error "$log" | sed 's/^E: //')
+        why_not=$(last_error "$log")
         return
     fi
     awk -v major="$major" '

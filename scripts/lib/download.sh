@@ -6,7 +6,7 @@
 # file that could not be had, or else its last word.
 last_error() {
     { grep -am1 'Failed to fetch' "$1" || grep -aE '^E: |[Ee]rror: |^(tar|patchelf|dpkg-deb): ' "$1" | tail -1; } |
-        sed 's/^E: //; s/ *\[IP:.*//' | cut -c1-300
+        sed 's/^E: //; s/ *\[IP:.*//' | cut -c1-300 || true
 }
 
 # Ends the script if that command failed because there was no room: its words may

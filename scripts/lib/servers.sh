@@ -276,7 +276,7 @@ unpack_packages() {
     use_suites "$major"
     need_room 450 "PostgreSQL $major"
     names=$(package_names "$major")
-    [ -n "$names" ] || return 1
+    [ -n "$names" ] || { why_not=$(last_error "$cache/resolve.log"); return 1; }
     version=$(sed -n "s/^postgresql-$major=//p" <<<"$names")
     say "fetching the binary packages of PostgreSQL $version"
     fetch_of_suites "$debs" download $names || return 1
@@ -307,10 +307,7 @@ unpack_packages() {
 # programs are not to be run by others. JIT is left out, as from what is built.
 package_names() {
     local major=$1 log=$cache/resolve.log
-    if ! apt-get "${apt_of_suites[@]}" -s install "postgresql-$major" >"$log" 2>&1; then
-        why_not=$(last_error "$log")
-        return
-    fi
+    apt-get "${apt_of_suites[@]}" -s install "postgresql-$major" >"$log" 2>&1 || return 0
     awk -v major="$major" '
         $1 != "Inst" { next }
         { sub(/^\(/, "", $3) }

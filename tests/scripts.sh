@@ -81,7 +81,7 @@ expect "no network for the machine's packages" 1 'apt-get cannot install' 'call 
 # --- an archive: a PostgreSQL 17 whose postgres is /bin/true
 export PG_PREWARM_ARCHIVE_TRUSTED=yes
 export PG_PREWARM_ARCHIVE=http://127.0.0.1:9/debian
-expect "no network" 3 'trying again' 'error: PostgreSQL 17 cannot be had: source: ' '; packages: Unable to locate package' -- scripts/prepare 17
+expect "no network" 3 'trying again' 'error: PostgreSQL 17 cannot be had: source: not all lists' '; packages: not all lists' 'Could not connect' -- scripts/prepare 17
 must_be -s "$PG_PREWARM_CACHE/missing/17"
 must_be ! -e "$PG_PREWARM_CACHE/pg17"
 

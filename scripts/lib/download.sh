@@ -128,9 +128,11 @@ use_suites() {
 # fetched is seen when something is not found in it.
 update_suites() {
     suites_are_new=yes
+    lists_failure=
     need_room 250 "the lists of Debian's newer suites"
-    fetch "$cache/lists.log" apt-get "${apt_of_suites[@]}" -o APT::Update::Error-Mode=any update ||
-        say "not all lists of Debian's newer suites can be fetched ($(last_error "$cache/lists.log"))"
+    fetch "$cache/lists.log" apt-get "${apt_of_suites[@]}" -o APT::Update::Error-Mode=any update && return
+    lists_failure="not all lists of Debian's newer suites can be fetched ($(last_error "$cache/lists.log"))"
+    say "$lists_failure"
 }
 
 # Fetches, in the folder $1, with apt-get's other arguments: if the files are gone,

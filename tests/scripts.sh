@@ -81,7 +81,7 @@ expect "no network for the machine's packages" 1 'apt-get cannot install' 'call 
 # --- an archive: a PostgreSQL 17 whose postgres is /bin/true
 export PG_PREWARM_ARCHIVE_TRUSTED=yes
 export PG_PREWARM_ARCHIVE=http://127.0.0.1:9/debian
-expect "no network" 3 'trying again' 'error: PostgreSQL 17 cannot be had: source: ' '; packages: ' -- scripts/prepare 17
+expect "no network" 3 'trying again' 'error: PostgreSQL 17 cannot be had: source: not all lists' '; packages: not all lists' 'Could not connect' -- scripts/prepare 17
 must_be -s "$PG_PREWARM_CACHE/missing/17"
 must_be ! -e "$PG_PREWARM_CACHE/pg17"
 
@@ -135,7 +135,7 @@ mv "$pool" "$pool.away"
 expect "an archive without the files that it names" 3 'cannot be had: source: ' 'packages: ' '404' -- scripts/prepare 17
 mv "$pool.away" "$pool"
 must_be ! -e "$PG_PREWARM_CACHE/pg17"
-expect "a way that is not to be had by the switch" 3 'cannot be had: source: ' -- env PG_FROM=source scripts/prepare 17
+expect "a way that is not to be had by the switch" 3 'cannot be had: source: Failed to fetch' '404' -- env PG_FROM=source scripts/prepare 17
 cp "$pool/libc6.deb" "$folder/whole"
 truncate -s 100000 "$pool/libc6.deb"
 expect "a file that is cut off" 3 'trying again' 'packages: ' -- env PG_FROM=packages scripts/prepare 17

@@ -2,8 +2,12 @@
 # and what cannot be mended here ends with one line that says what to do.
 # Sourced, never run.
 
-# The error of the command whose output is in the file $1, in one line.
-last_error() { grep -aE '^(E|ERROR|error|curl|tar|patchelf|dpkg-deb): ?|rror:' "$1" | tail -1 | cut -c1-300; }
+# The error of the command whose output is in the file $1, in one line: the first
+# file that could not be had, or else its last word.
+last_error() {
+    { grep -am1 'Failed to fetch' "$1" || grep -aE '^E: |[Ee]rror: |^(tar|patchelf|dpkg-deb): ' "$1" | tail -1; } |
+        sed 's/^E: //; s/ *\[IP:.*//' | cut -c1-300 || true
+}
 
 # Ends the script if that command failed because there was no room: its words may
 # have had no room either, so a little is written to see.
@@ -124,9 +128,11 @@ use_suites() {
 # fetched is seen when something is not found in it.
 update_suites() {
     suites_are_new=yes
+    lists_failure=
     need_room 250 "the lists of Debian's newer suites"
-    fetch "$cache/lists.log" apt-get "${apt_of_suites[@]}" -o APT::Update::Error-Mode=any update ||
-        say "not all lists of Debian's newer suites can be fetched ($(last_error "$cache/lists.log"))"
+    fetch "$cache/lists.log" apt-get "${apt_of_suites[@]}" -o APT::Update::Error-Mode=any update && return
+    lists_failure="not all lists of Debian's newer suites can be fetched ($(last_error "$cache/lists.log"))"
+    say "$lists_failure"
 }
 
 # Fetches, in the folder $1, with apt-get's other arguments: if the files are gone,
@@ -142,7 +148,7 @@ fetch_of_suites() {
         suites_are_new=twice
         fetch "$log" in_folder "$folder" apt-get "${apt_of_suites[@]}" "$@" && return
     fi
-    why_not=$(last_error "$log" | sed 's/^E: //; s/ \[IP:.*//')
+    why_not=$(last_error "$log")
     return 1
 }
 

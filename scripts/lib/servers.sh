@@ -148,7 +148,7 @@ get_source() {
     if [ -z "$kept" ]; then
         use_suites "$major"
         need_room 60 "the source of PostgreSQL $major"
-        why_not="no list of the archive names its source"
+        why_not=${lists_failure:-no list of the archive names its source}
         for version in $(apt-cache "${apt_of_suites[@]}" showsrc --only-source "postgresql-$major" 2>/dev/null |
             sed -n 's/^Version: //p' | sort -V -r -u); do
             fetch_of_suites "$sources/new-$major" source --download-only "postgresql-$major=$version" || continue
@@ -276,7 +276,7 @@ unpack_packages() {
     use_suites "$major"
     need_room 450 "PostgreSQL $major"
     names=$(package_names "$major")
-    [ -n "$names" ] || return 1
+    [ -n "$names" ] || { why_not=${lists_failure:-$(last_error "$cache/resolve.log")}; return 1; }
     version=$(sed -n "s/^postgresql-$major=//p" <<<"$names")
     say "fetching the binary packages of PostgreSQL $version"
     fetch_of_suites "$debs" download $names || return 1
@@ -307,10 +307,7 @@ unpack_packages() {
 # programs are not to be run by others. JIT is left out, as from what is built.
 package_names() {
     local major=$1 log=$cache/resolve.log
-    if ! apt-get "${apt_of_suites[@]}" -s install "postgresql-$major" >"$log" 2>&1; then
-        why_not=$(last_error "$log" | sed 's/^E: //')
-        return
-    fi
+    apt-get "${apt_of_suites[@]}" -s install "postgresql-$major" >"$log" 2>&1 || return 0
     awk -v major="$major" '
         $1 != "Inst" { next }
         { sub(/^\(/, "", $3) }

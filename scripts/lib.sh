@@ -188,11 +188,13 @@ install_file() {
 }
 
 # What pgrx generates as 2.0's script, of the library that install_extension built
-# (unoptimised), into the file $1. Needs cargo-pgrx.
+# with the same option, into the file $1. Needs cargo-pgrx.
 generate_sql() {
-    cargo pgrx schema "pg$pg_major" --skip-build --no-default-features --out "$1" >"$1.log" 2>&1 ||
-        { cat "$1.log" >&2; die "cargo-pgrx generates no SQL"; }
-    rm "$1.log"
+    local to=$1
+    shift
+    cargo pgrx schema "pg$pg_major" --skip-build --no-default-features "$@" --out "$to" >"$to.log" 2>&1 ||
+        { cat "$to.log" >&2; die "cargo-pgrx generates no SQL"; }
+    rm "$to.log"
 }
 
 # Where cargo builds, whatever its configuration says.

@@ -49,12 +49,14 @@ fake() {
 with() { PATH=$folder/$1:$PATH "${@:2}"; }
 
 # --- Rust
-fake old cargo 'cargo 1.70.0'; fake old rustc 'rustc 1.70.0'
-fake new cargo 'cargo 9.0.0'; fake new rustc 'rustc 9.0.0'
+fake old cargo 'cargo 1.70.0'; fake old rustc 'rustc 1.70.0'; fake old rustfmt 'rustfmt 1.70.0'
+fake new cargo 'cargo 9.0.0'; fake new rustc 'rustc 9.0.0'; fake new rustfmt 'rustfmt 9.0.0'
+fake bare cargo 'cargo 9.0.0'; fake bare rustc 'rustc 9.0.0'; fake bare rustfmt 'no rustfmt' 1
 fake none cargo 'no toolchain' 1; fake none rustc 'no toolchain' 1
 rust() { bash -c 'source scripts/lib.sh; use_rust; cargo --version'; }
 DEBIAN_RUST=$folder/none expect "a Rust that is too old" 1 'PATH has 1.70.0: apt-get install cargo-web' -- with old rust
 DEBIAN_RUST=$folder/none expect "no Rust" 1 'PATH has none: apt-get install cargo-web' -- with none rust
+DEBIAN_RUST=$folder/none expect "a Rust without rustfmt" 1 'with rustfmt is needed' -- with bare rust
 DEBIAN_RUST=$folder/new expect "Debian's where PATH's is too old" 0 'cargo 9.0.0' -- with old rust
 DEBIAN_RUST=$folder/none expect "PATH's where it is new enough" 0 'cargo 9.0.0' -- with new rust
 

@@ -1,15 +1,17 @@
 # Which Rust is used: the first of these that is as new as Cargo.toml's
-# rust-version says. PATH's own, be it rustup's or not; Debian's, whose packages
-# scripts/prepare installs where neither is there. Sourced, never run.
+# rust-version says, and has rustfmt, which pgrx's build script calls. PATH's own,
+# be it rustup's or not; Debian's, whose packages scripts/prepare installs where
+# neither is there. Sourced, never run.
 
 rust_needed() { sed -n 's/^rust-version = "\(.*\)"/\1/p' "$project/Cargo.toml"; }
 
 # The older version of what `cargo` and `rustc` in PATH (or in the folder $1) say;
-# nothing where one is missing or does not run.
+# nothing where one of these or rustfmt is missing or does not run.
 rust_version() {
     local folder=${1:+$1/} cargo rustc
     cargo=$("${folder}cargo" --version 2>/dev/null | awk '{ print $2 }') || return 0
     rustc=$("${folder}rustc" --version 2>/dev/null | awk '{ print $2 }') || return 0
+    "${folder}rustfmt" --version >/dev/null 2>&1 || return 0
     [ -z "$cargo" ] || [ -z "$rustc" ] || printf '%s\n%s\n' "$cargo" "$rustc" | sort -V | head -1
 }
 
@@ -35,10 +37,13 @@ find_rust() {
     unset RUSTUP_TOOLCHAIN CARGO RUSTC RUSTDOC
 }
 
+# Whether that is Debian's, whose packages each have a part of it.
+is_debians_rust() { case $(command -v cargo) in "$cache/rust/bin/cargo" | /usr/bin/cargo) ;; *) return 1 ;; esac; }
+
 use_rust() {
     local found
     find_rust && return
     found=$(rust_version)
-    die "Rust $(rust_needed) or newer is needed, and PATH has ${found:-none}:" \
-        "apt-get install cargo-web rustc-web (Debian 12), or rustup update stable"
+    die "Rust $(rust_needed) or newer with rustfmt is needed, and PATH has ${found:-none}:" \
+        "apt-get install cargo-web rustc-web rustfmt-web (Debian 12), or rustup update stable"
 }

@@ -46,6 +46,7 @@ mod word {
 }
 
 /// How often the buffer was used, as the server counts it, up to `BM_MAX_USAGE_COUNT`.
+#[allow(clippy::unnecessary_cast)] // The word is larger on 19.
 pub fn usage_count(state: Word) -> u32 {
     ((state & BUF_USAGECOUNT_MASK) >> pg_sys::BUF_USAGECOUNT_SHIFT) as u32
 }

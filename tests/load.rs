@@ -137,6 +137,50 @@ fn a_load_evicts_nothing_and_stops_when_the_cache_is_full() {
 }
 
 #[test]
+fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these() {
+    let cluster = Cluster::build().setting("shared_buffers = 16MB").start();
+    if cluster.major() < 19 {
+        println!("before 19 free buffers are on a list, which all other tests use: not run");
+        return;
+    }
+    cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
+    let missing = cluster.table("missing", 600);
+    let used = cluster.table("used", 1400);
+    cluster.stop(Shutdown::Fast);
+    cluster.write_list("<<0>>\n");
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    // The two do not fit together with the catalogs: the clock hand goes round.
+    for call in ["pg_prewarm('used')", "pg_prewarm('missing')"] {
+        value::<i64>(&mut client, &format!("SELECT {call}"));
+    }
+    client
+        .batch_execute("SELECT pg_buffercache_evict_relation('missing')")
+        .unwrap();
+    for _ in 0..3 {
+        value::<i64>(&mut client, "SELECT pg_prewarm('used')");
+    }
+    let free = "SELECT count(*) FROM pg_buffercache WHERE relfilenode IS NULL";
+    let free: i64 = value(&mut client, free);
+    assert!(free > 200, "{free}");
+    let is_used = |block: &Block| block.same_relation(&used);
+    let before: Vec<_> = cluster.cached().into_iter().filter(is_used).collect();
+
+    cluster.write_list(list_of(missing.first(600)));
+    client
+        .batch_execute("SELECT autoprewarm_load_now()")
+        .unwrap();
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!(stats.result(), "completed");
+    // A reserve is left alone, and what asks takes some.
+    let loaded = stats.loaded as i64;
+    assert!((free - 150..=free).contains(&loaded), "{loaded} of {free}");
+    let cached = cluster.cached();
+    let lost = before.iter().filter(|block| !cached.contains(block));
+    assert_eq!(lost.count(), 0);
+}
+
+#[test]
 fn unlogged_relations_are_listed_unless_a_crash_could_follow() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 1")

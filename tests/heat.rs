@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::common::{Block, Cluster, LIST, LoadStats, Shutdown, list_of};
+use crate::common::{Block, Cluster, LIST, LoadStats, Shutdown, list_of, list_with_heats};
 
 /// A table of that many blocks, and the extensions that the tests use.
 fn table(cluster: &Cluster, blocks: u32) -> Block {
@@ -117,13 +117,7 @@ fn what_was_used_again_is_loaded_before_all_else() {
     let file = table(&cluster, 100);
     cluster.stop(Shutdown::Fast);
     let heats = format!("{}{}", "1".repeat(60), "2".repeat(40));
-    let mut list = list_of(file.first(100));
-    list.push_str(&format!("# pg_prewarm 2.0\n# heat\n{heats}\n"));
-    list.push_str(&format!(
-        "# crc32c 0x{:08x}\n",
-        crc32c::crc32c(list.as_bytes())
-    ));
-    cluster.write_list(list);
+    cluster.write_list(list_with_heats(file.first(100), &heats));
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 80");
     cluster.start();
     let mut client = cluster.connect("postgres");

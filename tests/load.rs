@@ -172,9 +172,10 @@ fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these
         .unwrap();
     let stats = LoadStats::wait_for_end(&mut client);
     assert_eq!(stats.result(), "completed");
-    // A reserve is left alone, and what asks takes some.
+    // A reserve is left alone, as is what lies behind a catalog's block that could be
+    // evicted; and what asks takes some.
     let loaded = stats.loaded as i64;
-    assert!((free - 150..=free).contains(&loaded), "{loaded} of {free}");
+    assert!((free / 2..=free).contains(&loaded), "{loaded} of {free}");
     let cached = cluster.cached();
     let lost = before.iter().filter(|block| !cached.contains(block));
     assert_eq!(lost.count(), 0);

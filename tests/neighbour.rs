@@ -82,12 +82,38 @@ fn what_two_workers_ended_at_is_not_given_to_a_third() {
     let table = cluster.table("t", 500);
     cluster.stop(Shutdown::Fast);
     cluster.write_list(list_of(table.first(500)));
-    // More than a minute's work.
-    cluster.configure("pg_prewarm.autoprewarm_workers = 1\npg_prewarm.autoprewarm_max_rate = 40");
+    // A block in eight seconds.
+    cluster.configure("pg_prewarm.autoprewarm_workers = 1\npg_prewarm.autoprewarm_max_rate = 1");
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    // Each waits for the next block when it is ended.
+    let end_worker = format!(
+        "SELECT count(pg_terminate_backend(pid, 60000)) {WORKERS} AND wait_event_type = 'Extension'"
+    );
+    let mut ended = 0;
+    while value::<bool>(&mut client, "SELECT NOT autoprewarm_wait('10ms')") {
+        ended += value::<i64>(&mut client, &end_worker);
+        assert!(ended < 10, "{ended} workers were started");
+    }
+    let stats = LoadStats::get(&mut client);
+    assert_eq!(stats.result(), "completed");
+    assert!(ended >= 2, "{ended}");
+    assert!(stats.skipped > 400, "{stats:?}");
+}
+
+#[test]
+fn workers_that_are_ended_on_the_way_cost_nothing() {
+    let cluster = Cluster::build().start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let table = cluster.table("t", 500);
+    cluster.stop(Shutdown::Fast);
+    cluster.write_list(list_of(table.first(500)));
+    // All in one chunk.
+    cluster.configure("pg_prewarm.autoprewarm_workers = 1\npg_prewarm.autoprewarm_max_rate = 400");
     cluster.start();
     let mut client = cluster.connect("postgres");
     let mut loaded = 0;
-    for _ in 0..2 {
+    for _ in 0..3 {
         loaded = LoadStats::wait_for(&mut client, |stats| stats.loaded > loaded).loaded;
         client
             .batch_execute(&format!(
@@ -95,9 +121,10 @@ fn what_two_workers_ended_at_is_not_given_to_a_third() {
             ))
             .unwrap();
     }
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
     let stats = LoadStats::wait_for_end(&mut client);
-    assert_eq!(stats.result(), "completed");
-    assert!(stats.skipped > 400, "{stats:?}");
+    assert_eq!((stats.result(), stats.skipped), ("completed", 0));
 }
 
 #[test]
@@ -125,13 +152,19 @@ fn from_19_on_a_command_on_a_database_ends_its_workers_and_the_load_goes_on_afte
         cluster.stop(Shutdown::Fast);
         cluster.write_list(list_of(table.first(500)));
         cluster.configure("pg_prewarm.autoprewarm_max_rate = 80");
+        let mark = cluster.log_end();
         cluster.start();
         let mut client = cluster.connect("postgres");
         LoadStats::wait_for(&mut client, |stats| stats.loaded > 0);
         client.batch_execute(command).unwrap();
         cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
-        cluster.sql("SELECT pg_reload_conf()");
+        cluster.reload();
         let stats = LoadStats::wait_for_end(&mut client);
+        // The server's word that it ended a worker, and nothing else.
+        let log = cluster.log_since(mark);
+        let fatal: Vec<_> = log.lines().filter(|line| line.contains("FATAL:")).collect();
+        let is_ended = |line: &&str| line.contains("terminating background worker");
+        assert!(!fatal.is_empty() && fatal.iter().all(is_ended), "{fatal:?}");
         assert_eq!(stats.result(), "completed", "{command}: {stats:?}");
         assert_eq!(stats.skipped == 0, is_loaded, "{command}: {stats:?}");
     }

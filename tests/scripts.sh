@@ -67,6 +67,8 @@ for major in 14 20; do
         make -s install PG_CONFIG="$folder/pg$major/pg_config"
 done
 expect "no pg_config" 2 'say make install PG_CONFIG=/path/to/pg_config' -- make -s install PG_CONFIG="$folder/none/pg_config"
+fake broken pg_config 'no library' 1
+expect "a pg_config that does not run" 2 'is no pg_config' -- make -s install PG_CONFIG="$folder/broken/pg_config"
 expect "something else for a pg_config" 2 'is no pg_config' -- make -s install PG_CONFIG="$folder/old/cargo"
 
 # --- what was tested
@@ -74,11 +76,17 @@ sum_up() { bash -c 'source scripts/lib.sh; sum_up "$@"' - "$@"; }
 expect "all tested" 0 'tested: 15 16 17 18 19 (5 of 5)' -- sum_up '15 16 17 18 19' ''
 expect "four tested" 0 'tested: 15 16 18 19 (4 of 5); NOT tested: 17 (why)' -- sum_up '15 16 18 19' '17 (why)'
 expect "three tested" 1 'fewer than four' -- sum_up '15 16 18' '17,19'
+expect "three tested, 15 and 18 among them" 1 'fewer than four' -- sum_up '15 18 19' '16,17'
 expect "18 not tested" 1 '15 and 18 must be tested' -- sum_up '15 16 17 19' '18'
 
 # --- the machine's own packages
 fake no-apt dpkg-query 'deinstall'; fake no-apt apt-get 'E: Unable to fetch some archives' 100
-expect "no network for the machine's packages" 1 'apt-get cannot install' 'call again' -- with no-apt scripts/prepare valgrind
+if [ "$(id -u)" = 0 ]; then
+    expect "no network for the machine's packages" 1 'apt-get cannot install' 'call again' -- with no-apt scripts/prepare valgrind
+else
+    fake no-apt sudo 'a password is required' 1
+    expect "packages that only root can install" 1 'these packages are missing' 'call again' -- with no-apt scripts/prepare valgrind
+fi
 
 # --- an archive: a PostgreSQL 17 whose postgres is /bin/true
 export PG_PREWARM_ARCHIVE_TRUSTED=yes
@@ -124,13 +132,15 @@ for suite in trixie sid forky experimental bookworm; do
         done)
     } >"$index/Release"
 done
-port=$((20000 + $$ % 20000))
-python3 -m http.server --bind 127.0.0.1 --directory "$folder/archive" "$port" >"$folder/archive.log" 2>&1 &
+python3 -u -m http.server --bind 127.0.0.1 --directory "$folder/archive" 0 >"$folder/archive.log" 2>&1 &
 server=$!
+port=
 for _ in 1 2 3 4 5 6 7 8 9 10; do
-    ! (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+    port=$(sed -n 's/^Serving HTTP on .* port \([0-9]*\) .*/\1/p' "$folder/archive.log")
+    [ -z "$port" ] || break
     sleep 0.3
 done
+[ -n "$port" ] || { cp "$folder/archive.log" "$folder/output"; fail "the archive of this test" "it does not start"; }
 export PG_PREWARM_ARCHIVE=http://127.0.0.1:$port
 
 mv "$pool" "$pool.away"
@@ -152,6 +162,11 @@ expect "a second call" 0 -- scripts/prepare 17 17-test
 must_be "$(grep -c '\.deb' <(tail -n +$((requests + 1)) "$folder/archive.log"))" = 0
 rm "$PG_PREWARM_CACHE/pg17/.key"
 expect "an installation that is not complete" 0 'PostgreSQL 17: binary packages' -- env PG_FROM=packages scripts/prepare 17
+
+# --- a cache in which nothing can be made
+fake no-mktemp mktemp 'mktemp: failed' 1
+rm "$PG_PREWARM_CACHE/pg17/.key"
+expect "no folder to work in" 1 'no folder can be made in' -- with no-mktemp env PG_FROM=packages scripts/prepare 17
 
 # --- two at once
 ( flock 9; sleep 2 ) 9>"$PG_PREWARM_CACHE/.lock" &

@@ -5,7 +5,7 @@
 # The error of the command whose output is in the file $1, in one line: the first
 # file that could not be had, or else its last word.
 last_error() {
-    { grep -am1 'Failed to fetch' "$1" || grep -aE '^E: |[Ee]rror: |^(tar|patchelf|dpkg-deb): ' "$1" | tail -1; } |
+    { grep -am1 'Failed to fetch' "$1" || grep -aiE '^E: |error: |^(tar|patchelf|dpkg-deb): ' "$1" | tail -1; } |
         sed 's/^E: //; s/ *\[IP:.*//' | cut -c1-300 || true
 }
 
@@ -47,7 +47,7 @@ fetch() {
 }
 
 # What another try would not change.
-is_gone() { grep -aqE '404 +Not Found|File not found|Unable to (find|locate)|No matching distribution|could not compile' "$1"; }
+is_gone() { grep -aqE '404 +Not Found|File not found|Unable to (find|locate)|could not compile' "$1"; }
 
 # Packages of this machine's own suites, installed.
 install_packages() {
@@ -64,8 +64,9 @@ install_packages() {
         sudo=(sudo)
     fi
     update_machine_lists
+    # Nothing of the user's is to go: Debian's Rust conflicts with its rustup, say.
     fetch "$log" "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
-        apt-get -qq install -y --no-install-recommends "${missing[@]}" ||
+        apt-get -qq install -y --no-install-recommends --no-remove "${missing[@]}" ||
         die "apt-get cannot install ${missing[*]} ($(last_error "$log")): see to what it says" \
             "(is there a network?), then call again; $log has it all"
 }
@@ -135,19 +136,13 @@ update_suites() {
     say "$lists_failure"
 }
 
-# Fetches, in the folder $1, with apt-get's other arguments: if the files are gone,
-# once more with new lists, since the old ones may name what was replaced.
-# why_not then says what was the matter.
+# Fetches, in the folder $1, with apt-get's other arguments; why_not then says what
+# was the matter. (The lists are those of this very call: newer ones would not help.)
 fetch_of_suites() {
     local folder=$1 log=$cache/fetch.log
     shift
     mkdir -p "$folder"
     fetch "$log" in_folder "$folder" apt-get "${apt_of_suites[@]}" "$@" && return
-    if is_gone "$log" && [ "$suites_are_new" != twice ]; then
-        update_suites
-        suites_are_new=twice
-        fetch "$log" in_folder "$folder" apt-get "${apt_of_suites[@]}" "$@" && return
-    fi
     why_not=$(last_error "$log")
     return 1
 }

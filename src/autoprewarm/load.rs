@@ -106,8 +106,8 @@ struct Load {
     databases: Vec<LoadedDatabase>,
     /// Chunks that a dead worker has left, each with the index of its database.
     left_behind: Vec<(usize, Claim)>,
-    /// Chunks that were handed out a second time.
-    second_tries: Vec<u32>,
+    /// Where workers have died. One that dies at the same block is the last there.
+    died_at: Vec<Claim>,
     workers: Vec<Worker>,
     /// Workers that died one after another without anything done in between; and how
     /// many blocks were left when the last one died, or the load began.
@@ -121,6 +121,10 @@ struct Load {
 struct LoadedDatabase {
     oid: Oid,
     failed_connects: u32,
+    /// A worker has died in it, most likely for a command such as `DROP DATABASE`: none
+    /// is started in it before that time, one only before that has connected, and other
+    /// databases come first.
+    set_aside_until: Option<Instant>,
     /// No worker is started in it any more.
     given_up: bool,
 }
@@ -190,11 +194,12 @@ impl Load {
                 .map(|database| LoadedDatabase {
                     oid: database.database,
                     failed_connects: 0,
+                    set_aside_until: None,
                     given_up: false,
                 })
                 .collect(),
             left_behind: Vec::new(),
-            second_tries: Vec::new(),
+            died_at: Vec::new(),
             workers: Vec::new(),
             deaths_in_vain: 0,
             rest_at_death: state.load.counts().rest(),
@@ -262,7 +267,8 @@ impl Load {
             let is_paused = Instant::now() < self.next_start;
             let slots_are_short = !is_paused && self.start_workers();
             if self.workers.is_empty() {
-                if self.segment.header().has_ended() || !is_paused && !slots_are_short {
+                let is_waiting = is_paused || slots_are_short || self.has_set_aside();
+                if self.segment.header().has_ended() || !is_waiting {
                     return Ok(());
                 }
                 if slots_are_short && !std::mem::replace(&mut waiting_was_logged, true) {
@@ -289,7 +295,6 @@ impl Load {
 
     /// Lets go of the workers that have finished or ended.
     fn reap(&mut self) {
-        let mut deserted = Vec::new();
         let mut unconnected = Vec::new();
         let mut index = 0;
         while index < self.workers.len() {
@@ -300,6 +305,10 @@ impl Load {
             // One that has finished need not be waited for: giving back all its
             // memory takes a process some time.
             if !stopped && stage != Stage::Finished {
+                let database = &mut self.databases[self.workers[index].database];
+                if stage == Stage::Connected && database.set_aside_until <= Some(Instant::now()) {
+                    database.set_aside_until = None;
+                }
                 index += 1;
                 continue;
             }
@@ -309,7 +318,7 @@ impl Load {
                 Stage::Connected => {
                     self.count_death();
                     self.leave_behind(worker.database, claim);
-                    deserted.push(worker.database);
+                    self.databases[worker.database].set_aside_until = Some(Instant::now() + RETRY);
                 }
                 // That passes, most likely.
                 Stage::NotStarted | Stage::Attached => {
@@ -322,11 +331,6 @@ impl Load {
                         unconnected.push(worker.database);
                     }
                 }
-            }
-        }
-        for database in deserted {
-            if let Some(reason) = self.reason_to_skip_now(database) {
-                self.give_up(database, reason);
             }
         }
         for database in unconnected {
@@ -349,12 +353,13 @@ impl Load {
         }
     }
 
-    /// A worker died at that chunk, which another may try once more.
+    /// A worker died at that chunk, which another may go on with, unless one before has
+    /// come just as far.
     fn leave_behind(&mut self, database: usize, claim: Option<Claim>) {
         if let Some(claim) = claim
-            && !self.second_tries.contains(&claim.chunk)
+            && !self.died_at.contains(&claim)
         {
-            self.second_tries.push(claim.chunk);
+            self.died_at.push(claim);
             self.left_behind.push((database, claim));
         }
     }
@@ -375,8 +380,8 @@ impl Load {
         }
     }
 
-    /// Why no worker is to be started in a database in which one has died: it may
-    /// have been dropped meanwhile.
+    /// Why no worker is to be started in a database any more: it may have been dropped
+    /// meanwhile.
     fn reason_to_skip_now(&self, index: usize) -> Option<SkipReason> {
         match transaction::run(Database::all) {
             Ok(existing) => reason_to_skip(existing.get(&self.databases[index].oid)),
@@ -391,6 +396,7 @@ impl Load {
     /// Skips whatever of a database is left to be loaded.
     fn give_up(&mut self, index: usize, reason: SkipReason) {
         self.databases[index].given_up = true;
+        self.databases[index].set_aside_until = None;
         let unclaimed = self.blocks_of(self.segment.cells()[index].close());
         self.skip(reason, unclaimed);
         let left_behind: Vec<_> = self
@@ -413,6 +419,12 @@ impl Load {
             let Some((database, first)) = self.next_database() else {
                 return false;
             };
+            if self.databases[database].set_aside_until.is_some()
+                && let Some(reason) = self.reason_to_skip_now(database)
+            {
+                self.give_up(database, reason);
+                continue;
+            }
             let taken: Vec<_> = self.workers.iter().map(|worker| worker.slot).collect();
             let slot = (0..MAX_WORKERS)
                 .find(|slot| !taken.contains(slot))
@@ -441,26 +453,53 @@ impl Load {
 
     /// The database that the next worker is to be started in, and the chunk it is
     /// to begin with, if one was left behind; nothing where no further worker
-    /// would have anything to do.
+    /// would have anything to do now.
     fn next_database(&self) -> Option<(usize, Option<Claim>)> {
         if self.segment.header().has_ended() {
             return None;
         }
-        if let Some(&(database, claim)) = self.left_behind.last() {
+        let is_set_aside = |&index: &usize| self.databases[index].set_aside_until.is_some();
+        let (set_aside, others): (Vec<_>, Vec<_>) =
+            (0..self.databases.len()).partition(is_set_aside);
+        let may_be_entered = |&index: &usize| {
+            self.databases[index].set_aside_until <= Some(Instant::now())
+                && self.workers_in(index) == 0
+        };
+        let set_aside = set_aside.into_iter().filter(may_be_entered).collect();
+        self.next_of(others).or_else(|| self.next_of(set_aside))
+    }
+
+    /// The same of these databases.
+    fn next_of(&self, databases: Vec<usize>) -> Option<(usize, Option<Claim>)> {
+        let left_behind = self.left_behind.iter().rev();
+        if let Some(&(database, claim)) =
+            { left_behind }.find(|(index, _)| databases.contains(index))
+        {
             return Some((database, Some(claim)));
         }
-        let mut workers = vec![0; self.databases.len()];
-        for worker in &self.workers {
-            workers[worker.database] += 1;
-        }
-        let chunks_for_each = |index: usize| {
+        let chunks_for_each = |&index: &usize| {
             let cursor: &Cursor = &self.segment.cells()[index];
-            cursor.unclaimed().len() / (workers[index] + 1)
+            cursor.unclaimed().len() / (self.workers_in(index) + 1)
         };
-        (0..self.databases.len())
-            .max_by_key(|&index| chunks_for_each(index))
-            .filter(|&index| chunks_for_each(index) > 0)
+        databases
+            .into_iter()
+            .max_by_key(chunks_for_each)
+            .filter(|index| chunks_for_each(index) > 0)
             .map(|index| (index, None))
+    }
+
+    fn workers_in(&self, index: usize) -> usize {
+        let workers = self.workers.iter();
+        workers.filter(|worker| worker.database == index).count()
+    }
+
+    /// Whether anything is left to be loaded of databases that are set aside.
+    fn has_set_aside(&self) -> bool {
+        self.databases.iter().enumerate().any(|(index, database)| {
+            database.set_aside_until.is_some()
+                && (!self.segment.cells()[index].unclaimed().is_empty()
+                    || self.left_behind.iter().any(|(of, _)| *of == index))
+        })
     }
 
     fn blocks_of(&self, chunks: Range<u32>) -> u64 {

@@ -31,8 +31,10 @@ pub fn count() -> usize {
 ///
 /// Up to 18, the server takes free buffers from a list: while that is not empty, none
 /// is evicted. On 19 it takes whatever its clock hand comes to: so this looks ahead of the
-/// hand, as far as the first block that it would evict.
+/// hand, as far as the first block that it would evict. Others see the same free buffers
+/// there and take them at the same time: some are left to them.
 pub fn count_free_ahead(most: usize) -> usize {
+    const LEFT_TO_OTHERS: usize = 64;
     match compat::free_list_is_empty() {
         Some(true) => 0,
         Some(false) => most,
@@ -46,8 +48,9 @@ pub fn count_free_ahead(most: usize) -> usize {
             states
                 .take_while(|&state| !is_victim(state))
                 .filter(|&state| is_free(state))
-                .take(most)
+                .take(most + LEFT_TO_OTHERS)
                 .count()
+                .saturating_sub(LEFT_TO_OTHERS)
         }
     }
 }
@@ -69,7 +72,7 @@ fn is_free(state: Word) -> bool {
 
 /// All buffers, in the order in which the server will look at them next for one that it
 /// may take.
-fn ahead_of_clock_hand() -> impl Iterator<Item = usize> {
+fn ahead_of_clock_hand() -> impl Iterator<Item = usize> + Clone {
     // SAFETY: it reads where the server stopped, and wants nothing else told.
     let start = unsafe { pg_sys::StrategySyncStart(std::ptr::null_mut(), std::ptr::null_mut()) };
     let start = usize::try_from(start).unwrap_or(0);
@@ -87,9 +90,10 @@ pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usiz
     /// What may be read when all that was looked at tells nothing.
     const A_FEW: usize = 128;
     let count = count();
+    let next = ahead_of_clock_hand().take(LOOKED_AT);
     let mut evictable = 0;
     for round in 0..=Heat::MAX.usage_count() {
-        for index in ahead_of_clock_hand().take(LOOKED_AT) {
+        for index in next.clone() {
             let state = state(index).load(Ordering::Relaxed);
             if state & buffer_state::BUF_REFCOUNT_MASK != 0 || heat(state).usage_count() != round {
                 continue;

@@ -502,17 +502,16 @@ unsafe fn read_in_runs(
     let mut index = 0;
     while index < blocks.len() {
         check_for_interrupts();
-        let most = match only_free {
-            true => buffer::count_free_ahead(most),
-            false => most,
-        };
-        if most == 0 {
+        let mut run = run_length(&blocks[index..], most);
+        if only_free {
+            run = buffer::count_free_ahead(run);
+        }
+        if run == 0 {
             return ReadEnd::Full;
         }
         if !is_cached {
             ahead.advance(blocks, index);
         }
-        let run = run_length(&blocks[index..], most);
         let hits = buffer::hits();
         let mut end = ControlFlow::Continue(());
         // SAFETY: the caller's promise.

@@ -304,8 +304,11 @@ impl<'a> Filled<'a> {
             Place::Shared(index) => {
                 let bit = 1 << (index % 32);
                 let before = self.shared[index / 32].fetch_or(bit, Relaxed);
-                // What was in it may also have been dropped.
-                if before & bit != 0 && buffer::count_free_ahead(1) == 0 {
+                // What was in it may also have been dropped, if free buffers come first
+                // and there are some.
+                if before & bit != 0
+                    && !(buffer::free_ones_come_first() && buffer::count_free_ahead(1) > 0)
+                {
                     return Break(Full::Shared);
                 }
             }

@@ -109,7 +109,7 @@ use_suites() {
         -o Dir::Cache="$apt" -o APT::Default-Release="$suite" -o APT::Install-Recommends=no
         -o APT::Sandbox::User=root -o Debug::NoLocking=1 -o Acquire::Languages=none
         -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false
-        -o Acquire::Retries=0 -o Acquire::http::Timeout=30)
+        -o Acquire::Retries=0 -o Acquire::http::Timeout=30 -o Acquire::Check-Valid-Until=false)
     [ -z "${suites_are_new:-}" ] || return 0
     uri=$(archive)
     if [ -z "$uri" ]; then

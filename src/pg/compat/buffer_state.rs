@@ -2,7 +2,7 @@
 //!
 //! It is changed by atomic operations only. Up to 18 it has 32 bits, and nobody changes it
 //! while the header is locked. On 19 it has 64, and others may unpin the buffer, by
-//! an atomic subtraction, while the header is locked: so whoever unlocks it must
+//! an atomic subtraction, while the header is locked: so unlocking it must
 //! leave the other bits as they are at that moment.
 
 use pgrx::pg_sys;

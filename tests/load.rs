@@ -174,7 +174,7 @@ fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these
     assert_eq!(stats.result(), "completed");
     // A reserve is left alone, as is what lies behind a catalog's block that could be
     // evicted; and what asks takes some.
-    let loaded = stats.loaded as i64;
+    let loaded = stats.loaded;
     assert!((free / 2..=free).contains(&loaded), "{loaded} of {free}");
     let cached = cluster.cached();
     let lost = before.iter().filter(|block| !cached.contains(block));

@@ -157,7 +157,7 @@ GRANT SELECT ON pg_stat_progress_prewarm TO pg_monitor;
 
 CREATE FUNCTION autoprewarm_blocks()
 RETURNS TABLE (database oid, tablespace oid, filenumber oid,
-               fork int2, block int8, heat int2)
+               fork int2, block int8, usagecount int2)
 STRICT
 AS 'MODULE_PATHNAME', 'autoprewarm_blocks'
 LANGUAGE C PARALLEL RESTRICTED ROWS 10000;

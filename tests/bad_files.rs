@@ -321,7 +321,7 @@ fn odd_but_good_records_are_loaded() {
         "<<3>>\nT,0,1\nT,0,2\nT,0,3\ngarbage\n",
         "<<3>>\nT,0,1\nT,0,2\nT,0,3\n\0\0\0\0",
         "<<3>>\nT,0,1\nT,0,2\nT,0,3\n<<3>>\nT,0,5\n",
-        "<<3>>\nT,0,1\nT,0,2\nT,0,3\n# pg_prewarm 2.0\n# heat\n512\n# crc32c 0x00000000\n",
+        "<<3>>\nT,0,1\nT,0,2\nT,0,3\n# pg_prewarm 2.0\n# usage counts\n512\n# crc32c 0x00000000\n",
         "<<3>>\nT,0,1\nT,0,2\nT,0,3\n# pg_prewarm 9.9\n# something new\n-\n",
     ] {
         loader.check(loader.fill_in(text), &[1, 2, 3], 3, None);
@@ -501,7 +501,7 @@ fn load_random_files(count: u32, make: impl Fn(&mut StdRng, &[u8]) -> Vec<u8>) {
     let mut loader = Loader::new();
     let ends = fork_ends(&mut loader.client);
     let mut good = list_of((0..BLOCKS).map(|block| loader.table.at(block)));
-    good.push_str("# pg_prewarm 2.0\n# heat\n51021021021021021021\n# crc32c 0x12345678\n");
+    good.push_str("# pg_prewarm 2.0\n# usage counts\n51021021021021021021\n# crc32c 0x12345678\n");
     for _ in 0..count {
         let text = make(&mut random, good.as_bytes());
         let expected = Reading::of(&text);

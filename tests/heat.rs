@@ -144,11 +144,11 @@ fn a_list_whose_trailer_does_not_fit_is_loaded_without_heat() {
     for (list, said) in [
         (
             contribs,
-            format!("\"{LIST}\" does not tell the heat of blocks: all count as equally hot"),
+            format!("\"{LIST}\" has no usage counts: all blocks count as used once"),
         ),
         (
             edited,
-            format!("the heat of blocks in \"{LIST}\" is left aside: its checksum differs"),
+            format!("usage counts in \"{LIST}\" are ignored: its checksum differs"),
         ),
     ] {
         cluster.write_list(list);
@@ -156,7 +156,7 @@ fn a_list_whose_trailer_does_not_fit_is_loaded_without_heat() {
         cluster.start();
         let (loaded, total) = cluster.wait_for_load(mark);
         assert_eq!(loaded, total);
-        assert_eq!(cluster.log_since(mark).matches("heat").count(), 1);
+        assert_eq!(cluster.log_since(mark).matches("usage counts").count(), 1);
         cluster.wait_for_log(mark, &said);
         let counts = usage_counts(&cluster);
         assert!(

@@ -40,7 +40,7 @@ fn rows(client: &mut Client) -> Vec<Row> {
                 fork: fork.unwrap_or_default() as u32,
                 block: row.get::<_, i64>("block").try_into().unwrap(),
             };
-            (block, fork, row.get("heat"))
+            (block, fork, row.get("usagecount"))
         })
         .collect()
 }
@@ -139,7 +139,7 @@ fn rows_are_the_blocks_that_were_cached_and_their_usage_counts() {
         "SELECT count(*) FROM pg_buffercache b JOIN autoprewarm_blocks() l \
          ON (reldatabase, reltablespace, relfilenode, relforknumber, relblocknumber) \
           = (database, tablespace, filenumber, fork, block) \
-         WHERE relfilenode = pg_relation_filenode('t') AND usagecount <> heat",
+         WHERE relfilenode = pg_relation_filenode('t') AND b.usagecount <> l.usagecount",
     );
     assert_eq!(different, 0);
     let heats: BTreeSet<_> = rows.iter().map(|row| row.2).collect();

@@ -35,7 +35,7 @@ fn autoprewarm_blocks() -> TableIterator<
         name!(filenumber, OidBits),
         name!(fork, Option<i16>),
         name!(block, i64),
-        name!(heat, i16),
+        name!(usagecount, i16),
     ),
 > {
     let reader = open().unwrap_or_else(|error| error.raise());

@@ -571,12 +571,12 @@ fn report_oddities(list: &BlockList, state: &State) {
     match list.heats {
         Heats::LeftAside(reason) => {
             log(&format!(
-                "the heat of blocks in \"{DUMP_FILE}\" is left aside: {reason}"
+                "usage counts in \"{DUMP_FILE}\" are ignored: {reason}"
             ));
         }
         Heats::Missing if !list.entries.is_empty() => {
             log(&format!(
-                "\"{DUMP_FILE}\" does not tell the heat of blocks: all count as equally hot"
+                "\"{DUMP_FILE}\" has no usage counts: all blocks count as used once"
             ));
         }
         Heats::Missing | Heats::Saved => {}

@@ -1,8 +1,8 @@
-//! The trailer of a block list: how hot each block was.
+//! The trailer of a block list: the blocks' usage counts.
 //!
 //! ```text
 //! # pg_prewarm 2.0
-//! # heat
+//! # usage counts
 //! 5102…                       one digit for each record, at most 120 in a line
 //! # crc32c 0x12345678         of every byte before this line
 //! ```
@@ -12,7 +12,7 @@
 //! the list, which is allowed) is left aside as a whole.
 
 /// What a trailer begins with, and what stands before the digits.
-pub(super) const FIRST_LINES: [&str; 2] = ["# pg_prewarm 2.0", "# heat"];
+pub(super) const FIRST_LINES: [&str; 2] = ["# pg_prewarm 2.0", "# usage counts"];
 
 /// What the last line begins with; eight hexadecimal digits follow.
 pub(super) const CHECKSUM: &str = "# crc32c 0x";

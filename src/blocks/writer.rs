@@ -204,7 +204,7 @@ mod tests {
         assert_eq!(
             write(2, 2).unwrap(),
             "<<2>>\n4294967295,1663,0,0,0\n4294967295,1663,0,0,1\n\
-             # pg_prewarm 2.0\n# heat\n01\n# crc32c 0xae37ba57\n"
+             # pg_prewarm 2.0\n# usage counts\n01\n# crc32c 0x5cc8f833\n"
         );
     }
 

@@ -61,7 +61,7 @@ fn parse(bytes: &[u8]) -> Result<BTreeSet<Block>, String> {
             Some(line) => Err(format!("after no records there is {line:?}")),
         };
     }
-    for expected in ["# pg_prewarm 2.0", "# heat"] {
+    for expected in ["# pg_prewarm 2.0", "# usage counts"] {
         if lines.next() != Some(expected) {
             return Err(format!("the trailer has no line {expected:?}"));
         }

@@ -81,7 +81,7 @@ fn good_files_of_many_shapes_are_read_whole() {
         // What follows the Nth record is left alone.
         ("<<1>>\n1,2,3,0,4\n1,2,3,0,5\n", vec![4]),
         ("<<1>>\n1,2,3,0,4\ngarbage\n", vec![4]),
-        ("<<1>>\n1,2,3,0,4\n# pg_prewarm 2.0\n# heat\n5\n", vec![4]),
+        ("<<1>>\n1,2,3,0,4\n# pg_prewarm 2.0\n# usage counts\n5\n", vec![4]),
         ("<<0>>\n1,2,3,0,4\n", vec![]),
         ("<<-0>>\n1,2,3,0,4\n", vec![]),
     ] {
@@ -145,7 +145,7 @@ fn a_bad_line_costs_that_line_alone() {
         ("<<1>>", vec![], 1),
         // No header to believe: everything up to a trailer is read.
         ("<<-5>>\n1,2,3,0,4\n1,2,3,0,5\n", vec![4, 5], 1),
-        ("<<-5>>\n1,2,3,0,4\n# heat\n1,2,3,0,5\n", vec![4], 1),
+        ("<<-5>>\n1,2,3,0,4\n# usage counts\n1,2,3,0,5\n", vec![4], 1),
         ("", vec![], 1),
         ("\n", vec![], 1),
         ("#\n", vec![], 1),
@@ -305,7 +305,7 @@ fn a_trailer_that_does_not_fit_is_left_aside_as_a_whole() {
         ),
         (
             "no heat",
-            text.replace("# heat", "# cold"),
+            text.replace("# usage counts", "# cold"),
             Heats::LeftAside("it does not say what it holds"),
         ),
         (

@@ -4,6 +4,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 
+use postgres::Client;
+
 use crate::common::{
     Block, Cluster, Fault, LoadStats, Shutdown, list_of, list_with_heats, signal, value, wait_until,
 };
@@ -136,14 +138,38 @@ fn a_load_evicts_nothing_and_stops_when_the_cache_is_full() {
     assert!(cached <= loaded && cached + 300 > loaded, "{cached}");
 }
 
-#[test]
-fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these() {
+/// A running cluster of 19 or later with 2048 buffers; nothing before, where free
+/// buffers are on a list.
+fn cluster_without_free_list() -> Option<Cluster> {
     let cluster = Cluster::build().setting("shared_buffers = 16MB").start();
     if cluster.major() < 19 {
         println!("before 19 free buffers are on a list, which all other tests use: not run");
-        return;
+        return None;
     }
     cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
+    Some(cluster)
+}
+
+/// Loads a list of these blocks on demand.
+fn load_now(
+    cluster: &Cluster,
+    client: &mut Client,
+    blocks: impl IntoIterator<Item = Block>,
+) -> LoadStats {
+    cluster.write_list(list_of(blocks));
+    client
+        .batch_execute("SELECT autoprewarm_load_now()")
+        .unwrap();
+    let stats = LoadStats::wait_for_end(client);
+    assert_eq!(stats.result(), "completed");
+    stats
+}
+
+#[test]
+fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these() {
+    let Some(cluster) = cluster_without_free_list() else {
+        return;
+    };
     let missing = cluster.table("missing", 600);
     let used = cluster.table("used", 1400);
     cluster.stop(Shutdown::Fast);
@@ -166,12 +192,7 @@ fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these
     let is_used = |block: &Block| block.same_relation(&used);
     let before: Vec<_> = cluster.cached().into_iter().filter(is_used).collect();
 
-    cluster.write_list(list_of(missing.first(600)));
-    client
-        .batch_execute("SELECT autoprewarm_load_now()")
-        .unwrap();
-    let stats = LoadStats::wait_for_end(&mut client);
-    assert_eq!(stats.result(), "completed");
+    let stats = load_now(&cluster, &mut client, missing.first(600));
     // A reserve is left alone, as is what lies behind a catalog's block that could be
     // evicted; and what asks takes some.
     let loaded = stats.loaded;
@@ -183,12 +204,9 @@ fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these
 
 #[test]
 fn from_19_on_a_load_ends_where_the_clock_hand_would_evict_a_block() {
-    let cluster = Cluster::build().setting("shared_buffers = 16MB").start();
-    if cluster.major() < 19 {
-        println!("before 19 the clock hand moves only when no buffer is free: not run");
+    let Some(cluster) = cluster_without_free_list() else {
         return;
-    }
-    cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
+    };
     let idle = cluster.table("idle", 800);
     let missing = cluster.table("missing", 600);
     cluster.table("last", 700);
@@ -210,12 +228,7 @@ fn from_19_on_a_load_ends_where_the_clock_hand_would_evict_a_block() {
     let before: Vec<_> = cluster.cached().into_iter().filter(is_idle).collect();
     assert!(before.len() > 300, "{}", before.len());
 
-    cluster.write_list(list_of(missing.first(600)));
-    client
-        .batch_execute("SELECT autoprewarm_load_now()")
-        .unwrap();
-    let stats = LoadStats::wait_for_end(&mut client);
-    assert_eq!(stats.result(), "completed");
+    let stats = load_now(&cluster, &mut client, missing.first(600));
     assert!(stats.loaded < 100, "{stats:?}");
     let cached = cluster.cached();
     let lost = before.iter().filter(|block| !cached.contains(block));

@@ -81,7 +81,10 @@ fn good_files_of_many_shapes_are_read_whole() {
         // What follows the Nth record is left alone.
         ("<<1>>\n1,2,3,0,4\n1,2,3,0,5\n", vec![4]),
         ("<<1>>\n1,2,3,0,4\ngarbage\n", vec![4]),
-        ("<<1>>\n1,2,3,0,4\n# pg_prewarm 2.0\n# usage counts\n5\n", vec![4]),
+        (
+            "<<1>>\n1,2,3,0,4\n# pg_prewarm 2.0\n# usage counts\n5\n",
+            vec![4],
+        ),
         ("<<0>>\n1,2,3,0,4\n", vec![]),
         ("<<-0>>\n1,2,3,0,4\n", vec![]),
     ] {

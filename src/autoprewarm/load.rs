@@ -121,8 +121,8 @@ struct Load {
 struct LoadedDatabase {
     oid: Oid,
     failed_connects: u32,
-    /// A worker has died in it, most likely for a command such as `DROP DATABASE`: none
-    /// is started in it before that time, one only before that has connected, and other
+    /// A worker has died in it, perhaps for a command such as `DROP DATABASE`: none is
+    /// started in it before that time, and until one has connected after it, other
     /// databases come first.
     set_aside_until: Option<Instant>,
     /// No worker is started in it any more.
@@ -461,12 +461,9 @@ impl Load {
         let is_set_aside = |&index: &usize| self.databases[index].set_aside_until.is_some();
         let (set_aside, others): (Vec<_>, Vec<_>) =
             (0..self.databases.len()).partition(is_set_aside);
-        let may_be_entered = |&index: &usize| {
-            self.databases[index].set_aside_until <= Some(Instant::now())
-                && self.workers_in(index) == 0
-        };
-        let set_aside = set_aside.into_iter().filter(may_be_entered).collect();
-        self.next_of(others).or_else(|| self.next_of(set_aside))
+        let is_due = |&index: &usize| self.databases[index].set_aside_until <= Some(Instant::now());
+        let due = set_aside.into_iter().filter(is_due).collect();
+        self.next_of(others).or_else(|| self.next_of(due))
     }
 
     /// The same of these databases.

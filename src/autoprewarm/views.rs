@@ -1,5 +1,5 @@
 //! The functions behind the views `pg_stat_autoprewarm` and
-//! `pg_stat_progress_prewarm`, whose columns the README describes.
+//! `pg_stat_progress_prewarm`, whose columns docs/reference.md describes.
 
 use pgrx::prelude::*;
 

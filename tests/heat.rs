@@ -60,7 +60,7 @@ fn what_clients_use_during_a_load_stays_as_hot_as_they_made_it() {
     cluster.stop(Shutdown::Fast);
     // By the list, all are as cold as can be.
     cluster.write_list(list_of(file.first(300)));
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 80");
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 16");
     cluster.start();
     let mut client = cluster.connect("postgres");
     LoadStats::wait_for(&mut client, |stats| stats.loaded > 0);
@@ -118,7 +118,7 @@ fn what_was_used_again_is_loaded_before_all_else() {
     cluster.stop(Shutdown::Fast);
     let heats = format!("{}{}", "1".repeat(60), "2".repeat(40));
     cluster.write_list(list_with_heats(file.first(100), &heats));
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 80");
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 16");
     cluster.start();
     let mut client = cluster.connect("postgres");
     LoadStats::wait_for(&mut client, |stats| stats.loaded > 0);

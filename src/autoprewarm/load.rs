@@ -468,10 +468,8 @@ impl Load {
 
     /// The same of these databases.
     fn next_of(&self, databases: Vec<usize>) -> Option<(usize, Option<Claim>)> {
-        let left_behind = self.left_behind.iter().rev();
-        if let Some(&(database, claim)) =
-            { left_behind }.find(|(index, _)| databases.contains(index))
-        {
+        let mut left_behind = self.left_behind.iter().rev();
+        if let Some(&(database, claim)) = left_behind.find(|(of, _)| databases.contains(of)) {
             return Some((database, Some(claim)));
         }
         let chunks_for_each = |&index: &usize| {

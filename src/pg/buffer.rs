@@ -55,10 +55,10 @@ pub fn count_free_ahead(most: usize) -> usize {
     }
 }
 
-/// Whether free buffers are taken before any block is evicted, wherever the clock hand
-/// is.
-pub fn free_ones_come_first() -> bool {
-    compat::free_list_is_empty().is_some()
+/// Whether there are free buffers that are taken before any block is evicted, wherever
+/// the clock hand is.
+pub fn free_list_has_any() -> bool {
+    compat::free_list_is_empty() == Some(false)
 }
 
 /// How many buffers hold nothing and are used by nobody.

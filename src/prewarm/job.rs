@@ -283,7 +283,7 @@ impl<'a> Filled<'a> {
     /// How many buffers are free, where these are taken before anything is evicted. All
     /// are counted only where it may matter, and for a tenth of the time at most.
     fn count_free(&self, most: usize) -> usize {
-        if !buffer::free_ones_come_first() || buffer::count_free_ahead(1) == 0 {
+        if !buffer::free_list_has_any() {
             return 0;
         }
         let known = self.free.0.load(Relaxed);
@@ -306,9 +306,7 @@ impl<'a> Filled<'a> {
                 let before = self.shared[index / 32].fetch_or(bit, Relaxed);
                 // What was in it may also have been dropped, if free buffers come first
                 // and there are some.
-                if before & bit != 0
-                    && !(buffer::free_ones_come_first() && buffer::count_free_ahead(1) > 0)
-                {
+                if before & bit != 0 && !buffer::free_list_has_any() {
                     return Break(Full::Shared);
                 }
             }

@@ -329,7 +329,8 @@ fn a_list_of_any_length_takes_little_memory_and_no_file_stays_open() {
         let row = client.query_one(query, &[]).unwrap();
         assert_eq!((row.get(0), row.get(1)), expected, "{query}");
         assert_eq!(times_open(pid), 0, "{query}");
-        let grown = peak_memory(pid) - before;
+        // Linux estimates the size of a process: its peak may seem to shrink.
+        let grown = peak_memory(pid).saturating_sub(before);
         assert!(grown < FEW_MB, "{grown} kB: {query}");
     }
 }

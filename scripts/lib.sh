@@ -17,6 +17,9 @@ else
 fi
 export PG_PREWARM_CACHE=$cache
 
+# PostgreSQL's makefiles generate headers only if no other make has called them.
+unset MAKELEVEL MAKEFLAGS MFLAGS
+
 cargo_pgrx_version=0.19.3
 cargo_deny_version=0.20.2
 cargo_fuzz_version=0.13.2

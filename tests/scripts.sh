@@ -60,6 +60,10 @@ DEBIAN_RUST=$folder/none expect "a Rust without rustfmt" 1 'with rustfmt is need
 DEBIAN_RUST=$folder/new expect "Debian's where PATH's is too old" 0 'cargo 9.0.0' -- with old rust
 DEBIAN_RUST=$folder/none expect "PATH's where it is new enough" 0 'cargo 9.0.0' -- with new rust
 
+# --- make
+make_level() { bash -c 'source scripts/lib.sh; echo "level ${MAKELEVEL:-none}"'; }
+MAKELEVEL=2 expect "a script that make has called" 0 'level none' -- make_level
+
 # --- pg_config
 for major in 14 20; do
     fake "pg$major" pg_config "PostgreSQL $major.1"

@@ -23,7 +23,7 @@ macro_rules! export {
             #[unsafe(export_name = $name)]
             unsafe extern "C-unwind" fn call(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
                 // SAFETY: the server calls both with the same promise.
-                unsafe { crate::pg::error::with_reserve(|| $wrapper(fcinfo)) }
+                unsafe { crate::pg::process::error::with_reserve(|| $wrapper(fcinfo)) }
             }
         };
     };
@@ -101,7 +101,7 @@ pub unsafe extern "C-unwind" fn autoprewarm_main(_argument: pg_sys::Datum) {
         crate::autoprewarm::leader::main();
     }
     // SAFETY: nothing here needs dropping.
-    unsafe { crate::pg::error::with_reserve(|| main()) };
+    unsafe { crate::pg::process::error::with_reserve(|| main()) };
 }
 
 /// Where a per-database worker begins.
@@ -115,7 +115,7 @@ pub unsafe extern "C-unwind" fn autoprewarm_database_main(argument: pg_sys::Datu
         crate::autoprewarm::worker::main((argument.value() as u64).into());
     }
     // SAFETY: nothing here needs dropping.
-    unsafe { crate::pg::error::with_reserve(|| main(argument)) };
+    unsafe { crate::pg::process::error::with_reserve(|| main(argument)) };
 }
 
 /// Where a parallel worker of a call begins.
@@ -134,5 +134,5 @@ pub unsafe extern "C-unwind" fn pg_prewarm_parallel_main(
         unsafe { crate::prewarm::job::worker_main(toc) };
     }
     // SAFETY: nothing here needs dropping.
-    unsafe { crate::pg::error::with_reserve(|| main(toc)) };
+    unsafe { crate::pg::process::error::with_reserve(|| main(toc)) };
 }

@@ -6,8 +6,9 @@ use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use crate::autoprewarm::DUMP_FILE;
 use crate::blocks::list::ReadError;
-use crate::pg;
-use crate::pg::error::{log_with_hint, raise};
+use crate::pg::process::error::log_with_hint;
+use crate::pg::process::report;
+use crate::pg::storage::file;
 
 /// An error that ends a call.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +60,7 @@ pub enum Error {
     ListInUse(i32),
     #[error("timeout must not be negative")]
     NegativeTimeout,
-    #[error("could not {action} file \"{path}\": {}", pg::file::describe(source))]
+    #[error("could not {action} file \"{path}\": {}", file::describe(source))]
     File {
         /// As in "could not write to".
         action: &'static str,
@@ -93,7 +94,7 @@ impl Error {
             // What `ereport` gives an error without a code of its own, as
             // contrib's is.
             Self::DumpFileInUse(_) => ERRCODE_INTERNAL_ERROR,
-            Self::File { source, .. } => pg::file::sqlstate(source),
+            Self::File { source, .. } => file::sqlstate(source),
             Self::ListTooLarge(_) => ERRCODE_OUT_OF_MEMORY,
         }
     }
@@ -146,8 +147,7 @@ impl From<ReadError> for Error {
 impl Error {
     /// Raises it as an ERROR of the server's, which unwinds to the entry point.
     pub fn raise(self) -> ! {
-        let hint = self.hint().map(str::to_owned);
-        raise(self.sqlstate(), self.to_string(), hint);
+        report::raise(self.sqlstate(), &self.to_string(), self.hint());
     }
 
     /// Logs the error of a background worker, which goes on, with what follows

@@ -11,10 +11,10 @@ mod abi;
 mod autoprewarm;
 mod blocks;
 mod error;
+mod pace;
 mod pg;
 mod prewarm;
 mod settings;
-mod turn;
 
 #[cfg(not(panic = "unwind"))]
 compile_error!("a PostgreSQL ERROR unwinds through Rust: build with panic = \"unwind\"");

@@ -8,8 +8,8 @@ use super::state::State;
 use super::{DUMP_FILE, DUMP_FILE_BEING_WRITTEN};
 use crate::blocks::writer::{ListWriter, WriteError};
 use crate::error::Error;
-use crate::pg::buffer::{self, CachedBlock};
-use crate::pg::file;
+use crate::pg::storage::buffer::{self, CachedBlock};
+use crate::pg::storage::file;
 
 /// Whether blocks of unlogged relations are listed: a crash empties them, so
 /// that only a list which none can follow should name them.

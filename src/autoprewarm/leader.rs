@@ -14,9 +14,10 @@ use super::dump::{self, Unlogged};
 use super::load::{self, Outcome};
 use super::state::{Phase, State};
 use super::stats::LoadResult;
-use crate::pg::activity::{self, WaitEvent};
-use crate::pg::error::{SUCCESS, log, log_with_hint};
-use crate::pg::{process, transaction};
+use crate::pg::process::error::{log, log_with_hint};
+use crate::pg::process::latch::{self, WaitEvent};
+use crate::pg::process::report::SUCCESS;
+use crate::pg::process::{activity, background, transaction};
 use crate::settings;
 
 /// When a load that failed is tried again where there is no interval between dumps.
@@ -27,8 +28,8 @@ const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The leader's life, from its start by the server to the server's shutdown.
 pub fn main() {
-    process::handle_signals_as_leader();
-    process::connect_to_no_database();
+    background::handle_signals_as_leader();
+    background::connect_to_no_database();
     let state = State::attach();
     if let Err(pid) = state.become_leader() {
         log(&format!(
@@ -44,8 +45,8 @@ pub fn main() {
     // here. Nor is there after the end of a former leader: its last list may be
     // better than what is cached.
     let mut last = Instant::now();
-    while !process::shutdown_requested() {
-        let reloaded = process::reload_configuration_if_due();
+    while !background::shutdown_requested() {
+        let reloaded = background::reload_configuration_if_due();
         let has_failed = state.phase() == Phase::Failed;
         let interval =
             settings::autoprewarm_interval().or(has_failed.then_some(RETRY_WITHOUT_INTERVAL));
@@ -59,7 +60,7 @@ pub fn main() {
             last = Instant::now();
             dump_and_survive(state, Unlogged::LeftOut);
         } else {
-            process::sleep_as_worker(wait, WaitEvent::Leader);
+            latch::sleep_as_worker(wait, WaitEvent::Leader);
         }
     }
     // Most likely the server shuts down, which unlogged relations survive. A
@@ -94,7 +95,7 @@ fn load(state: &'static State) {
 fn wait_for_other_dumps(state: &State) {
     let since = Instant::now();
     while state.dump_file_user().is_some() && since.elapsed() < SHUTDOWN_PATIENCE {
-        process::sleep_as_worker(Some(Duration::from_millis(10)), WaitEvent::Leader);
+        latch::sleep_as_worker(Some(Duration::from_millis(10)), WaitEvent::Leader);
     }
 }
 
@@ -111,7 +112,7 @@ fn dump_and_survive(state: &State, unlogged: Unlogged) {
         }
     };
     activity::report(b"dumping".to_vec());
-    match transaction::run(|| dump::write(unlogged, state)) {
+    match transaction::run(|_| dump::write(unlogged, state)) {
         Ok(Ok(written)) => {
             let message = dump::describe(written);
             log_with_hint(PgLogLevel::DEBUG1, SUCCESS, &message, None);

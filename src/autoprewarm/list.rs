@@ -12,8 +12,8 @@ use pgrx::prelude::*;
 use super::DUMP_FILE;
 use crate::blocks::reader::ListReader;
 use crate::error::Error;
-use crate::pg::error::tell;
-use crate::pg::file::{self, At, Interruptible};
+use crate::pg::process::report::report;
+use crate::pg::storage::file::{self, At, Interruptible};
 
 /// An `oid` of a row. pgrx's own type makes a null of 0, the database of shared
 /// catalogs; an integer of the same bits is stored in the same way.
@@ -40,7 +40,7 @@ fn autoprewarm_blocks() -> TableIterator<
 > {
     let reader = open().unwrap_or_else(|error| error.raise());
     if let Some(line) = reader.first_bad_line() {
-        tell(
+        report(
             PgLogLevel::WARNING,
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
             &super::corrupted_at(line),

@@ -20,12 +20,14 @@ use crate::blocks::plan::{Plan, PlanView};
 use crate::blocks::trailer::Heats;
 use crate::blocks::{Oid, SkipReason};
 use crate::error::Error;
-use crate::pg::activity::{self, WaitEvent};
-use crate::pg::database::Database;
-use crate::pg::dsm::Segment;
-use crate::pg::error::{log, log_with_hint};
-use crate::pg::worker::{Handle, Status};
-use crate::pg::{buffer, file, process, transaction};
+use crate::pg::process::error::{log, log_with_hint};
+use crate::pg::process::latch::{self, WaitEvent};
+use crate::pg::process::transaction::{self, Transaction};
+use crate::pg::process::{self, activity, background};
+use crate::pg::shared::segment::Segment;
+use crate::pg::shared::worker::{Handle, Status};
+use crate::pg::storage::database::Database;
+use crate::pg::storage::{buffer, file, room};
 use crate::settings;
 
 /// How long to wait before another worker is started where one could not be, or could
@@ -77,11 +79,11 @@ pub fn run(state: &'static State) -> Outcome {
             return Outcome::InUse;
         }
     };
-    match transaction::run(|| Load::prepare(state)) {
+    match transaction::run(|transaction| Load::prepare(transaction, state)) {
         Ok(Ok(Some(mut load))) => load.run(),
         Ok(Ok(None)) => Outcome::Completed,
         // Reading the list was broken off.
-        Ok(Err(_)) if process::shutdown_requested() => Outcome::StillDue,
+        Ok(Err(_)) if background::shutdown_requested() => Outcome::StillDue,
         Ok(Err(_)) if state.cancel_is_requested() => {
             log("autoprewarm load was cancelled");
             Outcome::Cancelled
@@ -146,15 +148,15 @@ enum Halt {
 impl Load {
     /// Reads the list and puts its plan into shared memory; nothing where there
     /// is no list.
-    fn prepare(state: &'static State) -> Result<Option<Self>, Error> {
-        let is_to_stop = || process::shutdown_requested() || state.cancel_is_requested();
+    fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Self>, Error> {
+        let is_to_stop = || background::shutdown_requested() || state.cancel_is_requested();
         let Some(list) = read_list(is_to_stop)? else {
             return Ok(None);
         };
         report_oddities(&list, state);
         let stats = &state.load;
         stats.set_total(list.entries.len() as u64);
-        let budget = buffer::count_free().saturating_sub(RESERVE);
+        let budget = room::count_free().saturating_sub(RESERVE);
         let cached = buffer::cached_blocks().map(|block| block.record);
         let plan = Plan::new(list, cached, budget as u64)
             .map_err(|error| Error::ListTooLarge(error.to_string()))?;
@@ -166,26 +168,25 @@ impl Load {
 
         // Nothing is looked up, and so cached, for an empty list.
         let any = plan.databases().next();
-        let existing = any.map_or_else(HashMap::new, |_| Database::all());
-        let mut shared = None;
+        let existing = any.map_or_else(HashMap::new, |_| Database::all(transaction));
+        let mut shared = 0..0;
         let mut databases = Vec::new();
         for database in plan.databases() {
             if database.database == 0 {
                 // Shared catalogs can be read from any database.
-                shared = Some(database);
+                shared = database.chunks;
             } else if let Some(reason) = reason_to_skip(existing.get(&database.database)) {
                 skip(reason, database.blocks);
             } else {
                 databases.push(database);
             }
         }
-        let words = plan.words();
-        let segment = Segment::<SharedLoad, Cursor>::create(databases.len(), words, |words| {
-            plan.encode(words);
-        });
-        segment
-            .header()
-            .set_work(number, shared.as_ref(), segment.cells(), &databases);
+        let cursors: Vec<_> = databases
+            .iter()
+            .map(|database| Cursor::new(database.chunks.clone()))
+            .collect();
+        let load = SharedLoad::new(number, shared);
+        let segment = Segment::create(load, &cursors, plan.words(), |words| plan.encode(words));
         Ok(Some(Self {
             state,
             segment,
@@ -252,7 +253,7 @@ impl Load {
             self.reap();
             // One that ended because everything does is no failure, and what it
             // left is no loss.
-            if process::shutdown_requested() {
+            if background::shutdown_requested() {
                 return Err(Halt::ShuttingDown);
             }
             if self.state.cancel_is_requested() {
@@ -288,8 +289,8 @@ impl Load {
                 None if is_paused => self.next_start - Instant::now(),
                 None => RETRY,
             };
-            process::sleep_as_worker(Some(timeout), WaitEvent::Load);
-            process::reload_configuration_if_due();
+            latch::sleep_as_worker(Some(timeout), WaitEvent::Load);
+            background::reload_configuration_if_due();
         }
     }
 
@@ -413,7 +414,7 @@ impl Load {
     /// slots for that.
     fn start_workers(&mut self) -> bool {
         while self.workers.len() < most_workers() {
-            if buffer::count_free_ahead(1) == 0 {
+            if room::count_free_ahead(1) == 0 {
                 self.segment.header().end_for(SkipReason::NoFreeBuffer);
             }
             let Some((database, first)) = self.next_database() else {

@@ -20,7 +20,7 @@ mod stats;
 pub mod views;
 pub mod worker;
 
-use crate::pg::worker::Kind;
+use crate::pg::shared::worker::Kind;
 use crate::settings;
 
 /// The list, in the data folder; and what it is called while it is written.

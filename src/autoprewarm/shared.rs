@@ -20,10 +20,10 @@ use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::rate::RateLimit;
-use crate::blocks::plan::{DatabasePlan, PlanView};
+use crate::blocks::plan::PlanView;
 use crate::blocks::{Oid, SkipReason};
-use crate::pg::shmem::Shared;
-use crate::turn::Provided;
+use crate::pg::shared::contents::Shared;
+use crate::pg::storage::prefault::Prefaulted;
 
 /// The most workers of a load.
 pub const MAX_WORKERS: usize = 64;
@@ -40,23 +40,14 @@ pub struct Load {
     /// The [`SkipReason`] of all that is left, once there is one.
     ended_for: AtomicU32,
     pub rate_limit: RateLimit,
-    pub provided: Provided,
+    pub prefaulted: Prefaulted,
 }
 
 /// No [`SkipReason`].
 const NO_REASON: u32 = u32::MAX;
 
-// SAFETY: atomics only, each valid whatever its bits are.
-unsafe impl Shared for Load {
-    const INITIAL: Self = Self {
-        number: AtomicU32::new(0),
-        shared: Cursor::INITIAL,
-        workers: [const { Slot::new() }; MAX_WORKERS],
-        ended_for: AtomicU32::new(NO_REASON),
-        rate_limit: RateLimit::new(),
-        provided: Provided::new(),
-    };
-}
+// SAFETY: it has atomics only, each valid with any bits.
+unsafe impl Shared for Load {}
 
 /// The chunks of one database: where they begin, which is to be claimed next, and
 /// where they end.
@@ -66,20 +57,16 @@ pub struct Cursor {
     end: AtomicU32,
 }
 
-// SAFETY: atomics only, each valid whatever its bits are.
-unsafe impl Shared for Cursor {
-    const INITIAL: Self = Self {
-        start: AtomicU32::new(0),
-        next: AtomicU32::new(0),
-        end: AtomicU32::new(0),
-    };
-}
+// SAFETY: it has atomics only, each valid with any bits.
+unsafe impl Shared for Cursor {}
 
 impl Cursor {
-    fn set(&self, database: &DatabasePlan) {
-        self.start.store(database.chunks.start, SeqCst);
-        self.next.store(database.chunks.start, SeqCst);
-        self.end.store(database.chunks.end, SeqCst);
+    pub fn new(chunks: Range<u32>) -> Self {
+        Self {
+            start: AtomicU32::new(chunks.start),
+            next: AtomicU32::new(chunks.start),
+            end: AtomicU32::new(chunks.end),
+        }
     }
 
     fn claim(&self) -> Option<u32> {
@@ -213,21 +200,15 @@ impl Slot {
 }
 
 impl Load {
-    /// Puts down which load it is and which chunks there are. A plan's shared
-    /// catalogs are not among the databases that have a cursor of their own.
-    pub fn set_work(
-        &self,
-        number: u32,
-        shared: Option<&DatabasePlan>,
-        cursors: &[Cursor],
-        databases: &[DatabasePlan],
-    ) {
-        self.number.store(number, SeqCst);
-        if let Some(shared) = shared {
-            self.shared.set(shared);
-        }
-        for (cursor, database) in cursors.iter().zip(databases) {
-            cursor.set(database);
+    /// The load of that number, with the chunks of shared catalogs.
+    pub fn new(number: u32, shared: Range<u32>) -> Self {
+        Self {
+            number: AtomicU32::new(number),
+            shared: Cursor::new(shared),
+            workers: [const { Slot::new() }; MAX_WORKERS],
+            ended_for: AtomicU32::new(NO_REASON),
+            rate_limit: RateLimit::new(),
+            prefaulted: Prefaulted::new(),
         }
     }
 

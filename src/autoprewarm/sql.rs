@@ -11,10 +11,9 @@ use pgrx::prelude::*;
 use super::state::{Phase, State};
 use super::{LEADER, dump};
 use crate::error::Error;
-use crate::pg::activity::WaitEvent;
-use crate::pg::error::{SUCCESS, tell};
-use crate::pg::process;
-use crate::pg::worker::Status;
+use crate::pg::process::latch::{self, WaitEvent};
+use crate::pg::process::report::{SUCCESS, report};
+use crate::pg::shared::worker::Status;
 use crate::settings;
 
 /// How often a caller looks whether what it waits for has come about.
@@ -56,7 +55,7 @@ fn start_leader(state: &State) -> Result<(), Error> {
         if leader.status() == Status::Stopped {
             return Err(Error::WorkerNotStarted);
         }
-        process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
+        latch::sleep(Some(SHORT_POLL), WaitEvent::LeaderStart);
     }
     Ok(())
 }
@@ -77,7 +76,7 @@ fn dump_now() -> Result<i64, Error> {
     let state = State::attach();
     let _in_use = state.use_dump_file().map_err(Error::DumpFileInUse)?;
     let written = dump::write(dump::Unlogged::Included, state)?;
-    tell(PgLogLevel::DEBUG1, SUCCESS, &dump::describe(written), None);
+    report(PgLogLevel::DEBUG1, SUCCESS, &dump::describe(written), None);
     // Buffers are counted in 31 bits.
     Ok(written as i64)
 }
@@ -108,7 +107,7 @@ fn load_now() -> Result<(), Error> {
         }
         request.repeat();
         state.wake_leader();
-        process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
+        latch::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
     }
     Ok(())
 }
@@ -119,7 +118,7 @@ fn load_now() -> Result<(), Error> {
 fn autoprewarm_cancel() -> bool {
     let state = State::attach();
     while state.load_is_pending() && state.phase() != Phase::Loading {
-        process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
+        latch::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
     }
     let Some(number) = state.request_cancel() else {
         return false;
@@ -128,7 +127,7 @@ fn autoprewarm_cancel() -> bool {
         && state.phase() == Phase::Loading
         && state.leader().is_some()
     {
-        process::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
+        latch::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
     }
     true
 }
@@ -156,7 +155,7 @@ fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
         if left.is_zero() {
             return Ok(false);
         }
-        process::sleep(Some(left.min(POLL)), WaitEvent::LoadEnd);
+        latch::sleep(Some(left.min(POLL)), WaitEvent::LoadEnd);
     }
 }
 

@@ -12,8 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32};
 use std::time::Duration;
 
 use super::stats::{DumpStats, LastError, LoadResult, LoadStats};
-use crate::pg::process;
-use crate::pg::shmem::{Shared, SharedStruct};
+use crate::pg::process::{self, latch};
+use crate::pg::shared::contents::Shared;
+use crate::pg::shared::named::NamedStruct;
 
 /// Nobody's process ID.
 const NOBODY: i32 = -1;
@@ -41,20 +42,24 @@ pub struct State {
 
 // SAFETY: atomics only, each valid whatever its bits are but for the flags, into
 // which only bools are stored.
-unsafe impl Shared for State {
-    const INITIAL: Self = Self {
-        leader: AtomicI32::new(NOBODY),
-        dump_file_user: AtomicI32::new(NOBODY),
-        load_requester: AtomicI32::new(NOBODY),
-        had_leader: AtomicBool::new(false),
-        awaited_since: AtomicI64::new(0),
-        phase: AtomicU32::new(Phase::Due as u32),
-        load_requested: AtomicU32::new(0),
-        load_to_cancel: AtomicU32::new(0),
-        load: LoadStats::new(),
-        dump: DumpStats::new(),
-        last_error: LastError::new(),
-    };
+unsafe impl Shared for State {}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            leader: AtomicI32::new(NOBODY),
+            dump_file_user: AtomicI32::new(NOBODY),
+            load_requester: AtomicI32::new(NOBODY),
+            had_leader: AtomicBool::new(false),
+            awaited_since: AtomicI64::new(0),
+            phase: AtomicU32::new(Phase::Due as u32),
+            load_requested: AtomicU32::new(0),
+            load_to_cancel: AtomicU32::new(0),
+            load: LoadStats::new(),
+            dump: DumpStats::new(),
+            last_error: LastError::new(),
+        }
+    }
 }
 
 /// How far the load of the list is.
@@ -73,7 +78,7 @@ pub enum Phase {
     Ended,
 }
 
-static STATE: SharedStruct<State> = SharedStruct::new(c"pg_prewarm");
+static STATE: NamedStruct<State> = NamedStruct::new(c"pg_prewarm");
 
 /// Reserves the state's memory while the server starts.
 pub fn reserve() {
@@ -124,7 +129,7 @@ impl State {
     /// Sets the leader's latch, where there is one.
     pub fn wake_leader(&self) {
         if let Some(pid) = self.leader() {
-            process::wake(pid);
+            latch::wake(pid);
         }
     }
 

@@ -6,8 +6,8 @@ use pgrx::prelude::*;
 use super::state::{Phase, State};
 use super::stats::LoadResult;
 use crate::blocks::SkipReason;
-use crate::pg::activity;
-use crate::pg::error::in_server_encoding;
+use crate::pg::process::activity;
+use crate::pg::process::report::in_server_encoding;
 
 /// The one row of `pg_stat_autoprewarm`.
 #[pg_extern(sql = false)]

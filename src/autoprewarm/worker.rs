@@ -18,10 +18,15 @@ use super::shared::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use super::state::State;
 use crate::blocks::plan::PlanView;
 use crate::blocks::{Fork, SkipReason};
-use crate::pg::activity::{self, Kind, Progress, ShownProgress, WaitEvent};
-use crate::pg::relation::{Opened, Relation};
-use crate::pg::{buffer, database, dsm, process, transaction};
-use crate::turn::{Memory, Pace, TURN};
+use crate::pace::{Pace, TURN};
+use crate::pg::process::activity::{self, Kind, Progress, ShownProgress};
+use crate::pg::process::latch::{WaitEvent, sleep_as_worker};
+use crate::pg::process::transaction::{self, Transaction};
+use crate::pg::process::{self, background};
+use crate::pg::shared::segment::Segment;
+use crate::pg::storage::prefault::Prefaulter;
+use crate::pg::storage::relation::{Locator, Opened, Relation};
+use crate::pg::storage::{ReadEnd, buffer, database};
 
 /// How long chunks that were set aside, of locked relations as a rule, are tried
 /// again in vain, once all others are done, before they are skipped; and how long
@@ -49,15 +54,15 @@ const ONE_BY_ONE: usize = 32;
 
 /// A worker's life.
 pub fn main(argument: WorkerArgument) {
-    process::handle_signals_as_worker();
-    let Some(segment) = dsm::Segment::<Load, Cursor>::attach(argument.segment) else {
+    background::handle_signals_as_worker();
+    let Some(segment) = Segment::<Load, Cursor>::attach(argument.segment) else {
         // The leader has let go of it: there is nothing to do any more.
         return;
     };
     let load = segment.header();
     let slot = &load.workers[argument.slot];
     slot.reach(Stage::Attached);
-    process::connect_to_database(slot.database());
+    background::connect_to_database(slot.database());
     slot.reach(Stage::Connected);
 
     let worker = Worker {
@@ -66,7 +71,7 @@ pub fn main(argument: WorkerArgument) {
         slot,
         cursor: load.cursor(slot, segment.cells()),
         plan: PlanView::new(segment.words()),
-        memory: Memory::new(&load.provided),
+        prefaulter: Prefaulter::new(&load.prefaulted),
         pace: Pace::new(),
         database: database::name(slot.database()),
         reported: Cell::new(None),
@@ -88,7 +93,7 @@ pub fn main(argument: WorkerArgument) {
         if let ChunkEnd::SetAside(rest) = worker.load_chunk(claim) {
             set_aside.push(rest);
             if pauses.next().is_some() {
-                process::sleep_as_worker(Some(LOCKED_PAUSE), WaitEvent::LockedRelation);
+                sleep_as_worker(Some(LOCKED_PAUSE), WaitEvent::LockedRelation);
             }
         }
         slot.give_up_claim();
@@ -107,7 +112,7 @@ struct Worker<'a> {
     /// Its database's.
     cursor: &'a Cursor,
     plan: PlanView<'a>,
-    memory: Memory<'a>,
+    prefaulter: Prefaulter<'a>,
     pace: Pace,
     /// The database's name, in the server's encoding.
     database: Vec<u8>,
@@ -172,7 +177,7 @@ impl Worker<'_> {
             }
             set_aside = still;
             if !set_aside.is_empty() {
-                process::sleep_as_worker(Some(LOCKED_RETRY), WaitEvent::LockedRelation);
+                sleep_as_worker(Some(LOCKED_RETRY), WaitEvent::LockedRelation);
             }
         }
     }
@@ -195,7 +200,7 @@ impl Worker<'_> {
             let allowed = match self.load.rate_limit.take(wanted, process::monotonic_micros) {
                 Ok(allowed) => allowed,
                 Err(wait) => {
-                    process::sleep_as_worker(Some(wait.min(RATE_PATIENCE)), WaitEvent::RateLimit);
+                    sleep_as_worker(Some(wait.min(RATE_PATIENCE)), WaitEvent::RateLimit);
                     continue;
                 }
             };
@@ -208,7 +213,9 @@ impl Worker<'_> {
                 opened: Cell::new(false),
                 read: Cell::new(0),
             };
-            let end = match transaction::run(|| self.load_turn(claim.chunk, &turn)) {
+            let end = match transaction::run(|transaction| {
+                self.load_turn(transaction, claim.chunk, &turn)
+            }) {
                 // The blocks are as readable as before, once replay has had its turn.
                 Err(caught) if caught.is_conflict_with_recovery() => Ok(TurnEnd::Locked),
                 end => end,
@@ -257,14 +264,15 @@ impl Worker<'_> {
 
     /// Loads blocks of a chunk, under one lock on their relation, until the turn
     /// is over.
-    fn load_turn(&self, chunk: u32, turn: &Turn) -> TurnEnd {
+    fn load_turn(&self, transaction: &Transaction, chunk: u32, turn: &Turn) -> TurnEnd {
         let start = Instant::now();
         let (chunk, blocks) = self.plan.chunk(chunk);
-        let relation = match Relation::open_by_file_if_free(
-            chunk.database,
-            chunk.tablespace,
-            chunk.filenumber,
-        ) {
+        let locator = Locator {
+            database: chunk.database,
+            tablespace: chunk.tablespace,
+            filenumber: chunk.filenumber,
+        };
+        let relation = match Relation::open_by_file_if_free(transaction, locator) {
             Opened::Open(relation) => relation,
             Opened::Locked => return TurnEnd::Locked,
             Opened::Gone => return TurnEnd::Skip(SkipReason::NoRelation),
@@ -292,7 +300,7 @@ impl Worker<'_> {
         let end =
             relation.read_into_free_buffers(chunk.fork, &numbers[..wanted], |index, buffer| {
                 buffer.restore_heat(blocks.heat(first + index));
-                self.memory.provide_after(buffer.index());
+                self.prefaulter.prefault_after(buffer.index());
                 turn.done.set(turn.done.get() + 1);
                 if start.elapsed() < TURN && !self.load.has_ended() {
                     Continue(())
@@ -303,8 +311,8 @@ impl Worker<'_> {
         drop(tally);
         self.pace.adapt(start.elapsed(), turn.done.get() - first);
         match end {
-            buffer::ReadEnd::Over => TurnEnd::Over,
-            buffer::ReadEnd::Full => TurnEnd::Full,
+            ReadEnd::Over => TurnEnd::Over,
+            ReadEnd::Full => TurnEnd::Full,
         }
     }
 

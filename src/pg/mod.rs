@@ -1,33 +1,23 @@
-//! The server: PostgreSQL's API as small safe types.
+//! The server: PostgreSQL's API as small safe types, without policy.
 //!
-//! Everything that calls into PostgreSQL lies here, each resource as a type that
-//! owns it, and every difference between major versions in [`compat`]. What is
-//! done with it, and when, is decided by the callers: there is no policy here.
+//! Four rooms. Each uses only those that stand before it; `shared` and `storage` do
+//! not know each other.
 //!
-//! A PostgreSQL ERROR arrives in Rust as a panic that unwinds to [`error::catch`]
-//! or to the entry point that PostgreSQL called. A `Drop` that ran into a second
-//! ERROR on the way would abort the server, so those that call PostgreSQL do
-//! nothing while a panic unwinds: the end of the transaction lets go of what they
-//! held.
+//! | room | what it has |
+//! | --- | --- |
+//! | [`sys`] | symbols and structures of the server, and all differences between its major versions |
+//! | [`process`] | this process: errors, memory, transactions, signals, its latch, what it shows of itself |
+//! | [`shared`] | memory that processes share, background workers, parallel workers |
+//! | [`storage`] | relations, buffers, catalogs, files, and reading |
+//!
+//! A PostgreSQL ERROR arrives in Rust as a panic. It unwinds to
+//! [`process::error::catch`], or to the entry point that PostgreSQL called. A second
+//! ERROR during that would abort the server. So a `Drop` that calls PostgreSQL does
+//! nothing while a panic unwinds: the end of the transaction releases what was held.
 
-pub mod activity;
-// A test's own program has no server to end with.
-#[cfg(not(test))]
-mod allocator;
-pub mod btree;
-pub mod buffer;
-mod compat;
-pub mod database;
-pub mod dsm;
-pub mod error;
-mod ffi;
-pub mod file;
-pub mod memory;
-pub mod parallel;
 pub mod process;
-pub mod relation;
-pub mod shmem;
+pub mod shared;
+pub mod storage;
+mod sys;
 #[cfg(any(test, feature = "pg_test"))]
 mod tests;
-pub mod transaction;
-pub mod worker;

@@ -7,11 +7,12 @@ mod tests {
     use pgrx::prelude::*;
 
     use crate::blocks::{Fork, Record, room};
-    use crate::pg::buffer::cached_blocks;
-    use crate::pg::database::Database;
-    use crate::pg::error::catch;
-    use crate::pg::memory::room_for;
-    use crate::pg::relation::{Opened, Relation, fork_by_name};
+    use crate::pg::process::error::catch;
+    use crate::pg::process::memory::room_for;
+    use crate::pg::process::transaction::Transaction;
+    use crate::pg::storage::buffer::cached_blocks;
+    use crate::pg::storage::database::Database;
+    use crate::pg::storage::relation::{Locator, Opened, Relation, fork_by_name};
 
     /// Makes a table of a few blocks, and returns its OID and its first block.
     fn table() -> (pg_sys::Oid, Record) {
@@ -36,9 +37,18 @@ mod tests {
         (oid.unwrap(), record)
     }
 
-    fn open(record: Record) -> Option<Relation> {
-        match Relation::open_by_file_if_free(record.database, record.tablespace, record.filenumber)
-        {
+    fn transaction() -> &'static Transaction {
+        // SAFETY: each test runs in a transaction, and is over before it ends.
+        unsafe { Transaction::of_call() }
+    }
+
+    fn open(record: Record) -> Option<Relation<'static>> {
+        let locator = Locator {
+            database: record.database,
+            tablespace: record.tablespace,
+            filenumber: record.filenumber,
+        };
+        match Relation::open_by_file_if_free(transaction(), locator) {
             Opened::Open(relation) => Some(relation),
             Opened::Locked | Opened::Gone => None,
         }
@@ -76,7 +86,12 @@ mod tests {
         assert_eq!(relation.name().as_c_str(), c"t");
         assert!(relation.blocks(Fork::Main) > 1);
         assert!(!relation.has_fork(Fork::Init));
-        assert_eq!(Relation::open_with_table(oid).name().as_c_str(), c"t");
+        assert_eq!(
+            Relation::open_with_table(transaction(), oid)
+                .name()
+                .as_c_str(),
+            c"t"
+        );
         for other in [
             Record {
                 database: 0,
@@ -123,7 +138,7 @@ mod tests {
             .unwrap()
             .to_u32()
         };
-        let databases = Database::all();
+        let databases = Database::all(transaction());
         let postgres = databases[&oid_of("postgres")];
         assert!(!postgres.is_template && postgres.accepts_connections);
         assert!(databases[&oid_of("template1")].is_template);

@@ -7,7 +7,9 @@ use rustc_hash::FxHashSet;
 use super::read::Part;
 use crate::blocks::{BlockNumber, Fork, Oid};
 use crate::pg::process::check_for_interrupts;
-use crate::pg::relation::{self, Relation};
+use crate::pg::process::transaction::Transaction;
+use crate::pg::storage::catalog;
+use crate::pg::storage::relation::Relation;
 
 /// What of a table is wanted beside itself.
 #[derive(Clone, Debug)]
@@ -51,33 +53,38 @@ pub struct Collection {
 impl Collection {
     /// A relation that the caller named, after all checks. Whoever may read it may
     /// read all that belongs to it.
-    pub fn of_relation(oid: pgrx::pg_sys::Oid, wanted: &Wanted) -> Self {
+    pub fn of_relation(transaction: &Transaction, oid: pgrx::pg_sys::Oid, wanted: &Wanted) -> Self {
         let mut collection = Self::default();
-        let relation = Relation::open_with_table(oid);
-        relation.check_select_right();
+        let relation = Relation::open_with_table(transaction, oid);
+        relation.check_select_privilege();
         if !relation.is_partitioned() {
             relation.check_storage();
         }
         relation.check_not_others();
         if !relation.is_partitioned() {
-            collection.add(relation, wanted);
+            collection.add(transaction, relation, wanted);
         } else if wanted.partitions {
             drop(relation);
-            for oid in relation::partition_tree(oid.to_u32()) {
-                collection.add_if_there(oid, wanted);
+            for oid in catalog::partition_tree(transaction, oid.to_u32()) {
+                collection.add_if_there(transaction, oid, wanted);
             }
         }
         collection
     }
 
     /// Everything in a schema, or in the database, that the caller may read.
-    pub fn of_schema(schema: Option<pgrx::pg_sys::Oid>, system: bool, wanted: &Wanted) -> Self {
+    pub fn of_schema(
+        transaction: &Transaction,
+        schema: Option<pgrx::pg_sys::Oid>,
+        system: bool,
+        wanted: &Wanted,
+    ) -> Self {
         let mut collection = Self::default();
-        for oid in relation::all_with_storage(schema, system) {
+        for oid in catalog::all_with_storage(transaction, schema, system) {
             check_for_interrupts();
             // Who may not read it is not kept waiting for its lock.
-            match relation::may_be_selected_from(oid) {
-                Some(true) => collection.add_if_there(oid, wanted),
+            match catalog::may_be_selected_from(transaction, oid) {
+                Some(true) => collection.add_if_there(transaction, oid, wanted),
                 Some(false) => collection.denied += 1,
                 None => {}
             }
@@ -85,15 +92,15 @@ impl Collection {
         collection
     }
 
-    fn add_if_there(&mut self, oid: Oid, wanted: &Wanted) {
+    fn add_if_there(&mut self, transaction: &Transaction, oid: Oid, wanted: &Wanted) {
         check_for_interrupts();
-        if let Some(relation) = Relation::try_open_with_table(oid) {
-            self.add(relation, wanted);
+        if let Some(relation) = Relation::try_open_with_table(transaction, oid) {
+            self.add(transaction, relation, wanted);
         }
     }
 
     /// Adds a relation, its indexes and its TOAST table with its index.
-    fn add(&mut self, relation: Relation, wanted: &Wanted) {
+    fn add(&mut self, transaction: &Transaction, relation: Relation, wanted: &Wanted) {
         if relation.is_foreign_table() {
             self.foreign += 1;
         }
@@ -125,7 +132,7 @@ impl Collection {
         let toast = relation.toast_table().filter(|_| wanted.toast);
         drop(relation);
         for oid in indexes.into_iter().chain(toast) {
-            self.add_if_there(oid, wanted);
+            self.add_if_there(transaction, oid, wanted);
         }
     }
 

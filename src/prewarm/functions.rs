@@ -17,10 +17,12 @@ use super::job::{Filled, FilledLocal, Full, Header, Share, Target, WORKER_ENTRY}
 use super::upper;
 use crate::blocks::Fork;
 use crate::error::Error;
-use crate::pg::activity::{Kind, Progress};
-use crate::pg::error::notice;
-use crate::pg::process::now;
-use crate::pg::{memory, parallel, relation};
+use crate::pg::process::activity::{Kind, Progress};
+use crate::pg::process::report::notice;
+use crate::pg::process::transaction::Transaction;
+use crate::pg::process::{memory, now};
+use crate::pg::shared::parallel;
+use crate::pg::storage::{catalog, relation};
 
 /// One fork of a relation that was done: the relation, the fork, its blocks, those
 /// that were in shared buffers already, and how long it took.
@@ -40,13 +42,13 @@ fn pg_prewarm_relation(
     max_blocks: Option<i64>,
     workers: Option<i32>,
 ) -> TableIterator<'static, (pg_sys::Oid, &'static str, i64, i64, Interval)> {
-    rows(|| {
+    rows(|transaction| {
         let oid = relation.ok_or(Error::NullRelation)?;
         let mut request = Request::of(mode, indexes, toast, forks, max_blocks, workers)?;
         request.wanted.partitions = partitions.ok_or(Error::NullArgument("partitions"))?;
         request.mode.check_supported()?;
-        let collection = Collection::of_relation(oid, &request.wanted);
-        Ok(run(Kind::PrewarmRelation, collection, request))
+        let collection = Collection::of_relation(transaction, oid, &request.wanted);
+        Ok(run(transaction, Kind::PrewarmRelation, collection, request))
     })
 }
 
@@ -60,15 +62,15 @@ fn pg_prewarm_schema(
     max_blocks: Option<i64>,
     workers: Option<i32>,
 ) -> TableIterator<'static, (pg_sys::Oid, &'static str, i64, i64, Interval)> {
-    rows(|| {
+    rows(|transaction| {
         let schema = schema.ok_or(Error::NullArgument("schema"))?;
         let request = Request::of(mode, indexes, toast, forks, max_blocks, workers)?;
         request.mode.check_supported()?;
-        if !relation::schema_exists(schema) {
+        if !catalog::schema_exists(transaction, schema) {
             return Err(Error::MissingSchema(schema.to_u32()));
         }
-        let collection = Collection::of_schema(Some(schema), true, &request.wanted);
-        Ok(run(Kind::PrewarmSchema, collection, request))
+        let collection = Collection::of_schema(transaction, Some(schema), true, &request.wanted);
+        Ok(run(transaction, Kind::PrewarmSchema, collection, request))
     })
 }
 
@@ -82,17 +84,21 @@ fn pg_prewarm_database(
     workers: Option<i32>,
     catalogs: Option<bool>,
 ) -> TableIterator<'static, (pg_sys::Oid, &'static str, i64, i64, Interval)> {
-    rows(|| {
+    rows(|transaction| {
         let request = Request::of(mode, indexes, toast, forks, max_blocks, workers)?;
         let catalogs = catalogs.ok_or(Error::NullArgument("catalogs"))?;
         request.mode.check_supported()?;
-        let collection = Collection::of_schema(None, catalogs, &request.wanted);
-        Ok(run(Kind::PrewarmDatabase, collection, request))
+        let collection = Collection::of_schema(transaction, None, catalogs, &request.wanted);
+        Ok(run(transaction, Kind::PrewarmDatabase, collection, request))
     })
 }
 
-fn rows(prewarm: impl FnOnce() -> Result<Vec<Row>, Error>) -> TableIterator<'static, Row> {
-    TableIterator::new(prewarm().unwrap_or_else(|error| error.raise()))
+fn rows(
+    prewarm: impl FnOnce(&Transaction) -> Result<Vec<Row>, Error>,
+) -> TableIterator<'static, Row> {
+    // SAFETY: the server calls SQL functions in a transaction.
+    let transaction = unsafe { Transaction::of_call() };
+    TableIterator::new(prewarm(transaction).unwrap_or_else(|error| error.raise()))
 }
 
 /// What all of them are asked for.
@@ -153,7 +159,12 @@ fn forks_of(names: Option<Array<&[u8]>>) -> Result<Vec<Fork>, Error> {
 }
 
 /// Does all of it, and returns a row for each part that was done.
-fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
+fn run(
+    transaction: &Transaction,
+    kind: Kind,
+    mut collection: Collection,
+    request: Request,
+) -> Vec<Row> {
     collection.sort();
     tell_what_is_left_out(&collection);
     let start = now();
@@ -174,7 +185,7 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
     if let Mode::Buffer = request.mode {
         let header = Header::new(request.mode, 1, 0);
         let filled = Filled::new(&header, &words, &local);
-        let share = Share::new(&header, &filled, kind, total, start);
+        let share = Share::new(transaction, &header, &filled, kind, total, start);
         let mut done = Vec::new();
         for (part, target) in parts.iter().zip(&mut targets) {
             if header.full().is_some() {
@@ -216,7 +227,7 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
         |job, workers| {
             job.header.set_workers(workers);
             let filled = Filled::new(job.header, job.words, &local);
-            let share = Share::new(job.header, &filled, kind, total, start);
+            let share = Share::new(transaction, job.header, &filled, kind, total, start);
             share.work(job.cells, job.words);
         },
         |job| {

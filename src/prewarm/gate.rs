@@ -10,8 +10,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::time::Duration;
 
-use crate::pg::activity::WaitEvent;
-use crate::pg::process;
+use crate::pg::process::latch::{self, WaitEvent};
 
 const POLL: Duration = Duration::from_millis(1);
 
@@ -43,7 +42,7 @@ impl Gate {
             if self.inside.load(SeqCst) == 0 {
                 self.pause.store(false, SeqCst);
             } else {
-                process::sleep(Some(POLL), WaitEvent::Pause);
+                latch::sleep(Some(POLL), WaitEvent::Pause);
             }
         }
     }

@@ -21,11 +21,15 @@ use super::Mode;
 use super::gate::Gate;
 use super::read::{Change, Count, End, Part, Reader, Work};
 use crate::blocks::{BlockNumber, Fork};
-use crate::pg::activity::{Kind, Progress, ShownProgress};
-use crate::pg::buffer::{self, Pinned, Place};
-use crate::pg::parallel::{self, Portable};
+use crate::pace::Pace;
+use crate::pg::process::activity::{Kind, Progress, ShownProgress};
 use crate::pg::process::now;
-use crate::turn::{Memory, Pace, Provided};
+use crate::pg::process::transaction::Transaction;
+use crate::pg::shared::contents::Shared;
+use crate::pg::shared::parallel;
+use crate::pg::storage::buffer::{self, Pinned, Place};
+use crate::pg::storage::prefault::{Prefaulted, Prefaulter};
+use crate::pg::storage::room;
 
 /// What the library's entry point for parallel workers is called.
 pub const WORKER_ENTRY: &CStr = c"pg_prewarm_parallel_main";
@@ -41,11 +45,11 @@ pub struct Header {
     full: AtomicU32,
     free: Free,
     gate: Gate,
-    provided: Provided,
+    prefaulted: Prefaulted,
 }
 
 // SAFETY: atomics, and what is not changed any more.
-unsafe impl Portable for Header {}
+unsafe impl Shared for Header {}
 
 impl Header {
     pub fn new(mode: Mode, processes: u32, done: u64) -> Self {
@@ -56,7 +60,7 @@ impl Header {
             full: AtomicU32::new(0),
             free: Free(AtomicU64::new(u64::MAX)),
             gate: Gate::new(),
-            provided: Provided::new(),
+            prefaulted: Prefaulted::new(),
         }
     }
 
@@ -108,7 +112,7 @@ pub struct Target {
 }
 
 // SAFETY: atomics, and what is not changed any more.
-unsafe impl Portable for Target {}
+unsafe impl Shared for Target {}
 
 impl Target {
     pub fn new(part: Part, is_temporary: bool, end: BlockNumber) -> Self {
@@ -276,14 +280,14 @@ impl<'a> Filled<'a> {
         let free = self.count_free(most);
         match free >= most {
             true => most,
-            false => free + buffer::count_evictable_before(most - free, is_filled),
+            false => free + room::count_evictable_before(most - free, is_filled),
         }
     }
 
     /// How many buffers are free, where these are taken before anything is evicted. All
     /// are counted only where it may matter, and for a tenth of the time at most.
     fn count_free(&self, most: usize) -> usize {
-        if !buffer::free_list_has_any() {
+        if !room::free_list_has_any() {
             return 0;
         }
         let known = self.free.0.load(Relaxed);
@@ -292,7 +296,7 @@ impl<'a> Filled<'a> {
         if known != u64::MAX && (known >= 2 * most as u64 || !is_due) {
             return known as usize;
         }
-        let free = buffer::count_free();
+        let free = room::count_free();
         self.free.0.store(free as u64, Relaxed);
         self.next_count
             .set(Some(Instant::now() + 9 * start.elapsed()));
@@ -306,7 +310,7 @@ impl<'a> Filled<'a> {
                 let before = self.shared[index / 32].fetch_or(bit, Relaxed);
                 // What was in it may also have been dropped, if free buffers come first
                 // and there are some.
-                if before & bit != 0 && !buffer::free_list_has_any() {
+                if before & bit != 0 && !room::free_list_has_any() {
                     return Break(Full::Shared);
                 }
             }
@@ -332,6 +336,7 @@ pub struct Share<'a> {
 
 impl<'a> Share<'a> {
     pub fn new(
+        transaction: &'a Transaction,
         header: &'a Header,
         filled: &'a Filled<'a>,
         kind: Kind,
@@ -342,9 +347,10 @@ impl<'a> Share<'a> {
             header,
             filled,
             reader: Reader {
+                transaction,
                 mode: header.mode,
                 gate: (header.processes() > 1).then_some(&header.gate),
-                memory: Memory::new(&header.provided),
+                prefaulter: Prefaulter::new(&header.prefaulted),
                 pace: Pace::new(),
             },
             progress: ShownProgress::new(Progress {
@@ -453,9 +459,18 @@ pub unsafe fn worker_main(toc: *mut pgrx::pg_sys::shm_toc) {
     // SAFETY: the caller's promise; whoever names that entry point shares such a
     // job.
     let job = unsafe { parallel::attach::<Header, Target>(toc) };
+    // SAFETY: the server calls the entry point of a parallel worker in a transaction.
+    let transaction = unsafe { Transaction::of_call() };
     let local = FilledLocal::default();
     let filled = Filled::new(job.header, job.words, &local);
-    let share = Share::new(job.header, &filled, Kind::PrewarmWorker, 0, now());
+    let share = Share::new(
+        transaction,
+        job.header,
+        &filled,
+        Kind::PrewarmWorker,
+        0,
+        now(),
+    );
     share.work(job.cells, job.words);
     Progress::end();
 }

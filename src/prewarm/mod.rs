@@ -20,10 +20,12 @@ use read::{End, Part, Reader, Work};
 
 use crate::blocks::{BlockNumber, Fork};
 use crate::error::Error;
-use crate::pg::activity::{Kind, Progress, ShownProgress};
+use crate::pg::process::activity::{Kind, Progress, ShownProgress};
 use crate::pg::process::now;
-use crate::pg::relation::{self, Relation};
-use crate::turn::Provided;
+use crate::pg::process::transaction::Transaction;
+use crate::pg::storage::prefault::Prefaulted;
+use crate::pg::storage::reads_directly;
+use crate::pg::storage::relation::{self, Relation};
 
 /// How far blocks are brought.
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +55,7 @@ impl Mode {
     /// With direct I/O, what the operating system has read is of no use.
     fn check_supported(self) -> Result<(), Error> {
         match self {
-            Self::Prefetch if relation::read_directly() => Err(Error::PrefetchWithDirectIo),
+            Self::Prefetch if reads_directly() => Err(Error::PrefetchWithDirectIo),
             _ => Ok(()),
         }
     }
@@ -91,13 +93,15 @@ fn prewarm(
     first_block: Option<i64>,
     last_block: Option<i64>,
 ) -> Result<i64, Error> {
+    // SAFETY: the server calls SQL functions in a transaction.
+    let transaction = unsafe { Transaction::of_call() };
     let oid = relation.ok_or(Error::NullRelation)?;
     let mode = Mode::from_argument(mode)?;
     let fork_name = CString::new(fork.ok_or(Error::NullFork)?).expect("text holds no NUL");
     let fork = relation::fork_by_name(&fork_name);
 
-    let relation = Relation::open_with_table(oid);
-    relation.check_select_right();
+    let relation = Relation::open_with_table(transaction, oid);
+    relation.check_select_privilege();
     relation.check_storage();
     if !relation.has_fork(fork) {
         let name = fork_name.to_string_lossy().into_owned();
@@ -117,6 +121,7 @@ fn prewarm(
 
     // Both lie within the fork, whose blocks are counted in 32 bits.
     Ok(run(
+        transaction,
         relation,
         mode,
         fork,
@@ -141,7 +146,14 @@ fn within(
 
 /// Brings the blocks from `first` to before `end` where `mode` says, and returns
 /// how many that were: fewer, where the relation changes meanwhile.
-fn run(relation: Relation, mode: Mode, fork: Fork, first: BlockNumber, end: BlockNumber) -> i64 {
+fn run<'t>(
+    transaction: &'t Transaction,
+    relation: Relation<'t>,
+    mode: Mode,
+    fork: Fork,
+    first: BlockNumber,
+    end: BlockNumber,
+) -> i64 {
     let part = Part::of(&relation, fork);
     let name = relation.name();
     let progress = ShownProgress::new(Progress {
@@ -155,7 +167,7 @@ fn run(relation: Relation, mode: Mode, fork: Fork, first: BlockNumber, end: Bloc
     });
     // Shown from the beginning.
     progress.change(|_| ());
-    let how = Reader::alone(mode, &Provided::new()).read(
+    let how = Reader::alone(transaction, mode, &Prefaulted::new()).read(
         &part,
         Some(relation),
         Work::range(first..end),

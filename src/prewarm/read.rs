@@ -13,10 +13,13 @@ use std::time::Instant;
 use super::Mode;
 use super::gate::Gate;
 use crate::blocks::{BlockNumber, Fork, Oid};
-use crate::pg::buffer::{self, Pinned, Place};
+use crate::pace::{Pace, TURN};
 use crate::pg::process::check_for_interrupts;
-use crate::pg::relation::{self, Locator, Relation};
-use crate::turn::{Memory, Pace, Provided, TURN};
+use crate::pg::process::report::notice_relation;
+use crate::pg::process::transaction::Transaction;
+use crate::pg::storage::buffer::{self, Pinned, Place};
+use crate::pg::storage::prefault::{self, Prefaulted, Prefaulter};
+use crate::pg::storage::relation::{Locator, Relation};
 
 /// One fork of a relation, in the file that it has now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,7 +125,7 @@ impl Change {
             Self::Rewritten => c"relation \"%s\" was rewritten while it was prewarmed",
             Self::Truncated => c"relation \"%s\" was truncated while it was prewarmed",
         };
-        relation::notice(format, name);
+        notice_relation(format, name);
     }
 }
 
@@ -136,19 +139,21 @@ pub struct Count {
 
 /// One process that reads.
 pub struct Reader<'a> {
+    pub transaction: &'a Transaction,
     pub mode: Mode,
     /// What processes that share the work have to pass.
     pub gate: Option<&'a Gate>,
-    pub memory: Memory<'a>,
+    pub prefaulter: Prefaulter<'a>,
     pub pace: Pace,
 }
 
 impl<'a> Reader<'a> {
-    pub fn alone(mode: Mode, provided: &'a Provided) -> Self {
+    pub fn alone(transaction: &'a Transaction, mode: Mode, prefaulted: &'a Prefaulted) -> Self {
         Self {
+            transaction,
             mode,
             gate: None,
-            memory: Memory::new(provided),
+            prefaulter: Prefaulter::new(prefaulted),
             pace: Pace::new(),
         }
     }
@@ -160,7 +165,7 @@ impl<'a> Reader<'a> {
     pub fn read(
         &self,
         part: &Part,
-        mut opened: Option<Relation>,
+        mut opened: Option<Relation<'a>>,
         mut work: Work,
         room: &dyn Fn(usize) -> usize,
         each: &mut dyn FnMut(BlockNumber, &Pinned) -> ControlFlow<()>,
@@ -174,7 +179,7 @@ impl<'a> Reader<'a> {
             let _inside = self.gate.map(Gate::pass);
             let relation = opened
                 .take()
-                .or_else(|| Relation::try_open_with_table(part.relation));
+                .or_else(|| Relation::try_open_with_table(self.transaction, part.relation));
             let Some(relation) = relation else {
                 return End::Changed(Change::Dropped);
             };
@@ -246,7 +251,7 @@ impl<'a> Reader<'a> {
         // Blocks are in a row in the modes without buffers.
         let (first, end) = (blocks[0], blocks[blocks.len() - 1] + 1);
         let count_run = |blocks| {
-            done += blocks as usize;
+            done += blocks;
             go_on(Continue(()))
         };
         match self.mode {
@@ -257,10 +262,10 @@ impl<'a> Reader<'a> {
                 let is_alone = self.gate.is_none() || relation.is_temporary();
                 relation.read_into_buffers(fork, blocks, is_alone, |index, buffer| {
                     if let Place::Shared(index) = buffer.place()
-                        && buffer::READS_WANT_MEMORY
+                        && prefault::HELPS_CALLS
                         && buffer::hits() == hits
                     {
-                        self.memory.provide_after(index);
+                        self.prefaulter.prefault_after(index);
                     }
                     if flow.is_continue() {
                         flow = each(blocks[index], buffer);

@@ -11,7 +11,7 @@ use super::collect::{Class, Collected};
 use super::job::{Share, Target};
 use super::read::Work;
 use crate::blocks::{BlockNumber, Fork};
-use crate::pg::btree;
+use crate::pg::storage::btree;
 
 /// Reads the upper levels of an index, at most so many blocks, and returns which
 /// blocks that were, sorted.

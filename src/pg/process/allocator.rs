@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
-use super::error::ereport_unguarded;
-use super::{ffi, memory};
+use super::report::ereport_unguarded;
+use super::reserve;
 use crate::blocks::room;
+use crate::pg::sys::ffi;
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
@@ -38,7 +39,7 @@ fn end_process(size: usize) {
     if IS_ENDING.swap(true, Relaxed) {
         return;
     }
-    memory::give_up_reserve();
+    reserve::give_up();
     // SAFETY: the arguments fit the formats. It does not come back, neither by returning
     // nor by a jump, so that no frame of Rust's is skipped that anybody would go on in.
     // Callbacks that tell where the error is raised may need memory, so they are left

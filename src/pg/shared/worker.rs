@@ -1,21 +1,23 @@
-//! Background workers of this library.
+//! Background workers of this library: how they are registered, started, watched and
+//! terminated.
 
 use std::ffi::{CStr, c_char};
 
 use pgrx::pg_sys;
 
-use super::{compat, process};
+use crate::pg::process;
+use crate::pg::sys::version::BGWORKER_INTERRUPTIBLE;
 
 /// A kind of background worker.
 pub struct Kind {
-    /// What the process list and `pg_stat_activity` call it.
+    /// Its name in the process list and in `pg_stat_activity`.
     pub name: &'static CStr,
     /// The C function that it runs.
     pub function: &'static CStr,
-    /// How many seconds after it failed the server starts it again; never for `None`.
+    /// How many seconds after it has failed the server starts it again. `None`: never.
     pub restart: Option<i32>,
-    /// Whether `CREATE`, `ALTER` and `DROP DATABASE` may end one that is connected to the
-    /// database, instead of waiting for it in vain. Before 19, the server cannot.
+    /// Whether `CREATE`, `ALTER` and `DROP DATABASE` may terminate it if it is connected
+    /// to the database. Before 19, the server cannot do that.
     pub interruptible: bool,
 }
 
@@ -27,7 +29,7 @@ const NEVER_RESTART: i32 = -1;
 
 impl Kind {
     fn registration(&self, argument: u64, notify: i32) -> pg_sys::BackgroundWorker {
-        // SAFETY: a C structure of numbers and character arrays: zeros are valid.
+        // SAFETY: it has numbers and arrays of characters only, for which zeros are valid.
         let mut worker: pg_sys::BackgroundWorker = unsafe { std::mem::zeroed() };
         copy_name(&mut worker.bgw_name, self.name);
         copy_name(&mut worker.bgw_type, self.name);
@@ -36,7 +38,7 @@ impl Kind {
         let mut flags =
             pg_sys::BGWORKER_SHMEM_ACCESS | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION;
         if self.interruptible {
-            flags |= compat::BGWORKER_INTERRUPTIBLE;
+            flags |= BGWORKER_INTERRUPTIBLE;
         }
         worker.bgw_flags = flags as i32;
         worker.bgw_start_time = pg_sys::BgWorkerStartTime::BgWorkerStart_ConsistentState;
@@ -46,21 +48,23 @@ impl Kind {
         worker
     }
 
-    /// Has the postmaster start it with the server. While preloading only.
+    /// Has the postmaster start one with the server. For `_PG_init` of a preloaded
+    /// library.
     pub fn start_with_server(&self) {
         let mut worker = self.registration(0, 0);
-        // SAFETY: a filled registration, which the postmaster copies.
+        // SAFETY: a complete registration, which the server copies.
         unsafe { pg_sys::RegisterBackgroundWorker(&mut worker) };
     }
 
-    /// Asks for one to be started with that argument; nothing where no slot of
-    /// `max_worker_processes` is free. This process's latch is set when it starts
-    /// and when it ends.
+    /// Asks the postmaster to start one with that argument. `None` if no slot of
+    /// `max_worker_processes` is free. This process's latch is set when it starts and
+    /// when it ends.
     pub fn start(&self, argument: u64) -> Option<Handle> {
         let mut worker = self.registration(argument, process::my_pid());
         let mut handle = std::ptr::null_mut();
-        // SAFETY: as above; the handle is allocated in the current context,
-        // which is made to be one that lives as long as the process.
+        // SAFETY: a complete registration, which the server copies. The handle is
+        // allocated in the current memory context: for the moment, the one that lives
+        // as long as this process.
         let registered = unsafe {
             let previous = pg_sys::MemoryContextSwitchTo(pg_sys::TopMemoryContext);
             let registered = pg_sys::RegisterDynamicBackgroundWorker(&mut worker, &mut handle);
@@ -79,24 +83,23 @@ fn copy_name<const N: usize>(to: &mut [c_char; N], name: &CStr) {
     }
 }
 
-/// How far a worker is.
+/// Whether a worker runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     /// The postmaster has not started it yet.
     NotYetStarted,
-    /// It runs.
     Started,
-    /// It ended, or could not be started.
+    /// It has ended, or could not be started.
     Stopped,
 }
 
-/// A worker that was asked for.
+/// A worker that the postmaster was asked to start.
 pub struct Handle(*mut pg_sys::BackgroundWorkerHandle);
 
 impl Handle {
     pub fn status(&self) -> Status {
         let mut pid = 0;
-        // SAFETY: the handle that registering gave.
+        // SAFETY: the handle was made by the server, and is freed by `drop` only.
         match unsafe { pg_sys::GetBackgroundWorkerPid(self.0, &mut pid) } {
             pg_sys::BgwHandleStatus::BGWH_NOT_YET_STARTED => Status::NotYetStarted,
             pg_sys::BgwHandleStatus::BGWH_STARTED => Status::Started,
@@ -104,17 +107,17 @@ impl Handle {
         }
     }
 
-    /// Waits until it runs; false where it could not be started.
+    /// Waits until it runs. Returns false if it could not be started.
     pub fn wait_until_started(&self) -> bool {
         let mut pid = 0;
-        // SAFETY: as above.
+        // SAFETY: the handle was made by the server, and is freed by `drop` only.
         let status = unsafe { pg_sys::WaitForBackgroundWorkerStartup(self.0, &mut pid) };
         status == pg_sys::BgwHandleStatus::BGWH_STARTED
     }
 
-    /// Asks the postmaster to end it, or not to start it.
+    /// Asks the postmaster to terminate it, or not to start it.
     pub fn terminate(&self) {
-        // SAFETY: as above.
+        // SAFETY: the handle was made by the server, and is freed by `drop` only.
         unsafe { pg_sys::TerminateBackgroundWorker(self.0) };
     }
 }
@@ -122,7 +125,7 @@ impl Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         if !std::thread::panicking() {
-            // SAFETY: allocated by PostgreSQL, and not used any more.
+            // SAFETY: the server has allocated it, and nothing uses it any more.
             unsafe { pg_sys::pfree(self.0.cast()) };
         }
     }

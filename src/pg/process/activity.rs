@@ -2,77 +2,34 @@
 //! `pg_stat_progress_prewarm`.
 
 use std::cell::Cell;
-use std::ffi::{CStr, CString};
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::ffi::CString;
 
 use pgrx::pg_sys;
 
-use super::compat;
 use crate::blocks::{Fork, Oid};
+use crate::pg::sys::version;
 
-/// What a process is waiting for. On 17 and later each has a name of its own in
-/// `pg_stat_activity`, before they are all called `Extension`.
-#[derive(Clone, Copy, Debug)]
-pub enum WaitEvent {
-    /// The leader, for the next dump or whatever it is asked for.
-    Leader,
-    /// The leader, for its workers.
-    Load,
-    /// A worker, for locked relations.
-    LockedRelation,
-    /// A worker, for what the rate limit allows.
-    RateLimit,
-    /// A caller, for the end of a load.
-    LoadEnd,
-    /// A caller or a parallel worker of it, for the others, so that somebody who
-    /// waits for a relation can have it.
-    Pause,
-}
-
-impl WaitEvent {
-    fn name(self) -> &'static CStr {
-        match self {
-            Self::Leader => c"AutoprewarmLeaderMain",
-            Self::Load => c"AutoprewarmLoad",
-            Self::LockedRelation => c"AutoprewarmLockedRelation",
-            Self::RateLimit => c"AutoprewarmRateLimit",
-            Self::LoadEnd => c"AutoprewarmLoadEnd",
-            Self::Pause => c"PrewarmPause",
-        }
-    }
-
-    /// Its number in this server.
-    pub fn id(self) -> u32 {
-        static IDS: [AtomicU32; 6] = [const { AtomicU32::new(0) }; 6];
-        let id = &IDS[self as usize];
-        if id.load(Relaxed) == 0 {
-            id.store(compat::wait_event(self.name()), Relaxed);
-        }
-        id.load(Relaxed)
-    }
-}
-
-/// Shows what this process does, as its query and in its title. The text is in
-/// the server's encoding, since it may name a database.
+/// Shows what this process is doing, as its query and in its title. The text is in the
+/// server's encoding, since it may have the name of a database.
 pub fn report(text: Vec<u8>) {
     let text = CString::new(text).unwrap_or_default();
-    // SAFETY: a C string, which both copy.
+    // SAFETY: a C string, which both functions copy.
     unsafe {
         pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, text.as_ptr());
         pg_sys::set_ps_display(text.as_ptr());
     }
 }
 
-/// Shows that this process does nothing but wait.
+/// Shows that this process is idle.
 pub fn report_idle() {
-    // SAFETY: as above.
+    // SAFETY: a C string, which both functions copy.
     unsafe {
         pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_IDLE, c"".as_ptr());
         pg_sys::set_ps_display(c"".as_ptr());
     }
 }
 
-/// What a row of `pg_stat_progress_prewarm` is about.
+/// The column `kind` of `pg_stat_progress_prewarm`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     LoadWorker,
@@ -105,31 +62,33 @@ impl Kind {
     }
 }
 
-/// How far a process is.
+/// A row of `pg_stat_progress_prewarm`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     pub kind: Kind,
-    /// The relation being read, and its fork; 0 for none.
+    /// The OID of the relation that is being read; 0 if none is.
     pub relation: Oid,
+    /// The fork that is being read.
     pub fork: Fork,
+    /// Blocks to be read, read, and skipped.
     pub total: u64,
     pub done: u64,
     pub skipped: u64,
-    /// The server's timestamp of the beginning.
+    /// When the process began, as a timestamp of the server.
     pub start: i64,
 }
 
-/// Progress is kept where the server's own commands keep theirs, under a number
-/// that is none of theirs: so the server sees to it that other processes read it
-/// as a whole, and that it goes when the process or its transaction fails. With
-/// `track_activities` off there is none, as there.
+/// The number of our progress among that of the server's own commands, none of which
+/// has it. Progress is kept where theirs is: so other processes read a row as a whole,
+/// it goes if the process or its transaction fails, and there is none if
+/// `track_activities` is off.
 const COMMAND: pg_sys::ProgressCommandType::Type = 0x5057;
 
 impl Progress {
     const FIELDS: [i32; 7] = [0, 1, 2, 3, 4, 5, 6];
 
-    /// Shows it to others; but not within another command that shows its own,
-    /// such as a COPY of a query that calls a function of ours.
+    /// Shows it to other processes, unless another command of this process shows its own
+    /// progress: `COPY (SELECT pg_prewarm(…)) TO …` does.
     pub fn show(&self) {
         let values = [
             self.kind as i64,
@@ -140,7 +99,7 @@ impl Progress {
             self.skipped as i64,
             self.start,
         ];
-        // SAFETY: as many fields as values, both fewer than the server keeps.
+        // SAFETY: as many fields as values, fewer than `PGSTAT_NUM_PROGRESS_PARAM`.
         unsafe {
             match shown_command() {
                 Some(COMMAND) => {}
@@ -157,7 +116,7 @@ impl Progress {
         }
     }
 
-    /// Shows nothing any more.
+    /// Removes the row of this process.
     pub fn end() {
         // SAFETY: it changes this process's own entry.
         unsafe {
@@ -180,7 +139,7 @@ impl Progress {
     }
 }
 
-/// The progress of this process, which is shown anew whenever it changes.
+/// The progress of this process, shown again after each change.
 pub struct ShownProgress(Cell<Progress>);
 
 impl ShownProgress {
@@ -197,31 +156,32 @@ impl ShownProgress {
         let mut progress = self.0.get();
         change(&mut progress);
         self.0.set(progress);
-        // An ERROR takes the row away with the transaction.
+        // After an ERROR the end of the transaction removes the row.
         if !std::thread::panicking() {
             progress.show();
         }
     }
 }
 
-/// Which command this process shows the progress of; nothing where it shows
-/// nothing at all.
+/// The command whose progress this process shows. `None` if it has no entry among the
+/// server's processes.
 fn shown_command() -> Option<pg_sys::ProgressCommandType::Type> {
-    // SAFETY: this process's own entry, where it has one, which no other changes.
+    // SAFETY: a non-null entry is this process's own, which no other process changes.
     unsafe {
         let entry = pg_sys::MyBEEntry;
         (!entry.is_null()).then(|| (&raw const (*entry).st_progress_command).read_volatile())
     }
 }
 
-/// Every process that shows progress of ours: its ID, its database, and how far
-/// it is.
+/// The progress of every process that shows some of ours, with its process ID and its
+/// database.
 pub fn all_progress() -> Vec<(i32, Oid, Progress)> {
-    // SAFETY: the server's entries, copied for this transaction, counted from 1.
+    // SAFETY: as many entries as were counted. They are the server's copies, which stay
+    // the same until the end of the transaction.
     unsafe {
         (1..=pg_sys::pgstat_fetch_stat_numbackends())
             .filter_map(|index| {
-                let local = compat::backend_entry(index);
+                let local = version::backend_entry(index);
                 if local.is_null() {
                     return None;
                 }

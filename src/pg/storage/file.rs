@@ -1,4 +1,4 @@
-//! Files in the data folder, which is every server process's working folder.
+//! Files in the data directory, which is the working directory of every server process.
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
@@ -9,23 +9,23 @@ use std::rc::Rc;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
-use super::ffi;
-use super::process::check_for_interrupts;
+use crate::pg::process::check_for_interrupts;
+use crate::pg::sys::ffi;
 
-/// A file that may be open for long. The server knows of it, so that it keeps within
-/// its number of open files.
+/// A file that may be open for a long time. The server counts it, so that this process
+/// keeps to its limit of open files.
 pub struct OpenFile {
     file: File,
     _descriptor: Descriptor,
 }
 
-/// One of those that the server leaves to others.
+/// One of the file descriptors that the server leaves to extensions.
 struct Descriptor;
 
 impl Descriptor {
-    /// Fails where others have a third of all already.
+    /// Fails if extensions have a third of all already.
     fn acquire() -> io::Result<Self> {
-        // SAFETY: it counts, and may have the server close files that are not in use.
+        // SAFETY: it counts, and may close files that the server does not use.
         match unsafe { pg_sys::AcquireExternalFD() } {
             true => Ok(Self),
             false => Err(io::Error::from_raw_os_error(libc::EMFILE)),
@@ -35,8 +35,8 @@ impl Descriptor {
 
 impl Drop for Descriptor {
     fn drop(&mut self) {
-        // SAFETY: it was acquired. It counts, and nothing else, so that this is
-        // allowed while an ERROR unwinds.
+        // SAFETY: `acquire` has counted it. It raises no ERROR, so this is allowed while
+        // one unwinds.
         unsafe { ffi::ReleaseExternalFD() };
     }
 }
@@ -47,8 +47,8 @@ impl Read for OpenFile {
     }
 }
 
-/// Opens a regular file for reading. A folder or a pipe in its place is an
-/// error, and never waited for.
+/// Opens a regular file for reading, and returns its size in bytes as well. Anything
+/// else of that name is an error; a pipe is not waited for.
 pub fn open(path: &str) -> io::Result<(OpenFile, u64)> {
     let descriptor = Descriptor::acquire()?;
     let file = OpenOptions::new()
@@ -69,9 +69,9 @@ pub fn open(path: &str) -> io::Result<(OpenFile, u64)> {
     Ok((file, metadata.len()))
 }
 
-/// Makes a new file for writing, in place of one that an earlier try left
-/// behind. A link in its place is removed, not followed. Its rights are those of
-/// the data folder: the server's umask sees to that.
+/// Creates a file for writing, and removes one that an earlier attempt has left behind. A
+/// symbolic link is removed, not followed. The file has the permissions of the data
+/// directory, by the server's umask.
 pub fn create(path: &str) -> io::Result<File> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -80,26 +80,24 @@ pub fn create(path: &str) -> io::Result<File> {
     OpenOptions::new().write(true).create_new(true).open(path)
 }
 
-/// Closes a file that was written to: the last moment for the system to tell
-/// that what was written is lost.
+/// Closes a file that was written to. Some file systems report a failed write only then.
 pub fn close(file: File) -> io::Result<()> {
-    // SAFETY: the descriptor is the file's own, and given up here.
+    // SAFETY: the descriptor was taken from the file, so nothing else closes it.
     match unsafe { libc::close(file.into_raw_fd()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Gives `from` the name `to`, in one step that survives a crash: both are
-/// flushed (unless `fsync` is off). Raises an ERROR where that fails.
+/// Renames a file durably: it and its directory are flushed, unless `fsync` is off. Raises
+/// an ERROR if that fails.
 pub fn rename_durably(from: &str, to: &str) {
     let [from, to] = [from, to].map(|path| CString::new(path).expect("a path has no NUL"));
     // SAFETY: two C strings that outlive the call.
     unsafe { pg_sys::durable_rename(from.as_ptr(), to.as_ptr(), PgLogLevel::ERROR as i32) };
 }
 
-/// A reader that serves interrupts between two pieces, and fails where it is to
-/// stop.
+/// A reader that serves interrupts before each read, and fails when it is to stop.
 pub struct Interruptible<R, S> {
     pub reader: R,
     pub is_to_stop: S,
@@ -115,7 +113,7 @@ impl<R: Read, S: Fn() -> bool> Read for Interruptible<R, S> {
     }
 }
 
-/// A place in a file that may have several readers.
+/// A position in a file, which may have several.
 pub struct At {
     pub file: Rc<OpenFile>,
     pub offset: u64,
@@ -129,7 +127,7 @@ impl Read for At {
     }
 }
 
-/// The system's text for an error, as `%m` would print it.
+/// The system's text for an error, as `%m` prints it.
 pub fn describe(error: &io::Error) -> String {
     let text = error.to_string();
     match text.rfind(" (os error ") {

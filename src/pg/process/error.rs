@@ -1,0 +1,132 @@
+//! ERRORs of PostgreSQL, caught and survived.
+
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, Location};
+
+use pgrx::pg_sys::panic::CaughtError;
+use pgrx::{PgLogLevel, PgSqlErrorCode, PgTryBuilder, pg_guard, pg_sys};
+
+use super::report::{SUCCESS, ereport_unguarded, report};
+use super::reserve;
+use crate::pg::sys::ffi;
+
+/// An ERROR that was caught.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Caught {
+    pub sqlstate: PgSqlErrorCode,
+    pub message: String,
+    pub hint: Option<String>,
+}
+
+impl From<CaughtError> for Caught {
+    fn from(caught: CaughtError) -> Self {
+        let (CaughtError::PostgresError(report)
+        | CaughtError::ErrorReport(report)
+        | CaughtError::RustPanic {
+            ereport: report, ..
+        }) = &caught;
+        Self {
+            sqlstate: report.sql_error_code(),
+            message: report.message().to_owned(),
+            hint: report.hint().map(str::to_owned),
+        }
+    }
+}
+
+impl Caught {
+    /// Whether replay on a standby needed what the transaction held.
+    pub fn is_conflict_with_recovery(&self) -> bool {
+        self.sqlstate == PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE
+    }
+
+    /// Whether memory, room in the lock table or open files were short, of which there
+    /// may be enough in a moment.
+    pub fn is_shortage(&self) -> bool {
+        matches!(
+            self.sqlstate,
+            PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY | PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES
+        )
+    }
+
+    /// Logs the error as a WARNING.
+    pub fn warn(self) {
+        let hint = self.hint.as_deref();
+        log_with_hint(PgLogLevel::WARNING, self.sqlstate, &self.message, hint);
+    }
+}
+
+/// Runs `body`, and returns an ERROR that it raises. What `body` held is not released:
+/// that is done by [`super::transaction::run`].
+pub fn catch<T>(body: impl FnOnce() -> T) -> Result<T, Caught> {
+    if !reserve::keep() {
+        return Err(Caught {
+            sqlstate: PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
+            message: "out of memory".to_owned(),
+            hint: None,
+        });
+    }
+    PgTryBuilder::new(AssertUnwindSafe(|| Ok(body())))
+        .catch_others(|caught| Err(caught.into()))
+        .catch_rust_panic(|caught| Err(caught.into()))
+        .execute()
+}
+
+/// Reports a message of a background worker, which goes on even if that fails: memory
+/// may be short, or a standby before 17 may raise a conflict with recovery after the
+/// transaction that it was meant for.
+pub fn log_with_hint(
+    level: PgLogLevel,
+    sqlstate: PgSqlErrorCode,
+    message: &str,
+    hint: Option<&str>,
+) {
+    let _ = catch(|| report(level, sqlstate, message, hint));
+}
+
+/// Writes a line to the server's log, as of [`log_with_hint`].
+pub fn log(message: &str) {
+    log_with_hint(PgLogLevel::LOG, SUCCESS, message, None);
+}
+
+/// Runs the body of an SQL function, or the whole of a background process, with memory
+/// in reserve for an ERROR. Without it, raises an ERROR at once.
+///
+/// # Safety
+/// PostgreSQL has called this library, and nothing between that call and this one needs
+/// dropping: an ERROR has left Rust within `body` already, and jumps.
+pub unsafe fn with_reserve<T>(body: impl FnOnce() -> T) -> T {
+    #[pg_guard]
+    unsafe extern "C-unwind" fn give_up_if_needed(_argument: *mut c_void) {
+        // SAFETY: the server calls error context callbacks while it reports an error.
+        let sqlstate = unsafe { pg_sys::geterrcode() };
+        if sqlstate == PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY as i32 {
+            reserve::give_up();
+        }
+    }
+
+    // SAFETY: an ERROR jumps to PostgreSQL over frames that need no dropping. The
+    // callback is taken off the stack before it goes out of scope; after an ERROR the
+    // server does so before anything else runs here.
+    unsafe {
+        if !reserve::keep() {
+            ereport_unguarded(
+                PgLogLevel::ERROR,
+                PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
+                Location::caller(),
+                || {
+                    ffi::errmsg(c"out of memory".as_ptr());
+                },
+            );
+        }
+        let mut callback = pg_sys::ErrorContextCallback {
+            previous: pg_sys::error_context_stack,
+            callback: Some(give_up_if_needed),
+            arg: std::ptr::null_mut(),
+        };
+        pg_sys::error_context_stack = &mut callback;
+        let result = body();
+        pg_sys::error_context_stack = callback.previous;
+        result
+    }
+}

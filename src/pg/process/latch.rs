@@ -1,0 +1,109 @@
+//! Waiting: this process's latch, those of others, and the wait events that
+//! `pg_stat_activity` shows meanwhile.
+
+use std::ffi::CStr;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::Duration;
+
+use pgrx::pg_sys;
+
+use super::check_for_interrupts;
+use super::error::catch;
+use crate::pg::sys::version;
+
+/// What a process is waiting for. On 15 and 16, `pg_stat_activity` shows `Extension`
+/// for all of them.
+#[derive(Clone, Copy, Debug)]
+pub enum WaitEvent {
+    /// The leader waits for the next dump, or for a request.
+    Leader,
+    /// The leader waits for its workers.
+    Load,
+    /// A worker waits for locked relations.
+    LockedRelation,
+    /// A worker waits because of the rate limit.
+    RateLimit,
+    /// A caller waits for the start of a leader.
+    LeaderStart,
+    /// A caller waits for the start or the end of a load.
+    LoadEnd,
+    /// A process of a call waits until all of them have released their locks.
+    Pause,
+}
+
+impl WaitEvent {
+    const COUNT: usize = Self::Pause as usize + 1;
+
+    fn name(self) -> &'static CStr {
+        match self {
+            Self::Leader => c"AutoprewarmLeaderMain",
+            Self::Load => c"AutoprewarmLoad",
+            Self::LockedRelation => c"AutoprewarmLockedRelation",
+            Self::RateLimit => c"AutoprewarmRateLimit",
+            Self::LeaderStart => c"AutoprewarmLeaderStart",
+            Self::LoadEnd => c"AutoprewarmLoadEnd",
+            Self::Pause => c"PrewarmPause",
+        }
+    }
+
+    /// Its number in this server.
+    fn id(self) -> u32 {
+        static IDS: [AtomicU32; WaitEvent::COUNT] = [const { AtomicU32::new(0) }; WaitEvent::COUNT];
+        let id = &IDS[self as usize];
+        if id.load(Relaxed) == 0 {
+            id.store(version::wait_event(self.name()), Relaxed);
+        }
+        id.load(Relaxed)
+    }
+}
+
+/// Sleeps until this process's latch is set or the timeout is over, then serves
+/// interrupts. Ends this process if the postmaster has died.
+pub fn sleep(timeout: Option<Duration>, event: WaitEvent) {
+    let (timeout_flag, milliseconds) = match timeout {
+        Some(timeout) => (
+            pg_sys::WL_TIMEOUT,
+            i32::try_from(timeout.as_micros().div_ceil(1000))
+                .unwrap_or(i32::MAX)
+                .into(),
+        ),
+        None => (0, -1),
+    };
+    // SAFETY: the latch is this process's own.
+    unsafe {
+        pg_sys::WaitLatch(
+            pg_sys::MyLatch,
+            (pg_sys::WL_LATCH_SET | pg_sys::WL_EXIT_ON_PM_DEATH | timeout_flag) as i32,
+            milliseconds,
+            event.id(),
+        );
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+    check_for_interrupts();
+}
+
+/// The same for background workers outside of transactions, which survive an ERROR. On a
+/// standby before 17, a conflict with recovery may be raised after the transaction that
+/// it was meant for. Whatever the ERROR is, the next sleep may raise it again, so this
+/// sleeps for a moment in any case.
+pub fn sleep_as_worker(timeout: Option<Duration>, event: WaitEvent) {
+    const AFTER_ERROR: Duration = Duration::from_millis(10);
+    if catch(|| sleep(timeout, event)).is_err() {
+        // SAFETY: a worker holds no lightweight lock outside of transactions, except
+        // one that the server took to look up the name of a wait event.
+        unsafe { pg_sys::LWLockReleaseAll() };
+        std::thread::sleep(timeout.map_or(AFTER_ERROR, |timeout| timeout.min(AFTER_ERROR)));
+    }
+}
+
+/// Sets the latch of the server process with that ID, if there is one.
+pub fn wake(pid: i32) {
+    // SAFETY: an entry of a server process is there for as long as the server is. If the
+    // process has ended since, its successor in that entry is woken once too often.
+    unsafe {
+        let process = pg_sys::BackendPidGetProc(pid);
+        if !process.is_null() {
+            pg_sys::SetLatch(&raw mut (*process).procLatch);
+        }
+    }
+}

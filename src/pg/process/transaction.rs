@@ -1,0 +1,52 @@
+//! Transactions, as values: what reads catalogs or locks relations must be given one.
+
+use std::marker::PhantomData;
+
+use pgrx::pg_sys;
+
+use super::error::{Caught, catch};
+
+/// An open transaction. What borrows it cannot outlive it.
+pub struct Transaction(PhantomData<*const ()>);
+
+impl Transaction {
+    /// The transaction in which the server runs an SQL function or a parallel worker.
+    ///
+    /// # Safety
+    /// The caller is such a function, or is called by one, and does not use this after
+    /// it has returned.
+    pub unsafe fn of_call<'a>() -> &'a Self {
+        &Self(PhantomData)
+    }
+
+    /// Drops the snapshot that reading catalogs has left behind. It would hold back
+    /// `xmin` for as long as the transaction is open.
+    pub fn release_catalog_snapshot(&self) {
+        // SAFETY: it drops a cached snapshot, if there is one, which nothing else uses.
+        unsafe { pg_sys::InvalidateCatalogSnapshot() };
+    }
+}
+
+/// Runs `body` in a new transaction. An ERROR aborts the transaction, which releases
+/// every lock, pin, snapshot and file that it held, and is returned.
+///
+/// For background workers only, which are in no transaction of a client.
+pub fn run<T>(body: impl FnOnce(&Transaction) -> T) -> Result<T, Caught> {
+    let result = catch(|| {
+        // SAFETY: background workers call this with no transaction open.
+        unsafe {
+            pg_sys::SetCurrentStatementStartTimestamp();
+            pg_sys::StartTransactionCommand();
+        }
+        let value = body(&Transaction(PhantomData));
+        // SAFETY: the transaction that was started above is open.
+        unsafe { pg_sys::CommitTransactionCommand() };
+        value
+    });
+    if result.is_err() {
+        // SAFETY: PostgreSQL's own main loops do this after an ERROR, whatever state it
+        // has left the transaction in.
+        unsafe { pg_sys::AbortCurrentTransaction() };
+    }
+    result
+}

@@ -1,0 +1,122 @@
+//! The contents of a piece of shared memory: a header, an array of cells, and an array
+//! of words, one after another.
+
+use std::sync::atomic::AtomicU32;
+
+/// What may lie in shared memory.
+///
+/// # Safety
+/// It has no pointers, which would mean nothing to another process, and nothing to
+/// drop. What changes while it is shared is atomic, and valid with any bits that may be
+/// stored there.
+pub unsafe trait Shared: Sync + 'static {}
+
+/// A word of shared memory, valid with any bits.
+///
+/// # Safety
+/// It has the size and alignment of a `u32`, and zero is a valid value.
+pub unsafe trait Word: Shared {}
+
+// SAFETY: a number without padding. It does not change while it is shared.
+unsafe impl Shared for u32 {}
+// SAFETY: a `u32` is one.
+unsafe impl Word for u32 {}
+// SAFETY: an atomic number without padding.
+unsafe impl Shared for AtomicU32 {}
+// SAFETY: an `AtomicU32` has the layout of a `u32`.
+unsafe impl Word for AtomicU32 {}
+
+/// A header, cells and words, somewhere in memory.
+pub struct Contents<'a, H, C, W> {
+    pub header: &'a H,
+    pub cells: &'a [C],
+    pub words: &'a [W],
+}
+
+/// How many cells and words there are.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Lengths {
+    pub cells: usize,
+    pub words: usize,
+}
+
+/// What the memory begins with.
+#[repr(C)]
+struct Prefix<H> {
+    lengths: Lengths,
+    header: H,
+}
+
+impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
+    /// Where the cells begin; the words follow the last cell.
+    const CELLS_AT: usize = size_of::<Prefix<H>>().next_multiple_of(align_of::<C>());
+    const WORDS_ARE_ALIGNED: () = assert!(align_of::<C>() >= align_of::<W>());
+
+    fn words_at(lengths: Lengths) -> usize {
+        let () = Self::WORDS_ARE_ALIGNED;
+        Self::CELLS_AT + lengths.cells * size_of::<C>()
+    }
+
+    /// How many bytes they take.
+    pub fn size(lengths: Lengths) -> usize {
+        Self::words_at(lengths) + lengths.words * size_of::<W>()
+    }
+
+    /// Writes them: the header, copies of the cells, and `words` words, which are zero
+    /// until `fill` fills them.
+    ///
+    /// # Safety
+    /// From `base` on there are [`Contents::size`] bytes, aligned for any type, that no
+    /// one else uses yet and that stay for `'a`.
+    pub unsafe fn write(
+        base: *mut u8,
+        header: H,
+        cells: &[C],
+        words: usize,
+        fill: impl FnOnce(&mut [W]),
+    ) -> Self {
+        let lengths = Lengths {
+            cells: cells.len(),
+            words,
+        };
+        // SAFETY: all three parts lie within the size, each aligned for its type. Cells
+        // have nothing to drop, so they may be copied bit by bit.
+        unsafe {
+            base.cast::<Prefix<H>>().write(Prefix { lengths, header });
+            let first_cell: *mut C = base.add(Self::CELLS_AT).cast();
+            first_cell.copy_from_nonoverlapping(cells.as_ptr(), cells.len());
+            let first_word: *mut W = base.add(Self::words_at(lengths)).cast();
+            first_word.write_bytes(0, words);
+            fill(std::slice::from_raw_parts_mut(first_word, words));
+            Self::at(base)
+        }
+    }
+
+    /// How many cells and words there are.
+    ///
+    /// # Safety
+    /// Contents of these types were written to `base`.
+    pub unsafe fn lengths(base: *const u8) -> Lengths {
+        // SAFETY: they begin with a prefix, whose lengths do not change.
+        unsafe { (*base.cast::<Prefix<H>>()).lengths }
+    }
+
+    /// Finds them where they were written.
+    ///
+    /// # Safety
+    /// Contents of these types were written to `base`, and stay there for `'a`.
+    pub unsafe fn at(base: *const u8) -> Self {
+        // SAFETY: each part lies where `write` has written it.
+        unsafe {
+            let lengths = Self::lengths(base);
+            let cells = base.add(Self::CELLS_AT).cast();
+            let words = base.add(Self::words_at(lengths)).cast();
+            Self {
+                header: &(*base.cast::<Prefix<H>>()).header,
+                cells: std::slice::from_raw_parts(cells, lengths.cells),
+                words: std::slice::from_raw_parts(words, lengths.words),
+            }
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! What processes share: memory, and other processes that use it.
+//!
+//! Everything in shared memory consists of atomics, or does not change once other
+//! processes know of it. So there are no locks, and none is held by a process that has
+//! died.
+
+pub mod contents;
+pub mod named;
+pub mod parallel;
+pub mod segment;
+pub mod worker;

@@ -1,0 +1,17 @@
+//! Relations and their blocks: in catalogs, in buffers, in files; and reading them.
+
+pub mod btree;
+pub mod buffer;
+pub mod catalog;
+pub mod database;
+pub mod file;
+pub mod prefault;
+mod read;
+mod read_ahead;
+pub mod relation;
+pub mod room;
+mod segments;
+
+pub use read::ReadEnd;
+
+pub use super::sys::version::reads_directly;

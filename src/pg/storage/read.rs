@@ -1,0 +1,247 @@
+//! Reading the blocks of a relation.
+//!
+//! There are four ways, and each is best for somebody:
+//!
+//! 1. **Through a read stream**: a process that reads into shared buffers alone, from 17
+//!    on. The server decides how far to read ahead. With the default `io_method` of 18
+//!    and later, its I/O workers read.
+//! 2. **In runs, into shared buffers**: one of several processes of a call, and any call
+//!    on 15 and 16. The process reads runs of consecutive blocks itself, as many at once
+//!    as the server can, and makes requests to the operating system ahead of them
+//!    ([`ReadAhead`]). Several processes that used read streams would compete for the
+//!    same I/O workers.
+//! 3. **In runs, into free buffers only**: a load. As 2., but before each run it looks
+//!    whether there is room, and ends if there is none ([`room`]).
+//! 4. **Not into shared buffers**: the modes `read` and `prefetch`, for the operating
+//!    system's cache.
+//!
+//! No way reads over the end of a segment file at once. All serve interrupts, and raise
+//! the server's ERROR if a block cannot be read. The first three hold no snapshot of
+//! catalogs while they read.
+
+use std::ops::ControlFlow::{self, Break, Continue};
+
+use pgrx::pg_sys;
+
+use super::buffer::{self, Pinned};
+use super::read_ahead::{ReadAhead, run_length};
+use super::relation::Relation;
+use super::room;
+use super::segments::{REQUEST_BLOCKS, SEGMENT_BLOCKS, Segments};
+use crate::blocks::{BlockNumber, Fork};
+use crate::pg::process::{check_for_interrupts, memory};
+use crate::pg::sys::read::{READ_BLOCKS_MAX, most_buffers_at_once, read_buffers, read_stream};
+
+/// How reading into free buffers ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadEnd {
+    /// All blocks are read, or as many as were wanted.
+    Over,
+    /// There is no free buffer.
+    Full,
+}
+
+impl Relation<'_> {
+    /// Reads blocks, which are in ascending order, into shared buffers (of a temporary
+    /// relation: into local ones), and hands each to `each` with its place among `blocks`.
+    /// After a break, only what is being read already is still handed over. `is_alone`
+    /// says that no other process reads for the same call.
+    pub fn read_into_buffers(
+        &self,
+        fork: Fork,
+        blocks: &[BlockNumber],
+        is_alone: bool,
+        mut each: impl FnMut(usize, &Pinned) -> ControlFlow<()>,
+    ) {
+        if !is_alone || !self.read_through_stream(fork, blocks, &mut each) {
+            self.read_in_runs(fork, blocks, false, &mut each);
+        }
+    }
+
+    /// Reads blocks of a permanent relation, which are in ascending order, into free
+    /// shared buffers, and hands each to `each` with its place among `blocks`. After a
+    /// break, only what is being read already is still handed over.
+    pub fn read_into_free_buffers(
+        &self,
+        fork: Fork,
+        blocks: &[BlockNumber],
+        mut each: impl FnMut(usize, &Pinned) -> ControlFlow<()>,
+    ) -> ReadEnd {
+        self.read_in_runs(fork, blocks, true, &mut each)
+    }
+
+    /// Returns false, and reads nothing, if the server has no read streams.
+    fn read_through_stream(
+        &self,
+        fork: Fork,
+        blocks: &[BlockNumber],
+        each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
+    ) -> bool {
+        // SAFETY: the relation is open, and the caller has seen that it has the blocks.
+        unsafe {
+            read_stream(
+                self.relation,
+                fork,
+                blocks,
+                || self.transaction.release_catalog_snapshot(),
+                &mut |index, buffer| {
+                    check_for_interrupts();
+                    each(index, &Pinned::new(buffer))
+                },
+            )
+        }
+    }
+
+    fn read_in_runs(
+        &self,
+        fork: Fork,
+        blocks: &[BlockNumber],
+        only_free: bool,
+        each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
+    ) -> ReadEnd {
+        // SAFETY: the relation is open while `self` lives.
+        let mut ahead = unsafe { ReadAhead::new(self.relation, fork) };
+        // A load's blocks are in no buffer, as far as the leader knows. Those of a call
+        // may all be in buffers, and then need no requests: a block is expected to be
+        // there if the one before was.
+        let mut is_cached = !only_free && ahead.is_enabled() && self.is_cached(fork, blocks[0]);
+        // Requests need the tablespace's setting, which was read from a catalog.
+        self.transaction.release_catalog_snapshot();
+        let most = most_buffers_at_once();
+        let mut index = 0;
+        while index < blocks.len() {
+            check_for_interrupts();
+            let mut run = run_length(&blocks[index..], most);
+            if only_free {
+                run = room::count_free_ahead(run);
+            }
+            if run == 0 {
+                return ReadEnd::Full;
+            }
+            if !is_cached {
+                ahead.advance(blocks, index);
+            }
+            let hits = buffer::hits();
+            let mut flow = Continue(());
+            self.read_run(fork, blocks[index], run, |buffer| {
+                if each(index, buffer).is_break() {
+                    flow = Break(());
+                }
+                index += 1;
+            });
+            is_cached = !only_free && buffer::hits() - hits >= run as u64;
+            if flow.is_break() {
+                break;
+            }
+        }
+        ReadEnd::Over
+    }
+
+    /// Reads `count` consecutive blocks of one segment file into buffers, at most
+    /// [`most_buffers_at_once`].
+    fn read_run(
+        &self,
+        fork: Fork,
+        first: BlockNumber,
+        count: usize,
+        mut each: impl FnMut(&Pinned),
+    ) {
+        let mut buffers = [pg_sys::InvalidBuffer as pg_sys::Buffer; READ_BLOCKS_MAX];
+        let mut done = 0;
+        while done < count {
+            let next = first + done as BlockNumber;
+            // SAFETY: the relation is open and has the blocks. Buffers that were pinned
+            // but not read are passed again, and each pin is taken over once.
+            unsafe {
+                let read = read_buffers(self.relation, fork, next, &mut buffers[done..count]);
+                for &buffer in &buffers[done..done + read] {
+                    each(&Pinned::new(buffer));
+                }
+                done += read;
+            }
+        }
+    }
+
+    /// Whether a block is in a buffer. If not, the operating system may be asked to read
+    /// it.
+    pub fn is_cached(&self, fork: Fork, block: BlockNumber) -> bool {
+        // SAFETY: the relation is open.
+        let found = unsafe { pg_sys::PrefetchBuffer(self.relation, fork as i32, block) };
+        found.recent_buffer != pg_sys::InvalidBuffer as pg_sys::Buffer
+    }
+
+    /// Asks the operating system to read the blocks from `first` to before `end`, unless
+    /// it has cached them, and does not wait. Tells `done` how many at a time, until that
+    /// breaks.
+    pub fn prefetch(
+        &self,
+        fork: Fork,
+        first: BlockNumber,
+        end: BlockNumber,
+        done: impl FnMut(usize) -> ControlFlow<()>,
+    ) {
+        // A megabyte: enough to make the look worth its system call.
+        const LOOK_BLOCKS: usize = 8 * REQUEST_BLOCKS;
+        // SAFETY: the relation is open while `self` lives.
+        let mut segments = unsafe { Segments::new(self.relation, fork) };
+        in_runs(first, end, LOOK_BLOCKS, done, |first, count| {
+            if segments.are_cached(first, count) {
+                return;
+            }
+            for offset in (0..count).step_by(REQUEST_BLOCKS) {
+                let request = REQUEST_BLOCKS.min(count - offset);
+                segments.prefetch(first + offset as BlockNumber, request);
+            }
+        });
+    }
+
+    /// Reads the blocks from `first` to before `end` into the operating system's cache.
+    /// Tells `done` how many at a time, until that breaks.
+    pub fn read(
+        &self,
+        fork: Fork,
+        first: BlockNumber,
+        end: BlockNumber,
+        done: impl FnMut(usize) -> ControlFlow<()>,
+    ) {
+        const PIECES: usize = READ_BLOCKS_MAX * pg_sys::BLCKSZ as usize / IO_ALIGNMENT;
+        let mut into = memory::room_for(PIECES);
+        into.resize(PIECES, IoAligned([0; IO_ALIGNMENT]));
+        // SAFETY: the relation is open while `self` lives.
+        let mut segments = unsafe { Segments::new(self.relation, fork) };
+        in_runs(first, end, READ_BLOCKS_MAX, done, |first, count| {
+            // SAFETY: the memory is aligned, and has room for that many blocks.
+            unsafe { segments.read(first, count, into.as_mut_ptr().cast()) }
+        });
+    }
+}
+
+/// A piece of memory that the server may read into with direct I/O.
+#[repr(C, align(4096))]
+#[derive(Clone)]
+struct IoAligned([u8; IO_ALIGNMENT]);
+
+/// `PG_IO_ALIGN_SIZE` of 16 and later.
+const IO_ALIGNMENT: usize = 4096;
+
+/// Does `act` for runs of at most `most` blocks, none of which crosses the end of a
+/// segment file, and tells `done` the length of each, until that breaks.
+fn in_runs(
+    first: BlockNumber,
+    end: BlockNumber,
+    most: usize,
+    mut done: impl FnMut(usize) -> ControlFlow<()>,
+    mut act: impl FnMut(BlockNumber, usize),
+) {
+    let mut block = first;
+    while block < end {
+        check_for_interrupts();
+        let segment_end = (block / SEGMENT_BLOCKS + 1).saturating_mul(SEGMENT_BLOCKS);
+        let count = (end.min(segment_end) - block).min(most as BlockNumber);
+        act(block, count as usize);
+        block += count;
+        if done(count as usize).is_break() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Reading ahead by requests to the operating system, for a process that reads blocks
+//! itself and waits for each read.
+
+use std::collections::VecDeque;
+
+use pgrx::pg_sys;
+
+use super::segments::{REQUEST_BLOCKS, SEGMENT_BLOCKS, Segments};
+use crate::blocks::{BlockNumber, Fork};
+use crate::pg::sys::version::{locator, reads_directly};
+
+/// Requests for blocks that will be read next. Consecutive blocks share a request.
+pub struct ReadAhead {
+    segments: Segments,
+    /// For each request whose blocks have not been read: where, among the blocks, it
+    /// ends.
+    requests: VecDeque<usize>,
+    /// The first block that was not requested.
+    next: usize,
+    most_requests: usize,
+}
+
+impl ReadAhead {
+    /// As many requests as `maintenance_io_concurrency` of the tablespace says; none with
+    /// direct I/O.
+    ///
+    /// # Safety
+    /// `relation` stays open for as long as this is used, and has the fork.
+    pub unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
+        // SAFETY: the relation is open, in a transaction, so catalogs can be read.
+        unsafe {
+            let tablespace = locator(relation).tablespace;
+            let concurrency = pg_sys::get_tablespace_maintenance_io_concurrency(tablespace.into());
+            Self {
+                segments: Segments::new(relation, fork),
+                requests: VecDeque::new(),
+                next: 0,
+                most_requests: match reads_directly() {
+                    true => 0,
+                    false => usize::try_from(concurrency).unwrap_or(0),
+                },
+            }
+        }
+    }
+
+    pub fn is_enabled(&self) -> bool {
+        self.most_requests > 0
+    }
+
+    /// Makes as many requests as are allowed, before `blocks[index]` is read.
+    pub fn advance(&mut self, blocks: &[BlockNumber], index: usize) {
+        while self.requests.front().is_some_and(|&end| end <= index) {
+            self.requests.pop_front();
+        }
+        while self.requests.len() < self.most_requests && self.next < blocks.len() {
+            let start = self.next.max(index);
+            let run = run_length(&blocks[start..], REQUEST_BLOCKS);
+            self.segments.prefetch(blocks[start], run);
+            self.next = start + run;
+            self.requests.push_back(self.next);
+        }
+    }
+}
+
+/// How many blocks at the beginning are consecutive and in one segment file, at most
+/// `most`.
+pub fn run_length(blocks: &[BlockNumber], most: usize) -> usize {
+    let first = blocks[0];
+    let left_in_segment = SEGMENT_BLOCKS - first % SEGMENT_BLOCKS;
+    blocks
+        .iter()
+        .zip(first..)
+        .take(most.min(left_in_segment as usize))
+        .take_while(|&(&block, expected)| block == expected)
+        .count()
+}

@@ -1,0 +1,83 @@
+//! Symbols of the server that pgrx does not bind, or binds in a form that does not
+//! fit here: its guard against an ERROR's `longjmp` allocates nothing, but must not
+//! stand in a signal handler, in a `Drop`, or in the loop over all buffers.
+
+use std::ffi::{c_char, c_int};
+
+use pgrx::pg_sys;
+use pgrx::pg_sys::ffi::pg_guard_ffi_boundary;
+
+use super::buffer_state::Word;
+
+unsafe extern "C-unwind" {
+    /// Takes the spinlock of a buffer's header and returns its state. Raises no
+    /// ERROR.
+    pub fn LockBufHdr(header: *mut pg_sys::BufferDesc) -> Word;
+
+    /// Counts one file of this process as closed. Raises no ERROR, so it may be
+    /// called while one unwinds.
+    pub fn ReleaseExternalFD();
+
+    // What the macro `ereport` expands to. pgrx's own version lets an ERROR that is
+    // raised at its end, by an interrupt, jump over Rust's frames.
+    pub fn errstart(level: c_int, domain: *const c_char) -> bool;
+    pub fn errcode(sqlstate: c_int) -> c_int;
+    pub fn errmsg(format: *const c_char, ...) -> c_int;
+    pub fn errmsg_internal(format: *const c_char, ...) -> c_int;
+    // Used by the allocator, which a test's own program does not have.
+    #[cfg(not(test))]
+    pub fn errdetail_internal(format: *const c_char, ...) -> c_int;
+    pub fn errhint(format: *const c_char, ...) -> c_int;
+    pub fn errdetail_relkind_not_supported(relkind: c_char) -> c_int;
+    pub fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
+
+    #[cfg(feature = "pg15")]
+    #[link_name = "RelidByRelfilenode"]
+    fn RelidByRelfilenumber(tablespace: pg_sys::Oid, filenumber: pg_sys::Oid) -> pg_sys::Oid;
+    #[cfg(not(feature = "pg15"))]
+    fn RelidByRelfilenumber(tablespace: pg_sys::Oid, filenumber: pg_sys::Oid) -> pg_sys::Oid;
+
+    fn find_all_inheritors(
+        relation: pg_sys::Oid,
+        lock: pg_sys::LOCKMODE,
+        parents: *mut *mut pg_sys::List,
+    ) -> *mut pg_sys::List;
+
+    fn get_partition_ancestors(partition: pg_sys::Oid) -> *mut pg_sys::List;
+}
+
+/// The OID of the relation that has this file; invalid if there is none. May raise an
+/// ERROR.
+///
+/// # Safety
+/// A transaction is open.
+pub unsafe fn relid_by_relfilenumber(
+    tablespace: pg_sys::Oid,
+    filenumber: pg_sys::Oid,
+) -> pg_sys::Oid {
+    // SAFETY: it reads catalogs, for which a transaction is open.
+    unsafe { pg_guard_ffi_boundary(|| RelidByRelfilenumber(tablespace, filenumber)) }
+}
+
+/// The OIDs of a relation and of all that inherit from it, none of them locked. May
+/// raise an ERROR.
+///
+/// # Safety
+/// A transaction is open.
+pub unsafe fn relation_and_inheritors(relation: pg_sys::Oid) -> *mut pg_sys::List {
+    const NO_LOCK: pg_sys::LOCKMODE = pg_sys::NoLock as pg_sys::LOCKMODE;
+    // SAFETY: it reads catalogs, for which a transaction is open; a null asks for no
+    // counts of parents.
+    unsafe {
+        pg_guard_ffi_boundary(|| find_all_inheritors(relation, NO_LOCK, std::ptr::null_mut()))
+    }
+}
+
+/// The OIDs of all partitioned tables above a partition. May raise an ERROR.
+///
+/// # Safety
+/// A transaction is open, and `partition` is a partition.
+pub unsafe fn partition_ancestors(partition: pg_sys::Oid) -> *mut pg_sys::List {
+    // SAFETY: it reads catalogs, for which a transaction is open.
+    unsafe { pg_guard_ffi_boundary(|| get_partition_ancestors(partition)) }
+}

@@ -1,0 +1,256 @@
+//! Reading blocks, as each major version can: one by one on 15 and 16, many at once
+//! and through read streams from 17 on.
+
+use std::ops::ControlFlow;
+
+use pgrx::pg_sys;
+
+use crate::blocks::{BlockNumber, Fork};
+
+/// Whether the server reads several blocks at once.
+pub const READS_MANY_AT_ONCE: bool = cfg!(not(any(feature = "pg15", feature = "pg16")));
+
+/// The most blocks that are read at once. No version's limit for one vectored read is
+/// below that.
+pub const READ_BLOCKS_MAX: usize = 32;
+
+/// Reads `count` blocks of one segment file from `first` on into `into`, not through
+/// shared buffers.
+///
+/// # Safety
+/// `relation` is open and has the fork. `into` has room for `count` blocks, at most
+/// [`READ_BLOCKS_MAX`], and is aligned for direct I/O.
+pub unsafe fn smgr_read(
+    relation: pg_sys::Relation,
+    fork: Fork,
+    first: BlockNumber,
+    count: usize,
+    into: *mut u8,
+) {
+    let block = |index: usize| into.wrapping_add(index * pg_sys::BLCKSZ as usize);
+    // The storage is asked for each time, since an interrupt may have closed it.
+    // SAFETY: the relation is open, and each block has its place in `into`.
+    unsafe {
+        #[cfg(any(feature = "pg15", feature = "pg16"))]
+        for index in 0..count {
+            let storage = pg_sys::RelationGetSmgr(relation);
+            let number = first + index as BlockNumber;
+            pg_sys::smgrread(storage, fork as i32, number, block(index).cast());
+        }
+        #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+        {
+            let storage = pg_sys::RelationGetSmgr(relation);
+            let mut places = [std::ptr::null_mut(); READ_BLOCKS_MAX];
+            for (index, place) in places[..count].iter_mut().enumerate() {
+                *place = block(index).cast();
+            }
+            let count = count as BlockNumber;
+            pg_sys::smgrreadv(storage, fork as i32, first, places.as_mut_ptr(), count);
+        }
+    }
+}
+
+/// Asks the operating system to read `count` blocks of one segment file from `first`
+/// on.
+///
+/// # Safety
+/// `relation` is open and has the fork.
+pub unsafe fn smgr_prefetch(
+    relation: pg_sys::Relation,
+    fork: Fork,
+    first: BlockNumber,
+    count: usize,
+) {
+    // SAFETY: the relation is open and has the fork.
+    unsafe {
+        let storage = pg_sys::RelationGetSmgr(relation);
+        #[cfg(any(feature = "pg15", feature = "pg16"))]
+        for index in 0..count {
+            pg_sys::smgrprefetch(storage, fork as i32, first + index as BlockNumber);
+        }
+        #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+        pg_sys::smgrprefetch(storage, fork as i32, first, count as i32);
+    }
+}
+
+/// How many blocks [`read_buffers`] may read at once now.
+pub fn most_buffers_at_once() -> usize {
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    {
+        1
+    }
+    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+    // SAFETY: a setting, and this process's own count of pins.
+    unsafe {
+        let mut pins = READ_BLOCKS_MAX.min(pg_sys::io_combine_limit as usize) as u32;
+        pg_sys::LimitAdditionalPins(&mut pins);
+        pins as usize
+    }
+}
+
+/// Reads blocks of one segment file from `first` on into buffers, in this process:
+/// as many as the server reads at once, and at most one for each place in `buffers`.
+/// Returns how many. The caller has a pin on each.
+///
+/// The server may have pinned more than it has read. Those stay in `buffers`, and must
+/// be passed again with the next call.
+///
+/// # Safety
+/// `relation` is open and has these blocks. `buffers` has at least one place and at
+/// most [`most_buffers_at_once`], each invalid or left there by the call before.
+pub unsafe fn read_buffers(
+    relation: pg_sys::Relation,
+    fork: Fork,
+    first: BlockNumber,
+    buffers: &mut [pg_sys::Buffer],
+) -> usize {
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    {
+        // SAFETY: the relation is open and has the block.
+        buffers[0] = unsafe {
+            pg_sys::ReadBufferExtended(
+                relation,
+                fork as i32,
+                first,
+                pg_sys::ReadBufferMode::RBM_NORMAL,
+                std::ptr::null_mut(),
+            )
+        };
+        1
+    }
+    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+    {
+        #[cfg(feature = "pg17")]
+        const FLAGS: u32 = 0;
+        #[cfg(not(feature = "pg17"))]
+        const FLAGS: u32 = pg_sys::READ_BUFFERS_SYNCHRONOUSLY;
+
+        let mut started = buffers.len() as i32;
+        // SAFETY: the relation is open and has the blocks, and `started` is the length
+        // of `buffers`. The operation is over when this returns.
+        unsafe {
+            let mut operation = pg_sys::ReadBuffersOperation {
+                rel: relation,
+                smgr: pg_sys::RelationGetSmgr(relation),
+                forknum: fork as i32,
+                ..Default::default()
+            };
+            let persistence = (*(*relation).rd_rel).relpersistence;
+            #[cfg(feature = "pg17")]
+            {
+                operation.smgr_persistence = persistence;
+            }
+            #[cfg(not(feature = "pg17"))]
+            {
+                operation.persistence = persistence;
+            }
+            if pg_sys::StartReadBuffers(
+                &mut operation,
+                buffers.as_mut_ptr(),
+                first,
+                &mut started,
+                FLAGS as i32,
+            ) {
+                pg_sys::WaitReadBuffers(&mut operation);
+            }
+        }
+        started as usize
+    }
+}
+
+/// Reads blocks, in ascending order, through a read stream: with I/O workers or
+/// io_uring, if `io_method` says so. Hands each buffer, pinned, to `each` with the
+/// block's place among `blocks`, and begins no further read after a break.
+///
+/// `begun` is called once the stream is set up, which looks up catalogs. Returns false,
+/// and reads nothing, on 15 and 16, which have no read streams.
+///
+/// # Safety
+/// `relation` is open and has these blocks.
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+pub unsafe fn read_stream(
+    relation: pg_sys::Relation,
+    fork: Fork,
+    blocks: &[BlockNumber],
+    begun: impl FnOnce(),
+    each: &mut dyn FnMut(usize, pg_sys::Buffer) -> ControlFlow<()>,
+) -> bool {
+    /// What the stream's callback returns one after another. Nothing in it needs
+    /// dropping when an ERROR unwinds.
+    struct Source {
+        blocks: *const BlockNumber,
+        left: usize,
+    }
+
+    unsafe extern "C-unwind" fn next(
+        _stream: *mut pg_sys::ReadStream,
+        source: *mut std::ffi::c_void,
+        _per_buffer: *mut std::ffi::c_void,
+    ) -> BlockNumber {
+        // SAFETY: the stream was begun with a `Source`, which outlives it and is not
+        // borrowed while the stream runs.
+        unsafe {
+            let source = &mut *source.cast::<Source>();
+            if source.left == 0 {
+                return pg_sys::InvalidBlockNumber;
+            }
+            let block = *source.blocks;
+            source.blocks = source.blocks.add(1);
+            source.left -= 1;
+            block
+        }
+    }
+
+    let mut source = Source {
+        blocks: blocks.as_ptr(),
+        left: blocks.len(),
+    };
+    let source = &raw mut source;
+    #[cfg(feature = "pg17")]
+    const BATCHING: u32 = 0;
+    // Allowed, since the callback takes no locks and waits for nothing.
+    #[cfg(not(feature = "pg17"))]
+    const BATCHING: u32 = pg_sys::READ_STREAM_USE_BATCHING;
+    const FLAGS: u32 = pg_sys::READ_STREAM_MAINTENANCE | pg_sys::READ_STREAM_FULL | BATCHING;
+
+    // SAFETY: the relation is open and has the blocks. `blocks` and `source`
+    // outlive the stream; after an ERROR the end of the transaction frees it, and
+    // it does not call back any more.
+    unsafe {
+        let stream = pg_sys::read_stream_begin_relation(
+            FLAGS as i32,
+            std::ptr::null_mut(),
+            relation,
+            fork as i32,
+            Some(next),
+            source.cast(),
+            0,
+        );
+        begun();
+        for index in 0.. {
+            let buffer = pg_sys::read_stream_next_buffer(stream, std::ptr::null_mut());
+            if buffer == pg_sys::InvalidBuffer as pg_sys::Buffer {
+                break;
+            }
+            if each(index, buffer).is_break() {
+                // Reads that have begun already are still handed out.
+                (*source).left = 0;
+            }
+        }
+        pg_sys::read_stream_end(stream);
+    }
+    true
+}
+
+/// # Safety
+/// None is needed.
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+pub unsafe fn read_stream(
+    _relation: pg_sys::Relation,
+    _fork: Fork,
+    _blocks: &[BlockNumber],
+    _begun: impl FnOnce(),
+    _each: &mut dyn FnMut(usize, pg_sys::Buffer) -> ControlFlow<()>,
+) -> bool {
+    false
+}

@@ -1,0 +1,42 @@
+//! Signal handlers, as each major version calls them.
+
+use std::ffi::c_int;
+
+use pgrx::pg_sys;
+
+/// Defines the type of signal handlers by the arguments that the server gives them.
+macro_rules! define_signal_handlers {
+    ($($argument:ty),+) => {
+        pub type SignalHandler = unsafe extern "C-unwind" fn($($argument),+);
+
+        // PostgreSQL's own handlers. pgrx binds them behind a guard, so that they
+        // could not be given to `pqsignal`.
+        unsafe extern "C-unwind" {
+            pub fn SignalHandlerForShutdownRequest($(_: $argument),+);
+            pub fn SignalHandlerForConfigReload($(_: $argument),+);
+            pub fn die($(_: $argument),+);
+        }
+
+        /// Does nothing.
+        pub unsafe extern "C-unwind" fn ignore_signal($(_: $argument),+) {}
+    };
+}
+
+#[cfg(not(feature = "pg19"))]
+define_signal_handlers!(c_int);
+#[cfg(feature = "pg19")]
+define_signal_handlers!(c_int, *const pg_sys::pg_signal_info);
+
+/// Sets the handler of a signal.
+///
+/// # Safety
+/// `handler` does only what is allowed in a signal handler.
+pub unsafe fn set_handler(signal: c_int, handler: SignalHandler) {
+    // SAFETY: the handler may run at any moment, as the caller promises.
+    unsafe {
+        #[cfg(not(any(feature = "pg18", feature = "pg19")))]
+        pg_sys::pqsignal(signal, Some(handler));
+        #[cfg(any(feature = "pg18", feature = "pg19"))]
+        pg_sys::pqsignal_be(signal, Some(handler));
+    }
+}

@@ -59,8 +59,10 @@ fn try_children(page: &Page, level: u32) -> Option<Vec<BlockNumber>> {
 
 /// Where an item is on its page.
 fn item_offset(id: [u8; 4]) -> usize {
-    let mut item = ItemIdData::default();
-    item._bitfield_1 = pg_sys::__BindgenBitfieldUnit::new(id);
+    let item = ItemIdData {
+        _bitfield_1: pg_sys::__BindgenBitfieldUnit::new(id),
+        ..Default::default()
+    };
     item.lp_off() as usize
 }
 

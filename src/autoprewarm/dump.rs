@@ -6,10 +6,11 @@ use std::time::Instant;
 
 use super::state::State;
 use super::{DUMP_FILE, DUMP_FILE_BEING_WRITTEN};
-use crate::blocks::writer::{ListWriter, WriteError};
+use crate::blocks::{ListWriter, WriteError};
 use crate::error::Error;
 use crate::pg::buffer::{self, CachedBlock};
 use crate::pg::file;
+use crate::pg::memory::{Infallible, fallible};
 
 /// Whether blocks of unlogged relations are listed: a crash empties them, so
 /// that only a list which none can follow should name them.
@@ -49,8 +50,9 @@ pub fn describe(written: u64) -> String {
 /// room for the number that they turn out to be.
 fn write_once(unlogged: Unlogged, expected: usize) -> Result<Option<u64>, Error> {
     let file = file::create(DUMP_FILE_BEING_WRITTEN).map_err(|error| failed("open", error))?;
-    let result = ListWriter::begin(file, expected).and_then(|mut writer| {
-        for block in blocks(unlogged) {
+    let result = fallible(|| {
+        let mut writer = ListWriter::begin(file, expected)?;
+        for block in Infallible(blocks(unlogged)) {
             writer.push(&block.record, block.heat)?;
         }
         writer.finish()

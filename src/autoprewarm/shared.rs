@@ -20,8 +20,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::rate::RateLimit;
-use crate::blocks::plan::{DatabasePlan, PlanView};
-use crate::blocks::{Oid, SkipReason};
+use crate::blocks::{DatabasePlan, Oid, PlanView, SkipReason};
 use crate::pg::shmem::Shared;
 use crate::turn::Provided;
 

@@ -16,8 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::shared::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use super::state::State;
-use crate::blocks::plan::PlanView;
-use crate::blocks::{Fork, SkipReason};
+use crate::blocks::{Fork, PlanView, SkipReason};
 use crate::pg::activity::{self, Kind, Progress, ShownProgress, WaitEvent};
 use crate::pg::relation::{Opened, Relation};
 use crate::pg::{buffer, database, dsm, process, transaction};

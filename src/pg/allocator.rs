@@ -1,8 +1,9 @@
 //! Where the library's memory comes from.
 //!
 //! Where the system refuses memory, Rust aborts the process, and with it the whole
-//! server. So what may be large is asked for in ways that can fail ([`room::ask`]);
-//! for want of anything else the process ends as the server ends one.
+//! server. So what may be large is asked for in ways that can fail
+//! ([`memory::fallible`]); for want of anything else the process ends as the server
+//! ends one.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::panic::Location;
@@ -12,7 +13,6 @@ use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
 use super::error::ereport_unguarded;
 use super::{ffi, memory};
-use crate::blocks::room;
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
@@ -24,7 +24,7 @@ struct Allocator;
 
 impl Allocator {
     fn checked(memory: *mut u8, size: usize) -> *mut u8 {
-        if memory.is_null() && !room::may_be_refused() {
+        if memory.is_null() && !memory::may_be_refused() {
             end_process(size);
         }
         memory

@@ -5,13 +5,10 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::time::Instant;
 
+use pg_prewarm_blocks::{BlockList, Heat, ListWriter, Plan, Record};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::blocks::list::BlockList;
-use crate::blocks::plan::Plan;
-use crate::blocks::writer::ListWriter;
-use crate::blocks::{Heat, Record};
 use crate::common::{LIST, give_to_server};
 use crate::report::{Report, Samples};
 use crate::side::{self, Side, SystemCache};

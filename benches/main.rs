@@ -6,9 +6,6 @@
 //! are run. The environment says how large (`SIZE=smoke` or `full`), how often
 //! (`RUNS`), and whether in huge pages (`HUGE_PAGES=on`). Results go to `$OUT` as JSON and SVG, and as tables to the output.
 
-#[allow(dead_code, unused_imports)]
-#[path = "../src/blocks/mod.rs"]
-mod blocks;
 #[allow(dead_code)]
 #[path = "../tests/common/mod.rs"]
 mod common;

@@ -7,7 +7,7 @@ mod checks;
 
 fn replay(target: &str, check: impl Fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("fuzz/corpus")
+        .join("../../fuzz/corpus")
         .join(target);
     let inputs: Vec<_> = fs::read_dir(folder).unwrap().collect();
     assert!(inputs.len() > 50);

@@ -5,7 +5,7 @@ use std::io;
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use crate::autoprewarm::DUMP_FILE;
-use crate::blocks::list::ReadError;
+use crate::blocks::ReadError;
 use crate::pg::process::error::log_with_hint;
 use crate::pg::process::report;
 use crate::pg::storage::file;

@@ -2,14 +2,14 @@
 //! contrib's `pg_prewarm`.
 //!
 //! This file is the door. What users asked for lies in `prewarm` and
-//! `autoprewarm`, what is pure computation in `blocks`, and everything that calls
-//! PostgreSQL in `pg`. `ARCHITECTURE.md` tells the whole story.
+//! `autoprewarm`, what is pure computation in the crate `pg_prewarm_blocks`, and
+//! everything that calls PostgreSQL in `pg`. `ARCHITECTURE.md` tells the whole story.
 
+use pg_prewarm_blocks as blocks;
 use pgrx::pg_guard;
 
 mod abi;
 mod autoprewarm;
-mod blocks;
 mod error;
 mod pace;
 mod pg;

@@ -2,11 +2,8 @@
 
 use std::io::{Cursor, Read};
 
-use super::blocks::list::BlockList;
-use super::blocks::reader::ListReader;
-use super::blocks::trailer::Heats;
-use super::blocks::writer::ListWriter;
-use super::blocks::{Heat, Record};
+use pg_prewarm_blocks::{BlockList, Heat, Heats, ListReader, ListWriter, Record};
+
 use super::memory;
 
 /// The most that a byte of a list may cost, beside the chunk and what holds its

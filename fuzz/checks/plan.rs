@@ -2,8 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::blocks::plan::{CHUNK_BLOCKS, Plan, PlanView};
-use super::blocks::{Fork, Heat, Record};
+use pg_prewarm_blocks::{CHUNK_BLOCKS, Fork, Heat, Plan, PlanView, Record};
+
 use super::{list, memory};
 
 /// The most that a record may cost, with its share of a file and of a chunk, and

@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use super::state::State;
 use super::{DUMP_FILE, DUMP_FILE_BEING_WRITTEN};
-use crate::blocks::writer::{ListWriter, WriteError};
+use crate::blocks::{ListWriter, WriteError};
 use crate::error::Error;
+use crate::pg::process::memory::{Infallible, fallible};
 use crate::pg::storage::buffer::{self, CachedBlock};
 use crate::pg::storage::file;
 
@@ -49,8 +50,9 @@ pub fn describe(written: u64) -> String {
 /// room for the number that they turn out to be.
 fn write_once(unlogged: Unlogged, expected: usize) -> Result<Option<u64>, Error> {
     let file = file::create(DUMP_FILE_BEING_WRITTEN).map_err(|error| failed("open", error))?;
-    let result = ListWriter::begin(file, expected).and_then(|mut writer| {
-        for block in blocks(unlogged) {
+    let result = fallible(|| {
+        let mut writer = ListWriter::begin(file, expected)?;
+        for block in Infallible(blocks(unlogged)) {
             writer.push(&block.record, block.heat)?;
         }
         writer.finish()

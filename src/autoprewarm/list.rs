@@ -5,13 +5,15 @@
 //! meanwhile: a dump that replaces it does no harm.
 
 use std::io::Read;
+use std::iter;
 use std::rc::Rc;
 
 use pgrx::prelude::*;
 
 use super::DUMP_FILE;
-use crate::blocks::reader::ListReader;
+use crate::blocks::ListReader;
 use crate::error::Error;
+use crate::pg::process::memory::{Infallible, fallible};
 use crate::pg::process::report::report;
 use crate::pg::storage::file::{self, At, Interruptible};
 
@@ -38,7 +40,7 @@ fn autoprewarm_blocks() -> TableIterator<
         name!(usagecount, i16),
     ),
 > {
-    let reader = open().unwrap_or_else(|error| error.raise());
+    let mut reader = open().unwrap_or_else(|error| error.raise());
     if let Some(line) = reader.first_bad_line() {
         report(
             PgLogLevel::WARNING,
@@ -50,7 +52,8 @@ fn autoprewarm_blocks() -> TableIterator<
             )),
         );
     }
-    TableIterator::new(reader.map(|record| match record {
+    let records = iter::from_fn(move || fallible(|| reader.next()));
+    TableIterator::new(records.map(|record| match record {
         Ok((record, heat)) => (
             record.database.cast_signed(),
             record.tablespace.cast_signed(),
@@ -73,10 +76,10 @@ fn open() -> Result<ListReader<impl Read>, Error> {
     let file = Rc::new(file);
     let from = |offset| {
         let file = Rc::clone(&file);
-        Interruptible {
+        Infallible(Interruptible {
             reader: At { file, offset },
             is_to_stop: || false,
-        }
+        })
     };
-    Ok(ListReader::new(from)?)
+    Ok(fallible(|| ListReader::new(from))?)
 }

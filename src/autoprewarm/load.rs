@@ -15,13 +15,11 @@ use super::shared::{Claim, Cursor, Load as SharedLoad, MAX_WORKERS, Stage, Worke
 use super::state::State;
 use super::stats::LoadStats;
 use super::{DUMP_FILE, WORKER};
-use crate::blocks::list::BlockList;
-use crate::blocks::plan::{Plan, PlanView};
-use crate::blocks::trailer::Heats;
-use crate::blocks::{Oid, SkipReason};
+use crate::blocks::{BlockList, Heats, Oid, Plan, PlanView, SkipReason};
 use crate::error::Error;
 use crate::pg::process::error::{log, log_with_hint};
 use crate::pg::process::latch::{self, WaitEvent};
+use crate::pg::process::memory::{Infallible, fallible};
 use crate::pg::process::transaction::{self, Transaction};
 use crate::pg::process::{self, activity, background};
 use crate::pg::shared::segment::Segment;
@@ -157,8 +155,8 @@ impl Load {
         let stats = &state.load;
         stats.set_total(list.entries.len() as u64);
         let budget = room::count_free().saturating_sub(RESERVE);
-        let cached = buffer::cached_blocks().map(|block| block.record);
-        let plan = Plan::new(list, cached, budget as u64)
+        let cached = Infallible(buffer::cached_blocks().map(|block| block.record));
+        let plan = fallible(|| Plan::new(list, cached, budget as u64))
             .map_err(|error| Error::ListTooLarge(error.to_string()))?;
         let number = stats.number();
         let skip = |reason, blocks| stats.skip(number, reason, blocks);
@@ -583,8 +581,8 @@ fn report_oddities(list: &BlockList, state: &State) {
 fn read_list(is_to_stop: impl Fn() -> bool) -> Result<Option<BlockList>, Error> {
     match file::open(DUMP_FILE) {
         Ok((reader, size)) => {
-            let reader = file::Interruptible { reader, is_to_stop };
-            Ok(Some(BlockList::read(reader, size)?))
+            let reader = Infallible(file::Interruptible { reader, is_to_stop });
+            Ok(Some(fallible(|| BlockList::read(reader, size))?))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(Error::File {

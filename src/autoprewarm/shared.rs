@@ -20,8 +20,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::rate::RateLimit;
-use crate::blocks::plan::PlanView;
-use crate::blocks::{Oid, SkipReason};
+use crate::blocks::{Oid, PlanView, SkipReason};
 use crate::pg::shared::contents::Shared;
 use crate::pg::storage::prefault::Prefaulted;
 

@@ -16,8 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::shared::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use super::state::State;
-use crate::blocks::plan::PlanView;
-use crate::blocks::{Fork, SkipReason};
+use crate::blocks::{Fork, PlanView, SkipReason};
 use crate::pace::{Pace, TURN};
 use crate::pg::process::activity::{self, Kind, Progress, ShownProgress};
 use crate::pg::process::latch::{WaitEvent, sleep_as_worker};

@@ -6,9 +6,9 @@ mod tests {
 
     use pgrx::prelude::*;
 
-    use crate::blocks::{Fork, Record, room};
+    use crate::blocks::{Fork, Record};
     use crate::pg::process::error::catch;
-    use crate::pg::process::memory::room_for;
+    use crate::pg::process::memory::{fallible, infallible, may_be_refused, room_for};
     use crate::pg::process::transaction::Transaction;
     use crate::pg::storage::buffer::cached_blocks;
     use crate::pg::storage::database::Database;
@@ -71,12 +71,28 @@ mod tests {
     fn memory_that_is_refused_to_one_who_asks_is_an_error_and_not_the_end() {
         let error = catch(|| room_for::<u64>(1 << 45)).unwrap_err();
         assert_eq!(error.sqlstate, PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY);
-        assert!(!room::may_be_refused());
-        let asked = room::ask(|| {
-            assert!(room::may_be_refused());
+        assert!(!may_be_refused());
+        let asked = fallible(|| {
+            assert!(may_be_refused());
             Vec::<u64>::new().try_reserve(1 << 45)
         });
         assert!(asked.is_err());
+    }
+
+    #[pg_test]
+    fn memory_may_be_refused_within_fallible_calls_only_whatever_ends_them() {
+        let raised = catch(|| {
+            fallible(|| {
+                let raised = infallible(|| {
+                    assert!(!may_be_refused());
+                    catch(|| fallible(|| infallible(|| fork_by_name(c"bogus"))))
+                });
+                assert!(raised.is_err() && may_be_refused());
+                infallible(|| fork_by_name(c"bogus"))
+            })
+        });
+        assert!(raised.is_err());
+        assert!(!may_be_refused());
     }
 
     #[pg_test]

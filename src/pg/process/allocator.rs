@@ -1,8 +1,8 @@
-//! Where the library's memory comes from.
+//! The library's allocator.
 //!
-//! Where the system refuses memory, Rust aborts the process, and with it the whole
-//! server. So what may be large is asked for in ways that can fail ([`room::ask`]);
-//! for want of anything else the process ends as the server ends one.
+//! If the system refuses memory, Rust aborts the process, and PostgreSQL restarts all
+//! others. This allocator ends the process with a FATAL error instead, which costs one
+//! session or background worker. Within [`super::memory::fallible`] it returns null.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::panic::Location;
@@ -11,28 +11,24 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
 use super::report::ereport_unguarded;
-use super::reserve;
-use crate::blocks::room;
+use super::{memory, reserve};
 use crate::pg::sys::ffi;
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
-/// The system's memory. Where it refuses some that nobody can do without, this
-/// process ends with a FATAL error, after giving back what it had of the server's: a
-/// session or a background worker, and nothing else.
 struct Allocator;
 
 impl Allocator {
     fn checked(memory: *mut u8, size: usize) -> *mut u8 {
-        if memory.is_null() && !room::may_be_refused() {
+        if memory.is_null() && !memory::may_be_refused() {
             end_process(size);
         }
         memory
     }
 }
 
-/// Does not return, but for a second time: to end the process may need memory, too.
+/// Ends the process. Returns only if called again meanwhile: that also needs memory.
 #[cold]
 fn end_process(size: usize) {
     static IS_ENDING: AtomicBool = AtomicBool::new(false);
@@ -40,10 +36,9 @@ fn end_process(size: usize) {
         return;
     }
     reserve::give_up();
-    // SAFETY: the arguments fit the formats. It does not come back, neither by returning
-    // nor by a jump, so that no frame of Rust's is skipped that anybody would go on in.
-    // Callbacks that tell where the error is raised may need memory, so they are left
-    // out.
+    // Error context callbacks may need memory, so there are none.
+    // SAFETY: the formats fit their arguments. A FATAL error neither returns nor jumps: it
+    // runs the server's exit callbacks and ends the process.
     unsafe {
         pg_sys::error_context_stack = std::ptr::null_mut();
         ereport_unguarded(
@@ -58,25 +53,25 @@ fn end_process(size: usize) {
     }
 }
 
-// SAFETY: the system's allocator in all; nothing unwinds.
+// SAFETY: memory comes from the system's allocator, and nothing unwinds.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller keeps the contract of `GlobalAlloc`, which is the system's.
         Self::checked(unsafe { System.alloc(layout) }, layout.size())
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller keeps the contract of `GlobalAlloc`, which is the system's.
         Self::checked(unsafe { System.alloc_zeroed(layout) }, layout.size())
     }
 
     unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller keeps the contract of `GlobalAlloc`, which is the system's.
         Self::checked(unsafe { System.realloc(memory, layout, size) }, size)
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller keeps the contract of `GlobalAlloc`, which is the system's.
         unsafe { System.dealloc(memory, layout) }
     }
 }

@@ -1,20 +1,75 @@
-//! Memory of which there may be too little.
+//! Memory that may be refused.
+//!
+//! If the system refuses memory that Rust code cannot do without, the process ends (see
+//! [`super::allocator`]). What may be large is asked for by calls that can fail, such as
+//! `try_reserve`. The core does so throughout. [`fallible`] tells the allocator that it
+//! may return no memory.
+
+use std::io::{self, Read};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pgrx::PgSqlErrorCode;
 
 use super::report::raise;
-use crate::blocks::room;
 
-/// A vector with room for so many. Raises an ERROR where there is no memory.
+static MAY_BE_REFUSED: AtomicBool = AtomicBool::new(false);
+
+/// Whether the allocator may refuse memory now.
+pub fn may_be_refused() -> bool {
+    MAY_BE_REFUSED.load(Relaxed)
+}
+
+/// Runs a call of the core, or other code that asks for memory only by calls that can
+/// fail.
+pub fn fallible<T>(call: impl FnOnce() -> T) -> T {
+    let _former = Former(MAY_BE_REFUSED.swap(true, Relaxed));
+    call()
+}
+
+/// Runs a callback of a fallible call that calls PostgreSQL: an ERROR allocates memory on
+/// its way through Rust, and cannot do without it.
+pub fn infallible<T>(call: impl FnOnce() -> T) -> T {
+    let _former = Former(MAY_BE_REFUSED.swap(false, Relaxed));
+    call()
+}
+
+/// Whether memory could be refused before. Dropping it restores that, also when an ERROR
+/// unwinds.
+struct Former(bool);
+
+impl Drop for Former {
+    fn drop(&mut self) {
+        MAY_BE_REFUSED.store(self.0, Relaxed);
+    }
+}
+
+/// A reader or an iterator for a fallible call. It runs as [`infallible`].
+pub struct Infallible<T>(pub T);
+
+impl<T: Read> Read for Infallible<T> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        infallible(|| self.0.read(buffer))
+    }
+}
+
+impl<T: Iterator> Iterator for Infallible<T> {
+    type Item = T::Item;
+
+    fn next(&mut self) -> Option<T::Item> {
+        infallible(|| self.0.next())
+    }
+}
+
+/// A vector with room for `count` elements. Raises an ERROR if there is no memory.
 pub fn room_for<T>(count: usize) -> Vec<T> {
     let mut vec = Vec::new();
     reserve(&mut vec, count);
     vec
 }
 
-/// Makes room for so many more. Raises an ERROR where there is no memory.
+/// Makes room for `count` more elements. Raises an ERROR if there is no memory.
 pub fn reserve<T>(vec: &mut Vec<T>, count: usize) {
-    if room::ask(|| vec.try_reserve_exact(count)).is_err() {
+    if fallible(|| vec.try_reserve_exact(count)).is_err() {
         raise(PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY, "out of memory", None);
     }
 }

@@ -23,8 +23,8 @@ use std::ops::Range;
 
 use rustc_hash::FxHashMap;
 
-use super::list::{BlockList, Entry, FileFork};
-use super::{BlockNumber, Fork, Heat, Oid, Record, room};
+use crate::list::{BlockList, Entry, FileFork};
+use crate::{BlockNumber, Fork, Heat, Oid, Record};
 
 /// The most blocks of a chunk. What a worker that dies was at is lost, and must
 /// be little; what a worker claims should keep it busy for a while.
@@ -47,10 +47,13 @@ const HEADER_WORDS: usize = 2;
 /// Blocks of one fork, to be loaded in one go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chunk {
-    /// 0 for a shared catalog.
+    /// The database's OID; 0 for a shared catalog.
     pub database: Oid,
+    /// The tablespace's OID.
     pub tablespace: Oid,
+    /// The relation's file number (`relfilenode`), not its OID.
     pub filenumber: Oid,
+    /// The fork that its blocks are of.
     pub fork: Fork,
     /// Where its blocks begin in the plan, and how many they are.
     first: u32,
@@ -70,17 +73,21 @@ pub struct Plan {
 /// The chunks of one database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DatabasePlan {
+    /// The database's OID; 0 for shared catalogs.
     pub database: Oid,
     /// Which of the plan's chunks they are.
     pub chunks: Range<u32>,
+    /// How many blocks they have.
     pub blocks: u64,
 }
 
 /// Why a list has no plan.
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
+    /// Memory was refused.
     #[error("out of memory")]
     OutOfMemory(#[from] TryReserveError),
+    /// The list names more files than can be told apart: a quarter of a billion.
     #[error("too many relations")]
     TooManyFiles,
 }
@@ -133,6 +140,9 @@ impl Key {
 impl Plan {
     /// Plans to load the hottest `budget` blocks of the list, but for those that
     /// are cached already.
+    ///
+    /// # Errors
+    /// If memory is refused, or the list names too many files.
     pub fn new(
         list: BlockList,
         cached: impl Iterator<Item = Record>,
@@ -150,7 +160,9 @@ impl Plan {
         Ok(plan)
     }
 
-    /// The legal entries as keys, in the same memory.
+    /// The legal entries as keys, in the same memory: the standard library takes no
+    /// other for elements of the same size, of which `tests/refused_memory.rs` makes
+    /// sure.
     fn keys_of(&mut self, entries: Vec<Entry>, files: &[FileFork], places: &Places) -> Vec<Key> {
         let total = entries.len();
         let keys: Vec<Key> = entries
@@ -187,7 +199,7 @@ impl Plan {
             }
             last_place = key.place();
             let file = files[places.files[last_place] as usize];
-            room::ask(|| self.chunks.try_reserve(1))?;
+            self.chunks.try_reserve(1)?;
             self.chunks.push(Chunk {
                 database: file.database,
                 tablespace: file.tablespace,
@@ -283,15 +295,15 @@ impl Places {
             return Err(PlanError::TooManyFiles);
         }
         let mut sorted: Vec<u32> = Vec::new();
-        room::ask(|| sorted.try_reserve_exact(files.len()))?;
+        sorted.try_reserve_exact(files.len())?;
         sorted.extend(0..files.len() as u32);
         sorted.sort_unstable_by_key(|&index| files[index as usize]);
         let mut order = Self {
             files: Vec::new(),
             places: Vec::new(),
         };
-        room::ask(|| order.files.try_reserve_exact(files.len() * TIERS))?;
-        room::ask(|| order.places.try_reserve_exact(files.len()))?;
+        order.files.try_reserve_exact(files.len() * TIERS)?;
+        order.places.try_reserve_exact(files.len())?;
         order.places.resize(files.len(), [0; TIERS]);
         let database = |&index: &u32| files[index as usize].database;
         for of_database in sorted.chunk_by(|one, other| database(one) == database(other)) {
@@ -319,7 +331,7 @@ fn remove_cached(
     cached: impl Iterator<Item = Record>,
 ) -> Result<u64, TryReserveError> {
     let mut by_file: FxHashMap<&FileFork, usize> = FxHashMap::default();
-    room::ask(|| by_file.try_reserve(files.len()))?;
+    by_file.try_reserve(files.len())?;
     by_file.extend(files.iter().zip(0..));
     for record in cached {
         let Some(&file) = by_file.get(&FileFork::of(&record)) else {

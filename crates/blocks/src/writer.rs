@@ -9,8 +9,8 @@
 use std::collections::TryReserveError;
 use std::io::{self, Seek, SeekFrom, Write};
 
-use super::trailer::{CHECKSUM, DIGITS_PER_LINE, FIRST_LINES};
-use super::{Heat, Record, room};
+use crate::trailer::{CHECKSUM, DIGITS_PER_LINE, FIRST_LINES};
+use crate::{Heat, Record};
 
 /// A list that is being written.
 pub struct ListWriter<W: Write + Seek> {
@@ -24,8 +24,10 @@ pub struct ListWriter<W: Write + Seek> {
 /// Why a list was not written.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
+    /// The file could not be written to.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// Memory was refused.
     #[error("out of memory")]
     OutOfMemory(#[from] TryReserveError),
     /// There are more records than the header has room for: begin again,
@@ -36,16 +38,19 @@ pub enum WriteError {
 
 impl<W: Write + Seek> ListWriter<W> {
     /// Begins a list of about `expected` records at the start of `out`.
+    ///
+    /// # Errors
+    /// If `out` fails, or memory is refused.
     pub fn begin(out: W, expected: usize) -> Result<Self, WriteError> {
         let mut heats = Vec::new();
-        room::ask(|| heats.try_reserve_exact(expected))?;
+        heats.try_reserve_exact(expected)?;
         let mut writer = Self {
             out: Summing::new(out)?,
             width: expected.max(1).ilog10() as usize + 1,
             heats,
         };
-        let header = writer.header();
-        writer.out.write_all(header.as_bytes())?;
+        let header = writer.header()?;
+        writer.out.write_all(&header)?;
         // The header will change: the sum begins behind it.
         writer.out.flush()?;
         writer.out.begin();
@@ -53,6 +58,9 @@ impl<W: Write + Seek> ListWriter<W> {
     }
 
     /// Appends a record.
+    ///
+    /// # Errors
+    /// If `out` fails, or memory is refused.
     pub fn push(&mut self, record: &Record, heat: Heat) -> Result<(), WriteError> {
         let fields = [
             record.database,
@@ -72,7 +80,7 @@ impl<W: Write + Seek> ListWriter<W> {
             line[length] = if index < 4 { b',' } else { b'\n' };
             length += 1;
         }
-        room::ask(|| self.heats.try_reserve(1))?;
+        self.heats.try_reserve(1)?;
         self.heats.push(heat.digit());
         Ok(self.out.write_all(&line[..length])?)
     }
@@ -80,8 +88,11 @@ impl<W: Write + Seek> ListWriter<W> {
     /// Writes the trailer and the header, and all that is still held back.
     /// Returns the number of records, and what was written to, for the caller to
     /// close.
+    ///
+    /// # Errors
+    /// If `out` fails, memory is refused, or the header has no room for the number.
     pub fn finish(mut self) -> Result<(u64, W), WriteError> {
-        let header = self.header();
+        let header = self.header()?;
         let room = self.width + "<<>>\n".len();
         if header.len() > room {
             return Err(WriteError::TooMany);
@@ -96,20 +107,27 @@ impl<W: Write + Seek> ListWriter<W> {
                 self.out.write_all(b"\n")?;
             }
             self.out.flush()?;
-            let checksum = self.out.sum_behind(header.as_bytes());
+            let checksum = self.out.sum_behind(&header);
             writeln!(self.out, "{CHECKSUM}{checksum:08x}")?;
         }
         self.out.flush()?;
         let mut out = self.out.out;
         out.seek(SeekFrom::Start(0))?;
-        out.write_all(header.as_bytes())?;
+        out.write_all(&header)?;
         Ok((self.heats.len() as u64, out))
     }
 
-    fn header(&self) -> String {
-        format!("<<{:>width$}>>\n", self.heats.len(), width = self.width)
+    fn header(&self) -> Result<Vec<u8>, WriteError> {
+        let (number, width) = (self.heats.len(), self.width);
+        let mut header = Vec::new();
+        header.try_reserve_exact(MOST_DIGITS + "<<>>\n".len())?;
+        writeln!(header, "<<{number:>width$}>>")?;
+        Ok(header)
     }
 }
+
+/// The digits of the largest number of records.
+const MOST_DIGITS: usize = usize::MAX.ilog10() as usize + 1;
 
 /// How much is written in one go.
 const BUFFER: usize = 256 * 1024;
@@ -117,7 +135,7 @@ const BUFFER: usize = 256 * 1024;
 /// Gathers what is to be written, and keeps the CRC-32C of what was.
 struct Summing<W> {
     out: W,
-    /// Of [`BUFFER`] bytes; the standard library's would abort without memory.
+    /// Has room for [`BUFFER`] bytes. [`io::BufWriter`] cannot be refused its own.
     buffer: Vec<u8>,
     sum: u32,
     length: usize,
@@ -126,7 +144,7 @@ struct Summing<W> {
 impl<W> Summing<W> {
     fn new(out: W) -> Result<Self, TryReserveError> {
         let mut buffer = Vec::new();
-        room::ask(|| buffer.try_reserve_exact(BUFFER))?;
+        buffer.try_reserve_exact(BUFFER)?;
         Ok(Self {
             out,
             buffer,
@@ -170,9 +188,8 @@ impl<W: Write> Write for Summing<W> {
 mod tests {
     use std::io::Cursor;
 
-    use super::super::list::BlockList;
-    use super::super::trailer::Heats;
     use super::*;
+    use crate::{BlockList, Heats};
 
     fn record(block: u32) -> Record {
         Record {

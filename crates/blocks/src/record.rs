@@ -14,21 +14,28 @@ pub type BlockNumber = u32;
 /// is also the order that blocks are sorted by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Record {
+    /// The database's OID; 0 for a shared catalog.
     pub database: Oid,
+    /// The tablespace's OID.
     pub tablespace: Oid,
     /// The relation's file number (`relfilenode`), not its OID.
     pub filenumber: Oid,
     /// A fork's number, legal or not; see [`Fork`].
     pub fork: u32,
+    /// The block's number within the fork.
     pub block: BlockNumber,
 }
 
 /// One of a relation's files, numbered as PostgreSQL's `ForkNumber`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Fork {
+    /// What the relation holds.
     Main = 0,
+    /// How much space is free in each block of the main fork.
     FreeSpaceMap = 1,
+    /// Which blocks of the main fork hold only rows that all can see.
     VisibilityMap = 2,
+    /// What the main fork of an unlogged relation is replaced by after a crash.
     Init = 3,
 }
 

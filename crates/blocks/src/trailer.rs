@@ -11,6 +11,9 @@
 //! short, does not match the records, or whose checksum differs (somebody edited
 //! the list, which is allowed) is left aside as a whole.
 
+use std::collections::TryReserveError;
+use std::io::Write;
+
 /// What a trailer begins with, and what stands before the digits.
 pub(super) const FIRST_LINES: [&str; 2] = ["# pg_prewarm 2.0", "# usage counts"];
 
@@ -54,16 +57,17 @@ impl TrailerReader {
         bytes: &[u8],
         checksum: &mut u32,
         mut heat: impl FnMut(u64, u8) -> bool,
-    ) {
+    ) -> Result<(), TryReserveError> {
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
             if self.outcome.is_some() {
-                return;
+                break;
             }
             // No line of a trailer is longer.
             if self.line.len() + piece.len() > DIGITS_PER_LINE + 2 {
                 self.give_up("it has a line that is too long");
-                return;
+                break;
             }
+            self.line.try_reserve(piece.len())?;
             self.line.extend_from_slice(piece);
             if piece.ends_with(b"\n") {
                 self.line(*checksum, &mut heat);
@@ -74,6 +78,7 @@ impl TrailerReader {
                 self.line.clear();
             }
         }
+        Ok(())
     }
 
     /// Whether nothing that follows could belong to it.
@@ -130,7 +135,9 @@ impl TrailerReader {
                 return Err("it does not say what it holds");
             }
         } else if let Some(digits) = line.strip_prefix(CHECKSUM.as_bytes()) {
-            if digits != format!("{checksum:08x}").as_bytes() {
+            let mut expected = [0; 8];
+            write!(&mut expected[..], "{checksum:08x}").expect("32 bits have eight digits");
+            if digits != expected {
                 return Err("its checksum differs");
             }
             self.outcome = Some(Heats::Saved);

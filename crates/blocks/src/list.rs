@@ -6,17 +6,20 @@ use std::io::Read;
 
 use rustc_hash::FxHashMap;
 
-pub use super::parser::ReadError;
-use super::parser::{CHUNK, SHORTEST_RECORD, Sink, read_all};
-use super::trailer::Heats;
-use super::{BlockNumber, Heat, Oid, Record, room};
+use crate::parser::{CHUNK, ReadError, SHORTEST_RECORD, Sink, read_all};
+use crate::trailer::Heats;
+use crate::{BlockNumber, Heat, Oid, Record};
 
 /// The file of one fork of a relation: all of a record but the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileFork {
+    /// The database's OID; 0 for a shared catalog.
     pub database: Oid,
+    /// The tablespace's OID.
     pub tablespace: Oid,
+    /// The relation's file number (`relfilenode`), not its OID.
     pub filenumber: Oid,
+    /// A fork's number, legal or not; see [`Fork`](crate::Fork).
     pub fork: u32,
 }
 
@@ -49,14 +52,17 @@ impl Entry {
         Self(self.0 & (u64::MAX >> 3) | u64::from(heat.usage_count()) << 61)
     }
 
+    /// The index of its file in [`BlockList::files`].
     pub fn file(self) -> usize {
         (self.0 >> 32) as usize & (Self::MAX_FILES - 1)
     }
 
+    /// The block's number within that file.
     pub fn block(self) -> BlockNumber {
         self.0 as BlockNumber
     }
 
+    /// The block's usage count.
     pub fn heat(self) -> Heat {
         Heat::from_usage_count((self.0 >> 61) as u32)
     }
@@ -80,11 +86,18 @@ pub struct BlockList {
 impl BlockList {
     /// Reads the list of a file of `size` bytes, which bounds the memory that
     /// is asked for. Bad lines are no errors: see [`BlockList::first_bad_line`].
+    ///
+    /// # Errors
+    /// If `input` fails, memory is refused, or the list names too many files.
     pub fn read(input: impl Read, size: u64) -> Result<Self, ReadError> {
         Self::read_in_chunks(input, size, CHUNK)
     }
 
-    /// The same with chunks of another size, which hold the header at least.
+    /// The same with chunks of another size, in bytes, which hold the header at
+    /// least.
+    ///
+    /// # Errors
+    /// As of [`BlockList::read`].
     pub fn read_in_chunks(input: impl Read, size: u64, chunk: usize) -> Result<Self, ReadError> {
         let most = usize::try_from(size).unwrap_or(usize::MAX) / SHORTEST_RECORD + 1;
         let builder = ListBuilder::new(most);
@@ -102,8 +115,7 @@ impl BlockList {
         })
     }
 
-    /// The records, each with its heat: what tests compare.
-    #[allow(dead_code)]
+    /// The records in the file's order, each with its usage count.
     pub fn records(&self) -> impl Iterator<Item = (Record, Heat)> {
         self.entries.iter().map(|entry| {
             let file = self.files[entry.file()];
@@ -134,9 +146,7 @@ impl Sink for ListBuilder {
     /// Asks for as much memory as is claimed, if the file can hold it.
     fn expect(&mut self, records: u64) -> Result<(), ReadError> {
         let records = usize::try_from(records).unwrap_or(usize::MAX);
-        Ok(room::ask(|| {
-            self.entries.try_reserve_exact(records.min(self.most))
-        })?)
+        Ok(self.entries.try_reserve_exact(records.min(self.most))?)
     }
 
     fn record(&mut self, record: Record) -> Result<(), ReadError> {
@@ -169,7 +179,7 @@ impl ListBuilder {
                         return Err(ReadError::TooManyFiles);
                     }
                     reserve(&mut self.files, self.most)?;
-                    room::ask(|| self.indexes.try_reserve(1))?;
+                    self.indexes.try_reserve(1)?;
                     self.files.push(file);
                     self.indexes.insert(file, index as u32);
                     index as u32
@@ -200,7 +210,7 @@ fn reserve<T>(vec: &mut Vec<T>, most: usize) -> Result<(), TryReserveError> {
     if length < vec.capacity() {
         return Ok(());
     }
-    room::ask(|| vec.try_reserve_exact(length.max(1024).min(most.saturating_sub(length)).max(1)))
+    vec.try_reserve_exact(length.max(1024).min(most.saturating_sub(length)).max(1))
 }
 
 #[cfg(test)]

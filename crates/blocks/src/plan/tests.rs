@@ -2,9 +2,8 @@ use std::io::Cursor;
 
 use proptest::prelude::*;
 
-use super::super::Record;
-use super::super::writer::ListWriter;
 use super::*;
+use crate::ListWriter;
 
 type HotRecord = (Record, Heat);
 

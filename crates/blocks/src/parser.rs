@@ -5,7 +5,7 @@
 //! database,tablespace,filenumber,fork,block      (N records, unsigned decimal)
 //! ```
 //!
-//! and, after the records, a trailer with their heat (see [`super::trailer`]).
+//! and, after the records, a trailer with their heat (see [`crate::trailer`]).
 //!
 //! The file outlives the server that wrote it, may be edited, and may have been
 //! cut short by a full disk, so nothing in it is believed: N is only a claim, and
@@ -17,8 +17,8 @@
 use std::collections::TryReserveError;
 use std::io::{self, Read};
 
-use super::trailer::{Heats, TrailerReader};
-use super::{Heat, Record, room};
+use crate::trailer::{Heats, TrailerReader};
+use crate::{Heat, Record};
 
 /// How much of the file is looked at in one go.
 pub(super) const CHUNK: usize = 256 * 1024;
@@ -33,10 +33,13 @@ const LONGEST_RECORD: usize = 5 * 11;
 /// Why no list could be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
+    /// The file could not be read.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// Memory was refused.
     #[error("out of memory")]
     OutOfMemory(#[from] TryReserveError),
+    /// The list names more files than can be told apart: half a billion.
     #[error("too many relations")]
     TooManyFiles,
 }
@@ -53,7 +56,7 @@ pub(super) trait Sink {
 
 /// What is known of a list when all of it has been read.
 pub(super) struct Summary {
-    /// See [`BlockList::first_bad_line`](super::list::BlockList::first_bad_line).
+    /// See [`BlockList::first_bad_line`](crate::BlockList::first_bad_line).
     pub first_bad_line: Option<u64>,
     pub heats: Heats,
     /// Where in the file the digits of a trailer begin.
@@ -63,7 +66,7 @@ pub(super) struct Summary {
 /// Memory for so many bytes of the file.
 pub(super) fn new_chunk(size: usize) -> Result<Vec<u8>, TryReserveError> {
     let mut chunk = Vec::new();
-    room::ask(|| chunk.try_reserve_exact(size))?;
+    chunk.try_reserve_exact(size)?;
     chunk.resize(size, 0);
     Ok(chunk)
 }
@@ -90,7 +93,7 @@ pub(super) fn read_all<S: Sink>(
         checksum = crc32c::crc32c_append(checksum, &bytes[..at]);
         trailer.read(&bytes[at..], &mut checksum, |index, digit| {
             Heat::from_digit(digit).is_some_and(|digit| heat(&mut parser.sink, index, digit))
-        });
+        })?;
         if filled < chunk.len() || trailer.has_ended() {
             break;
         }

@@ -6,11 +6,15 @@
 //! it where the digits of their heat are read.
 
 use std::collections::VecDeque;
-use std::io::{self, BufReader, Read};
+use std::io::{self, Read};
+use std::ops::Range;
 
-use super::parser::{CHUNK, Parser, ReadError, SHORTEST_RECORD, Sink, fill, new_chunk, read_all};
-use super::trailer::Heats;
-use super::{Heat, Record, room};
+use crate::parser::{CHUNK, Parser, ReadError, SHORTEST_RECORD, Sink, fill, new_chunk, read_all};
+use crate::trailer::Heats;
+use crate::{Heat, Record};
+
+/// How much of the trailer is read in one go, in bytes.
+const HEATS_CHUNK: usize = 8 * 1024;
 
 /// The records of a list that parse, in the file's order, each with its heat.
 pub struct ListReader<R> {
@@ -20,25 +24,47 @@ pub struct ListReader<R> {
     /// were not handed out yet.
     parser: Parser<VecDeque<Record>>,
     /// What is left of the trailer, if its heats are to be believed.
-    heats: Option<io::Bytes<BufReader<R>>>,
+    heats: Option<Bytes<R>>,
     first_bad_line: Option<u64>,
+}
+
+/// The bytes of an input, one by one. [`io::BufReader`] has them as well, but cannot
+/// be refused its memory.
+struct Bytes<R> {
+    input: R,
+    chunk: Vec<u8>,
+    /// Which of the chunk are left.
+    left: Range<usize>,
 }
 
 impl<R: Read> ListReader<R> {
     /// Reads the list once. `from` gives the file's bytes from an offset on.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or memory is refused.
     pub fn new(from: impl Fn(u64) -> R) -> Result<Self, ReadError> {
         Self::in_chunks(from, CHUNK)
     }
 
-    /// The same with chunks of another size, which hold the header at least.
+    /// The same with chunks of another size, in bytes, which hold the header at
+    /// least.
+    ///
+    /// # Errors
+    /// As of [`ListReader::new`].
     pub fn in_chunks(from: impl Fn(u64) -> R, chunk: usize) -> Result<Self, ReadError> {
         let (_, summary) = read_all(from(0), chunk, Counter(0), |counter, index, _| {
             index < counter.0
         })?;
-        let heats = (summary.heats == Heats::Saved)
-            .then(|| BufReader::new(from(summary.digits_at)).bytes());
+        let heats = match summary.heats {
+            Heats::Saved => Some(Bytes {
+                input: from(summary.digits_at),
+                chunk: new_chunk(HEATS_CHUNK)?,
+                left: 0..0,
+            }),
+            _ => None,
+        };
         let mut records = VecDeque::new();
-        room::ask(|| records.try_reserve_exact(chunk / SHORTEST_RECORD + 1))?;
+        records.try_reserve_exact(chunk / SHORTEST_RECORD + 1)?;
         Ok(Self {
             input: from(0),
             chunk: new_chunk(chunk)?,
@@ -48,7 +74,7 @@ impl<R: Read> ListReader<R> {
         })
     }
 
-    /// As [`BlockList::first_bad_line`](super::list::BlockList::first_bad_line).
+    /// As [`BlockList::first_bad_line`](crate::BlockList::first_bad_line).
     pub fn first_bad_line(&self) -> Option<u64> {
         self.first_bad_line
     }
@@ -75,6 +101,20 @@ impl<R: Read> ListReader<R> {
     }
 }
 
+impl<R: Read> Iterator for Bytes<R> {
+    type Item = io::Result<u8>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.left.is_empty() {
+            match fill(&mut self.input, &mut self.chunk) {
+                Ok(filled) => self.left = 0..filled,
+                Err(error) => return Some(Err(error)),
+            }
+        }
+        self.left.next().map(|at| Ok(self.chunk[at]))
+    }
+}
+
 impl<R: Read> Iterator for ListReader<R> {
     type Item = Result<(Record, Heat), ReadError>;
 
@@ -98,6 +138,7 @@ impl<R: Read> Iterator for ListReader<R> {
 
 impl Sink for VecDeque<Record> {
     fn record(&mut self, record: Record) -> Result<(), ReadError> {
+        self.try_reserve(1)?;
         self.push_back(record);
         Ok(())
     }

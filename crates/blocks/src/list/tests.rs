@@ -3,11 +3,9 @@ use std::io;
 
 use proptest::prelude::*;
 
-use super::super::parser::CHUNK;
-use super::super::reader::ListReader;
-use super::super::trailer::NOT_ONE_EACH;
-use super::super::writer::ListWriter;
 use super::*;
+use crate::trailer::NOT_ONE_EACH;
+use crate::{ListReader, ListWriter};
 
 fn read(text: impl AsRef<[u8]>) -> BlockList {
     let text = text.as_ref();

@@ -1,0 +1,159 @@
+//! What the core does where an allocator refuses it memory: whichever of its requests
+//! that is, the result is an error. (Had it asked in a way that cannot fail, Rust
+//! would abort this test.)
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::fmt::Debug;
+use std::io::Cursor;
+use std::ptr;
+
+use pg_prewarm_blocks::{
+    BlockList, Heat, ListReader, ListWriter, Plan, PlanError, ReadError, Record, WriteError,
+};
+
+/// The system's allocator, which may refuse one of a thread's requests.
+struct Refusing;
+
+#[global_allocator]
+static ALLOCATOR: Refusing = Refusing;
+
+thread_local! {
+    /// The number of the request to be refused: 1 for the next, 0 for none.
+    static REFUSED: Cell<u32> = const { Cell::new(0) };
+}
+
+// SAFETY: the system's allocator, or null, which stands for no memory. Memory blocks
+// are made larger by the trait's own method, which calls `alloc`.
+unsafe impl GlobalAlloc for Refusing {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let number = REFUSED.get();
+        REFUSED.set(number.saturating_sub(1));
+        match number {
+            1 => ptr::null_mut(),
+            // SAFETY: the caller's promise.
+            _ => unsafe { System.alloc(layout) },
+        }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+/// Tries the operation with its first request refused, its second, and so on, until
+/// it asks for less often than that. It must do so `least` times.
+fn refuse_each_request<I, T, E: Debug>(
+    least: u32,
+    input: impl Fn() -> I,
+    operation: impl Fn(I) -> Result<T, E>,
+    is_out_of_memory: impl Fn(&E) -> bool,
+) {
+    for number in 1.. {
+        let input = input();
+        REFUSED.set(number);
+        let result = operation(input);
+        let was_refused = REFUSED.replace(0) == 0;
+        match result {
+            Ok(_) if !was_refused => {
+                assert!(number > least, "{} requests", number - 1);
+                return;
+            }
+            Ok(_) => panic!("request {number} was refused without an error"),
+            Err(error) => assert!(was_refused && is_out_of_memory(&error), "{error:?}"),
+        }
+    }
+}
+
+/// Blocks of many files, each with a usage count.
+fn records() -> impl Iterator<Item = (Record, Heat)> {
+    (0..4000).map(|number| {
+        let record = Record {
+            database: number % 3,
+            tablespace: 1663,
+            filenumber: 1 + number / 3,
+            fork: 0,
+            block: number,
+        };
+        (record, Heat::from_usage_count(number % 6))
+    })
+}
+
+fn write(out: &mut [u8], expected: usize) -> Result<u64, WriteError> {
+    let mut writer = ListWriter::begin(Cursor::new(out), expected)?;
+    for (record, heat) in records() {
+        writer.push(&record, heat)?;
+    }
+    Ok(writer.finish()?.0)
+}
+
+fn text() -> Vec<u8> {
+    let mut text = vec![b'\n'; 200_000];
+    write(&mut text, 4000).unwrap();
+    text.truncate(text.trim_ascii_end().len() + 1);
+    text
+}
+
+#[test]
+fn a_list_that_is_read_into_memory() {
+    let text = text();
+    // With the header, and without: then nothing tells how long the list is.
+    for text in [&text[..], &text[1..]] {
+        let read = || BlockList::read(text, text.len() as u64);
+        assert_eq!(read().unwrap().entries.len(), 4000);
+        refuse_each_request(
+            10,
+            || (),
+            |()| read(),
+            |error| matches!(error, ReadError::OutOfMemory(_)),
+        );
+    }
+}
+
+#[test]
+fn a_list_that_is_read_record_by_record() {
+    let text = text();
+    let read = || {
+        let mut count = 0;
+        for record in ListReader::new(|at| &text[at as usize..])? {
+            record?;
+            count += 1;
+        }
+        Ok(count)
+    };
+    assert_eq!(read().unwrap(), 4000);
+    refuse_each_request(
+        5,
+        || (),
+        |()| read(),
+        |error| matches!(error, ReadError::OutOfMemory(_)),
+    );
+}
+
+#[test]
+fn a_plan() {
+    let text = text();
+    refuse_each_request(
+        8,
+        || BlockList::read(&text[..], text.len() as u64).unwrap(),
+        |list| {
+            let cached = records().map(|(record, _)| record).step_by(7);
+            Plan::new(list, cached, 3000)
+        },
+        |error| matches!(error, PlanError::OutOfMemory(_)),
+    );
+}
+
+#[test]
+fn a_list_that_is_written() {
+    // As many records as were expected, and more than that.
+    for expected in [4000, 1000] {
+        refuse_each_request(
+            4,
+            || vec![0; 200_000],
+            |mut out| write(&mut out, expected),
+            |error| matches!(error, WriteError::OutOfMemory(_)),
+        );
+    }
+}

@@ -19,7 +19,9 @@ mod settings;
 #[cfg(not(panic = "unwind"))]
 compile_error!("a PostgreSQL ERROR unwinds through Rust: build with panic = \"unwind\"");
 
-pgrx::pg_module_magic!(name = c"pg_prewarm", version = pgrx::pg_sys::PG_VERSION);
+// The package's, by which `pg_get_loaded_modules()` of 18 and later tells this library
+// from contrib's.
+pgrx::pg_module_magic!(name, version);
 
 // A fresh 2.0 is what 1.2 had and what the update adds.
 pgrx::extension_sql_file!(

@@ -55,6 +55,30 @@ fn version(client: &mut Client) -> String {
 }
 
 #[test]
+fn the_library_and_its_state_carry_its_version() {
+    let cluster = Cluster::build().start();
+    let mut client = cluster.connect("postgres");
+    let is_there = |client: &mut Client, query: &str| value::<bool>(client, query);
+    if cluster.major() >= 18 {
+        assert!(is_there(
+            &mut client,
+            "SELECT EXISTS (SELECT FROM pg_get_loaded_modules() \
+             WHERE (module_name, version) = ('pg_prewarm', '2.0.0'))"
+        ));
+    }
+    let allocations = match cluster.major() {
+        15 | 16 => "pg_shmem_allocations",
+        // They do not show what lies in dynamic segments.
+        17 | 18 => return,
+        _ => "pg_dsm_registry_allocations",
+    };
+    assert!(is_there(
+        &mut client,
+        &format!("SELECT EXISTS (SELECT FROM {allocations} WHERE name = 'pg_prewarm 2.0.0')")
+    ));
+}
+
+#[test]
 fn every_old_version_has_a_way_to_the_new_one() {
     let cluster = Cluster::build().not_preloaded().start();
     let mut client = cluster.connect("postgres");

@@ -7,6 +7,7 @@
 //! changing the word from nobody to itself, gives it back likewise, and gives back
 //! all it has when it ends, so that no role outlives its holder.
 
+use std::ffi::CStr;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32};
 use std::time::Duration;
@@ -19,6 +20,7 @@ use crate::pg::shared::named::NamedStruct;
 /// Nobody's process ID.
 const NOBODY: i32 = -1;
 
+#[repr(C)]
 pub struct State {
     leader: AtomicI32,
     dump_file_user: AtomicI32,
@@ -78,7 +80,16 @@ pub enum Phase {
     Ended,
 }
 
-static STATE: NamedStruct<State> = NamedStruct::new(c"pg_prewarm");
+/// What the state is called in shared memory. The name has the library's version: if a
+/// server uses two versions at the same time, neither reads the other's state.
+const NAME: &CStr = match CStr::from_bytes_with_nul(
+    concat!("pg_prewarm ", env!("CARGO_PKG_VERSION"), "\0").as_bytes(),
+) {
+    Ok(name) => name,
+    Err(_) => unreachable!(),
+};
+
+static STATE: NamedStruct<State> = NamedStruct::new(NAME);
 
 /// Reserves the state's memory while the server starts.
 pub fn reserve() {

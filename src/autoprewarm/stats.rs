@@ -9,6 +9,7 @@ use crate::blocks::{SkipCounts, SkipReason};
 use crate::pg::process;
 
 /// The load that runs, or the last one.
+#[repr(C)]
 pub struct LoadStats {
     /// Another one as soon as a load begins, and as soon as it ends. A worker may
     /// go on when its load has ended without it, or when the next one has begun:
@@ -159,6 +160,7 @@ impl LoadStats {
 }
 
 /// The last dump that was written.
+#[repr(C)]
 pub struct DumpStats {
     time: AtomicI64,
     blocks: AtomicU64,
@@ -196,6 +198,7 @@ impl DumpStats {
 ///
 /// A text is more than one word, so it has a version, which is odd while the text
 /// is being written; a reader that finds it odd, or changed, reads once more.
+#[repr(C)]
 pub struct LastError {
     version: AtomicU32,
     time: AtomicI64,

@@ -30,6 +30,7 @@ impl Allocator {
 
 /// Ends the process. Returns only if called again meanwhile: that also needs memory.
 #[cold]
+#[expect(ffi_unwind_calls, reason = "a FATAL error ends the process")]
 fn end_process(size: usize) {
     static IS_ENDING: AtomicBool = AtomicBool::new(false);
     if IS_ENDING.swap(true, Relaxed) {

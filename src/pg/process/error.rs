@@ -95,6 +95,10 @@ pub fn log(message: &str) {
 /// # Safety
 /// PostgreSQL has called this library, and nothing between that call and this one needs
 /// dropping: an ERROR has left Rust within `body` already, and jumps.
+#[expect(
+    ffi_unwind_calls,
+    reason = "an ERROR jumps to PostgreSQL, as it does after this"
+)]
 pub unsafe fn with_reserve<T>(body: impl FnOnce() -> T) -> T {
     #[pg_guard]
     unsafe extern "C-unwind" fn give_up_if_needed(_argument: *mut c_void) {

@@ -4,6 +4,11 @@
 //! raise an ERROR. It has to unwind through Rust like any other; pgrx's own macros for
 //! messages would let it jump.
 
+#![expect(
+    ffi_unwind_calls,
+    reason = "an ERROR jumps to the guard around a message"
+)]
+
 use std::ffi::{CStr, CString, c_char};
 use std::panic::Location;
 

@@ -2,6 +2,11 @@
 //! fit here: its guard against an ERROR's `longjmp` allocates nothing, but must not
 //! stand in a signal handler, in a `Drop`, or in the loop over all buffers.
 
+#![expect(
+    ffi_unwind_calls,
+    reason = "an ERROR of the functions called here jumps to their guard"
+)]
+
 use std::ffi::{c_char, c_int};
 
 use pgrx::pg_sys;
@@ -9,15 +14,16 @@ use pgrx::pg_sys::ffi::pg_guard_ffi_boundary;
 
 use super::buffer_state::Word;
 
-unsafe extern "C-unwind" {
-    /// Takes the spinlock of a buffer's header and returns its state. Raises no
-    /// ERROR.
+// These raise no ERROR.
+unsafe extern "C" {
+    /// Takes the spinlock of a buffer's header and returns its state.
     pub fn LockBufHdr(header: *mut pg_sys::BufferDesc) -> Word;
 
-    /// Counts one file of this process as closed. Raises no ERROR, so it may be
-    /// called while one unwinds.
+    /// Counts one file of this process as closed.
     pub fn ReleaseExternalFD();
+}
 
+unsafe extern "C-unwind" {
     // What the macro `ereport` expands to. pgrx's own version lets an ERROR that is
     // raised at its end, by an interrupt, jump over Rust's frames.
     pub fn errstart(level: c_int, domain: *const c_char) -> bool;

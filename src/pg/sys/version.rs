@@ -113,7 +113,7 @@ pub fn record(tag: &pg_sys::BufferTag) -> Record {
 pub fn free_list_is_empty() -> Option<bool> {
     #[cfg(not(feature = "pg19"))]
     {
-        unsafe extern "C-unwind" {
+        unsafe extern "C" {
             fn have_free_buffer() -> bool;
         }
         // SAFETY: it reads one word of shared memory, and raises no ERROR.

@@ -105,21 +105,21 @@ impl Error {
             }
             Self::Disabled => Some("Set \"pg_prewarm.autoprewarm\" to on, and restart the server."),
             Self::PrefetchWithDirectIo => Some(
-                "\"debug_io_direct\" has the server read past the operating system's cache: use \
-                 the prewarm type \"buffer\".",
+                "Use the prewarm type \"buffer\". With \"debug_io_direct\", the server bypasses the \
+                 operating system's cache.",
             ),
             Self::NoWorkerSlot => Some("You may need to increase \"max_worker_processes\"."),
             Self::LoadInProgress => Some(
-                "autoprewarm_wait() waits for the end of the load, and autoprewarm_cancel() ends \
-                 it.",
+                "Use autoprewarm_wait() to wait for the end of the load, or autoprewarm_cancel() \
+                 to cancel it.",
             ),
             Self::WorkerNotStarted => Some("More details may be available in the server log."),
             Self::File { path, source, .. }
                 if *path == DUMP_FILE && source.kind() == io::ErrorKind::NotFound =>
             {
                 Some(
-                    "autoprewarm_dump_now() writes it, and so does the autoprewarm leader, at \
-                     intervals and at shutdown.",
+                    "Use autoprewarm_dump_now() to write the file. The autoprewarm leader also \
+                     writes it, periodically and at shutdown.",
                 )
             }
             _ => None,

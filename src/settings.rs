@@ -31,8 +31,8 @@ pub fn define() {
     );
     GucRegistry::define_int_guc(
         c"pg_prewarm.autoprewarm_workers",
-        c"Sets the maximum number of workers that load blocks at the same time.",
-        c"Each takes a slot of max_worker_processes while it runs.",
+        c"Sets the maximum number of simultaneously running autoprewarm worker processes.",
+        c"These processes are taken from the pool established by \"max_worker_processes\".",
         &AUTOPREWARM_WORKERS,
         1,
         64,
@@ -41,7 +41,7 @@ pub fn define() {
     );
     GucRegistry::define_int_guc(
         c"pg_prewarm.autoprewarm_max_rate",
-        c"Sets the maximum rate per second at which workers load blocks, all together.",
+        c"Sets the maximum amount of data that all autoprewarm workers together load per second.",
         c"If set to zero, the rate is not limited.",
         &AUTOPREWARM_MAX_RATE,
         0,

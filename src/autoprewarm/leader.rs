@@ -119,7 +119,7 @@ fn dump_and_survive(state: &State, unlogged: Unlogged) {
         Ok(Err(error)) => {
             state.last_error.record(&error.to_string());
             error.warn(
-                "The list of the last block dump stays in place; the next is tried after \
+                "The previous block dump file is kept. The next dump is attempted after \
                  \"pg_prewarm.autoprewarm_interval\".",
             );
         }

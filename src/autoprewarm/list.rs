@@ -45,8 +45,8 @@ fn autoprewarm_blocks() -> TableIterator<
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
             &super::corrupted_at(line),
             Some(&format!(
-                "Whatever else \"{DUMP_FILE}\" lists is returned, and the next block dump \
-                 replaces it."
+                "All valid lines of \"{DUMP_FILE}\" are returned, and the next block dump \
+                 replaces the file."
             )),
         );
     }

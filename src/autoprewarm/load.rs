@@ -47,9 +47,9 @@ const CANCEL_PATIENCE: Duration = Duration::from_millis(100);
 const RESERVE: usize = 64;
 
 /// What becomes of a list that cannot be loaded now.
-const RETRIED: &str = "It is tried again after \"pg_prewarm.autoprewarm_interval\" (five minutes \
-                       if that is 0) and when the configuration is reloaded, and the list is not \
-                       replaced before.";
+const RETRIED: &str = "The load is retried after \"pg_prewarm.autoprewarm_interval\" (five \
+                       minutes if that is zero) and when the configuration is reloaded. The block \
+                       dump file is kept until then.";
 
 /// How a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +88,9 @@ pub fn run(state: &'static State) -> Outcome {
         }
         Ok(Err(error)) => {
             state.last_error.record(&error.to_string());
-            error.warn(&format!("{RETRIED} To go on without it, remove it."));
+            error.warn(&format!(
+                "{RETRIED} To continue without the file, remove it."
+            ));
             Outcome::StillDue
         }
         Err(caught) => {
@@ -219,13 +221,15 @@ impl Load {
             Err(halt) => {
                 self.terminate_workers();
                 if let Halt::NoWorkerLives = halt {
-                    let message = "could not load blocks: autoprewarm workers do not come to work";
+                    let message = "could not load blocks: autoprewarm workers keep exiting before loading any block";
                     self.state.last_error.record(message);
                     log_with_hint(
                         PgLogLevel::WARNING,
                         PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
                         message,
-                        Some(&format!("The server log may tell why. {RETRIED}")),
+                        Some(&format!(
+                            "More details may be available in the server log. {RETRIED}"
+                        )),
                     );
                 }
                 Outcome::StillDue
@@ -372,7 +376,7 @@ impl Load {
         if let Some(reason) = reason.or(tried_enough.then_some(SkipReason::NoDatabase)) {
             if !database.given_up {
                 log(&format!(
-                    "autoprewarm could not connect to the database with OID {}",
+                    "autoprewarm worker could not connect to database with OID {}",
                     database.oid
                 ));
             }
@@ -558,20 +562,20 @@ fn report_oddities(list: &BlockList, state: &State) {
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
             &message,
             Some(&format!(
-                "Whatever else \"{DUMP_FILE}\" lists is loaded, and the next block dump replaces \
-                 it."
+                "All valid lines of \"{DUMP_FILE}\" are loaded, and the next block dump replaces \
+                 the file."
             )),
         );
     }
     match list.heats {
         Heats::LeftAside(reason) => {
             log(&format!(
-                "usage counts in \"{DUMP_FILE}\" are ignored: {reason}"
+                "ignoring usage counts in \"{DUMP_FILE}\": {reason}"
             ));
         }
         Heats::Missing if !list.entries.is_empty() => {
             log(&format!(
-                "\"{DUMP_FILE}\" has no usage counts: all blocks count as used once"
+                "file \"{DUMP_FILE}\" contains no usage counts, using 1 for all blocks"
             ));
         }
         Heats::Missing | Heats::Saved => {}

@@ -256,10 +256,8 @@ fn tell_what_is_left_out(collection: &Collection) {
     }
     match collection.foreign {
         0 => {}
-        1 => notice("skipped 1 relation that is a foreign table"),
-        count => notice(&format!(
-            "skipped {count} relations that are foreign tables"
-        )),
+        1 => notice("skipped 1 foreign table"),
+        count => notice(&format!("skipped {count} foreign tables")),
     }
 }
 

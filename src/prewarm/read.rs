@@ -118,9 +118,9 @@ impl Change {
     /// Tells the client.
     pub fn notice(self, name: &CStr) {
         let format = match self {
-            Self::Dropped => c"relation \"%s\" was dropped while it was prewarmed",
-            Self::Rewritten => c"relation \"%s\" was rewritten while it was prewarmed",
-            Self::Truncated => c"relation \"%s\" was truncated while it was prewarmed",
+            Self::Dropped => c"relation \"%s\" was dropped while it was being prewarmed",
+            Self::Rewritten => c"relation \"%s\" was rewritten while it was being prewarmed",
+            Self::Truncated => c"relation \"%s\" was truncated while it was being prewarmed",
         };
         relation::notice(format, name);
     }

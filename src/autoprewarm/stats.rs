@@ -1,5 +1,5 @@
-//! What is kept of loads and dumps for those who ask: numbers and times in shared
-//! memory, written as things happen. Times are the server's timestamps, 0 for none.
+//! Statistics of loads and dumps, and the last error, in shared memory. Times are the
+//! server's timestamps; 0 means none.
 
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicU64};
@@ -8,15 +8,15 @@ use std::time::Duration;
 use crate::blocks::{SkipCounts, SkipReason};
 use crate::pg::process;
 
-/// The load that runs, or the last one.
+/// Statistics of the running load, or of the last one.
 pub struct LoadStats {
-    /// Another one as soon as a load begins, and as soon as it ends. A worker may
-    /// go on when its load has ended without it, or when the next one has begun:
-    /// what it does is not counted any more.
+    /// Incremented when a load begins and when it ends. A worker may still be running
+    /// after its load has ended, or after the next one has begun; by this number, what
+    /// it does then is not counted.
     number: AtomicU32,
     start: AtomicI64,
     end: AtomicI64,
-    /// A [`LoadResult`], plus one; 0 while it runs, or where there was none.
+    /// A [`LoadResult`] plus one; 0 during a load, or if there has been none.
     result: AtomicU32,
     total: AtomicU64,
     loaded: AtomicU64,
@@ -27,12 +27,12 @@ pub struct LoadStats {
 /// How a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoadResult {
-    /// All that could be loaded is.
+    /// All blocks of the list were loaded or skipped.
     Completed,
-    /// Somebody called `autoprewarm_cancel()`.
+    /// `autoprewarm_cancel()` was called.
     Cancelled,
-    /// The list could not be read, the load's leader ended, or no worker could
-    /// do its work.
+    /// The list could not be read, the leader exited during the load, or workers
+    /// kept exiting.
     Failed,
 }
 
@@ -46,7 +46,7 @@ impl LoadResult {
     }
 }
 
-/// Blocks dealt with, by outcome.
+/// The blocks of a load, by outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub total: u64,
@@ -57,7 +57,7 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Blocks that nothing has become of so far.
+    /// Blocks that are neither loaded, cached nor skipped so far.
     pub fn rest(&self) -> u64 {
         let done = self.loaded + self.cached + self.skipped.total();
         self.total.saturating_sub(done)
@@ -78,7 +78,7 @@ impl LoadStats {
         }
     }
 
-    /// A new load begins.
+    /// Records that a load begins.
     pub(super) fn begin(&self) {
         self.number.fetch_add(1, SeqCst);
         self.result.store(0, SeqCst);
@@ -92,7 +92,7 @@ impl LoadStats {
         self.start.store(process::now(), SeqCst);
     }
 
-    /// It has ended. Blocks that nothing became of are skipped ones.
+    /// Records that the load has ended. The blocks that are left are counted as skipped.
     pub(super) fn end(&self, result: LoadResult) {
         let number = self.number.fetch_add(1, SeqCst) + 1;
         self.skip(number, SkipReason::Interrupted, self.counts().rest());
@@ -104,7 +104,8 @@ impl LoadStats {
         self.number.load(SeqCst)
     }
 
-    /// Whether a load has begun and not ended: each adds one to the number.
+    /// Whether a load has begun and not ended. Both increment the number, so it is odd
+    /// then.
     pub fn has_begun(&self) -> bool {
         self.number() % 2 == 1
     }
@@ -113,7 +114,7 @@ impl LoadStats {
         self.total.store(records, SeqCst);
     }
 
-    /// Counts blocks of the load of that number.
+    /// Counts blocks of load `number`, unless that load has ended.
     pub fn count(&self, number: u32, loaded: u64, cached: u64) {
         if self.number.load(Relaxed) == number {
             self.loaded.fetch_add(loaded, Relaxed);
@@ -121,6 +122,7 @@ impl LoadStats {
         }
     }
 
+    /// Counts skipped blocks of load `number`, unless that load has ended.
     pub fn skip(&self, number: u32, reason: SkipReason, blocks: u64) {
         if self.number.load(Relaxed) == number {
             self.skipped[reason as usize].fetch_add(blocks, Relaxed);
@@ -158,7 +160,7 @@ impl LoadStats {
     }
 }
 
-/// The last dump that was written.
+/// Statistics of the last dump that was completed.
 pub struct DumpStats {
     time: AtomicI64,
     blocks: AtomicU64,
@@ -174,7 +176,8 @@ impl DumpStats {
         }
     }
 
-    /// So many blocks were listed, which took so long. By who uses the dump file.
+    /// Records a dump of `blocks` blocks. Only the process that has reserved the dump
+    /// file calls this.
     pub fn record(&self, blocks: u64, took: Duration) {
         self.blocks.store(blocks, SeqCst);
         let microseconds = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
@@ -182,7 +185,7 @@ impl DumpStats {
         self.time.store(process::now(), SeqCst);
     }
 
-    /// When it ended, how many blocks it lists, and how long it took.
+    /// When the dump ended, how many blocks it listed, and how long it took.
     pub fn last(&self) -> (i64, u64, Duration) {
         (
             self.time.load(SeqCst),
@@ -194,8 +197,8 @@ impl DumpStats {
 
 /// The last error that the leader or a worker has logged.
 ///
-/// A text is more than one word, so it has a version, which is odd while the text
-/// is being written; a reader that finds it odd, or changed, reads once more.
+/// The text is more than one word, so it has a version, which is odd while the text
+/// is being written. A reader that finds it odd or changed reads again.
 pub struct LastError {
     version: AtomicU32,
     time: AtomicI64,
@@ -216,9 +219,8 @@ impl LastError {
         }
     }
 
-    /// Keeps an error's message, or as much of it as there is room for; but not
-    /// where another process is just doing that, since the two happened at the
-    /// same time.
+    /// Stores an error's message, truncated if it is too long. If another process is
+    /// storing a message at this moment, that one is kept instead.
     pub fn record(&self, message: &str) {
         let version = self.version.load(SeqCst);
         let mine = |version: &u32| {
@@ -240,7 +242,7 @@ impl LastError {
         self.version.store(version.wrapping_add(2), SeqCst);
     }
 
-    /// The message and when it was logged; nothing where there was none.
+    /// The message, and when it was logged. `None` if there has been none.
     pub fn last(&self) -> Option<(String, i64)> {
         loop {
             let version = self.version.load(SeqCst);

@@ -1,8 +1,8 @@
 //! `pg_prewarm_relation()`, `pg_prewarm_schema()` and `pg_prewarm_database()`.
 //!
-//! Each collects what it is about, orders it, reads the upper levels of indexes,
-//! and then shares the rest with its parallel workers. Whoever may call
-//! `pg_prewarm()` may call these: rights are those to the relations.
+//! Each collects its relations, sorts them, reads the upper levels of indexes, and
+//! then shares the rest with its parallel workers. Every role may call them: the
+//! privileges checked are those on the relations.
 
 use std::ffi::CString;
 use std::sync::atomic::AtomicU32;
@@ -22,11 +22,11 @@ use crate::pg::error::notice;
 use crate::pg::process::now;
 use crate::pg::{memory, parallel, relation};
 
-/// One fork of a relation that was done: the relation, the fork, its blocks, those
-/// that were in shared buffers already, and how long it took.
+/// A row of the result: the relation, the fork, how many blocks were prewarmed, how many
+/// of these were in shared buffers already, and how long it took.
 type Row = (pg_sys::Oid, &'static str, i64, i64, Interval);
 
-// pgrx wants to see each function's row type itself.
+// pgrx needs each function's row type spelled out.
 
 #[pg_extern(sql = false)]
 #[allow(clippy::too_many_arguments)]
@@ -95,7 +95,7 @@ fn rows(prewarm: impl FnOnce() -> Result<Vec<Row>, Error>) -> TableIterator<'sta
     TableIterator::new(prewarm().unwrap_or_else(|error| error.raise()))
 }
 
-/// What all of them are asked for.
+/// The arguments that all three functions have.
 struct Request {
     mode: Mode,
     wanted: Wanted,
@@ -104,11 +104,11 @@ struct Request {
 }
 
 impl Request {
-    /// As many as the server's own settings for parallel workers allow.
+    /// The maximum of the server's own settings for parallel workers.
     const MOST_WORKERS: i32 = 1024;
 
-    /// What these arguments ask for, without partitions: in a schema or a database
-    /// these are found by themselves.
+    /// Checks the arguments. Partitions are left out: in a schema or a database, they
+    /// are found like other tables.
     fn of(
         mode: Option<&[u8]>,
         indexes: Option<bool>,
@@ -140,7 +140,7 @@ impl Request {
     }
 }
 
-/// The forks of these names, each once.
+/// The forks with these names, without duplicates.
 fn forks_of(names: Option<Array<&[u8]>>) -> Result<Vec<Fork>, Error> {
     let mut forks = Vec::new();
     for name in names.ok_or(Error::NullFork)?.iter() {
@@ -152,10 +152,10 @@ fn forks_of(names: Option<Array<&[u8]>>) -> Result<Vec<Fork>, Error> {
     Ok(forks)
 }
 
-/// Does all of it, and returns a row for each part that was done.
+/// Prewarms the collection, and returns a row for each part that was begun.
 fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
     collection.sort();
-    tell_what_is_left_out(&collection);
+    report_skipped(&collection);
     let start = now();
     let parts = &collection.parts;
     let all: u64 = parts.iter().map(|part| u64::from(part.blocks)).sum();
@@ -168,7 +168,7 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
     words.resize_with(Filled::words(), || AtomicU32::new(0));
     let local = FilledLocal::default();
 
-    // First the upper levels of indexes, alone.
+    // The caller alone reads the upper levels of indexes.
     let mut left = total;
     let mut full = None;
     if let Mode::Buffer = request.mode {
@@ -190,7 +190,8 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
         memory::reserve(&mut words, done.len());
         words.extend(done.into_iter().map(AtomicU32::new));
     }
-    // Then the rest, as far as the limit goes.
+    // max_blocks is divided among the targets now, so that the result does not depend
+    // on which process is faster.
     for target in &mut targets {
         left = target.cut(left, &words);
     }
@@ -220,7 +221,7 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
             share.work(job.cells, job.words);
         },
         |job| {
-            tell_how_it_ended(&collection, job.header, job.cells, total);
+            report_end(&collection, job.header, job.cells, total);
             job.cells.iter().filter_map(row).collect()
         },
     );
@@ -228,13 +229,13 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
     rows
 }
 
-/// How many blocks are left that workers may do.
+/// How many blocks are left for parallel workers, which cannot read temporary relations.
 fn for_others(targets: &[Target]) -> u64 {
     let shared = targets.iter().filter(|target| !target.is_temporary);
     shared.map(Target::left).sum()
 }
 
-/// The row of a part that was begun, or that is empty.
+/// The row of a target. `None` if it was not begun, unless it is empty.
 fn row(target: &Target) -> Option<Row> {
     (target.has_begun() || target.is_empty).then(|| {
         (
@@ -247,7 +248,8 @@ fn row(target: &Target) -> Option<Row> {
     })
 }
 
-fn tell_what_is_left_out(collection: &Collection) {
+/// Notifies the client of relations that were skipped.
+fn report_skipped(collection: &Collection) {
     if collection.denied > 0 {
         notice(&format!(
             "skipped {} for which the SELECT privilege is missing",
@@ -268,11 +270,12 @@ fn relations(count: usize) -> String {
     }
 }
 
-fn tell_how_it_ended(collection: &Collection, header: &Header, targets: &[Target], total: u64) {
-    let mut told = FxHashSet::default();
+/// Notifies the client of relations that changed, and of a lack of buffers.
+fn report_end(collection: &Collection, header: &Header, targets: &[Target], total: u64) {
+    let mut reported = FxHashSet::default();
     for (part, target) in collection.parts.iter().zip(targets) {
         if let Some(change) = target.change()
-            && told.insert(target.part.relation)
+            && reported.insert(target.part.relation)
         {
             change.notice(&part.name);
         }

@@ -16,7 +16,8 @@ const GIVEN: i64 = 20_000;
 const BLOCK_KB: i64 = pgrx::pg_sys::BLCKSZ as i64 / 1024;
 const SECOND: i64 = 1_000_000;
 
-/// Times are microseconds of a clock that all processes read alike.
+/// The limit in shared memory. Times are microseconds of a clock that all processes
+/// share. Both words only pace the workers, so they are `Relaxed`.
 pub struct RateLimit {
     /// kB per second; 0 means no limit.
     rate: AtomicU32,

@@ -3,7 +3,8 @@
 //! The leader creates one dynamic segment for each load. It consists of a [`Load`],
 //! the cursors, one for each database of the plan, and the plan itself, which does
 //! not change. A worker claims the next chunk by moving a cursor. That, and all
-//! counting, is done with atomics, so a worker that dies holds no lock.
+//! counting, is done with atomics, so a worker that dies holds no lock. Memory
+//! orderings follow the rule in [`super::state`].
 //!
 //! | word | written by |
 //! | --- | --- |
@@ -18,7 +19,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 
 use super::rate::RateLimit;
 use crate::blocks::plan::{DatabasePlan, PlanView};
@@ -272,7 +273,7 @@ impl Load {
 
     /// Whether the load was ended, so that no more blocks are to be loaded.
     pub fn has_ended(&self) -> bool {
-        self.ended_for.load(Relaxed) != NO_REASON
+        self.ended_for.load(SeqCst) != NO_REASON
     }
 
     /// Why the load was ended before all blocks were done. `None` if it was not.

@@ -1,7 +1,11 @@
 //! Statistics of loads and dumps, and the last error, in shared memory. Times are the
 //! server's timestamps; 0 means none.
+//!
+//! By the rule in [`super::state`], all words here are `SeqCst`: the counts of a load
+//! decide whether its workers make progress and what was skipped, and the order of the
+//! times and results tells a reader whether the rest is complete.
 
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicU64};
 use std::time::Duration;
 
@@ -116,16 +120,16 @@ impl LoadStats {
 
     /// Counts blocks of load `number`, unless that load has ended.
     pub fn count(&self, number: u32, loaded: u64, cached: u64) {
-        if self.number.load(Relaxed) == number {
-            self.loaded.fetch_add(loaded, Relaxed);
-            self.cached.fetch_add(cached, Relaxed);
+        if self.number.load(SeqCst) == number {
+            self.loaded.fetch_add(loaded, SeqCst);
+            self.cached.fetch_add(cached, SeqCst);
         }
     }
 
     /// Counts skipped blocks of load `number`, unless that load has ended.
     pub fn skip(&self, number: u32, reason: SkipReason, blocks: u64) {
-        if self.number.load(Relaxed) == number {
-            self.skipped[reason as usize].fetch_add(blocks, Relaxed);
+        if self.number.load(SeqCst) == number {
+            self.skipped[reason as usize].fetch_add(blocks, SeqCst);
         }
     }
 

@@ -6,7 +6,7 @@
 
 use std::ffi::CString;
 use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::Relaxed;
 
 use pgrx::prelude::*;
 use rustc_hash::FxHashSet;
@@ -203,7 +203,7 @@ fn run(kind: Kind, mut collection: Collection, request: Request) -> Vec<Row> {
             .div_ceil(LEAST_FOR_A_WORKER)
             .min(request.workers.into()) as u16,
     };
-    let done_before = targets.iter().map(|target| target.done.load(SeqCst)).sum();
+    let done_before = targets.iter().map(|target| target.done.load(Relaxed)).sum();
     let header = Header::new(request.mode, u32::from(workers) + 1, done_before);
     if let Some(full) = full {
         header.set_full(full);
@@ -241,8 +241,8 @@ fn row(target: &Target) -> Option<Row> {
         (
             target.part.relation.into(),
             target.part.fork.name(),
-            target.done.load(SeqCst) as i64,
-            target.cached.load(SeqCst) as i64,
+            target.done.load(Relaxed) as i64,
+            target.cached.load(Relaxed) as i64,
             Interval::from_micros(target.elapsed()),
         )
     })
@@ -280,7 +280,7 @@ fn report_end(collection: &Collection, header: &Header, targets: &[Target], tota
             change.notice(&part.name);
         }
     }
-    let done = header.done.load(SeqCst);
+    let done = header.done.load(Relaxed);
     match header.full() {
         None => {}
         Some(Full::Shared) => notice(&format!(

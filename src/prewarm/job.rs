@@ -5,7 +5,7 @@
 //! words: first a bit for each shared buffer, which is set when the call has read a
 //! block into the buffer; then the numbers of the index blocks that the caller has read
 //! beforehand. All processes go through the targets and claim runs of blocks until none
-//! are left.
+//! are left. Memory orderings follow the rule in `crate::autoprewarm`'s `state`.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::CStr;
@@ -178,30 +178,30 @@ impl Target {
     }
 
     fn begin(&self) {
-        let _ = self.began.compare_exchange(0, now(), SeqCst, SeqCst);
+        let _ = self.began.compare_exchange(0, now(), Relaxed, Relaxed);
     }
 
     pub fn has_begun(&self) -> bool {
-        self.began.load(SeqCst) != 0 || self.done.load(SeqCst) > 0
+        self.began.load(Relaxed) != 0 || self.done.load(Relaxed) > 0
     }
 
     /// Stops the clock until the target is begun again.
     pub fn pause(&self) {
-        self.took.store(self.elapsed(), SeqCst);
-        self.began.store(0, SeqCst);
-        self.ended.store(0, SeqCst);
+        self.took.store(self.elapsed(), Relaxed);
+        self.began.store(0, Relaxed);
+        self.ended.store(0, Relaxed);
     }
 
     fn count(&self, count: Count) {
-        self.done.fetch_add(count.blocks, SeqCst);
-        self.cached.fetch_add(count.cached, SeqCst);
-        self.ended.fetch_max(now(), SeqCst);
+        self.done.fetch_add(count.blocks, Relaxed);
+        self.cached.fetch_add(count.cached, Relaxed);
+        self.ended.fetch_max(now(), Relaxed);
     }
 
     /// Microseconds from the first block to the last, without the pause.
     pub fn elapsed(&self) -> i64 {
-        let last = self.ended.load(SeqCst) - self.began.load(SeqCst);
-        self.took.load(SeqCst) + last.max(0)
+        let last = self.ended.load(Relaxed) - self.began.load(Relaxed);
+        self.took.load(Relaxed) + last.max(0)
     }
 
     /// Records that the relation has changed, so that no more of it can be read.
@@ -436,7 +436,7 @@ impl<'a> Share<'a> {
                 if !target.is_temporary {
                     self.filled.free.take(count.blocks - count.cached);
                 }
-                let all = self.header.done.fetch_add(count.blocks, SeqCst) + count.blocks;
+                let all = self.header.done.fetch_add(count.blocks, Relaxed) + count.blocks;
                 self.progress.change(|progress| match self.is_caller {
                     true => progress.done = all,
                     false => progress.done += count.blocks,

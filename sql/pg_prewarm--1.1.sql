@@ -1,5 +1,5 @@
 -- pg_prewarm 1.1, as contrib's: kept so that CREATE EXTENSION pg_prewarm
--- VERSION '1.1' gives what it always gave.
+-- VERSION '1.1' creates contrib's objects.
 
 \echo Use "CREATE EXTENSION pg_prewarm VERSION '1.1'" to load this file. \quit
 

@@ -1,10 +1,10 @@
--- What 2.0 has beyond contrib's last version: the whole of it, since the script
--- of a fresh 2.0 is 1.2's functions and this file.
+-- Everything that 2.0 adds to contrib's last version, 1.2. The script that pgrx
+-- generates for a fresh 2.0 consists of 1.2's functions and this file.
 
 \echo Use "ALTER EXTENSION pg_prewarm UPDATE TO '2.0'" to load this file. \quit
 
--- What people mean by a table, a schema, a database. Rights are those to the
--- relations.
+-- A table with its indexes, TOAST table and partitions; a schema; a database. The
+-- privileges checked are those on the relations.
 
 CREATE FUNCTION pg_prewarm_relation(
     relation regclass,
@@ -43,7 +43,7 @@ RETURNS TABLE (relation regclass, fork text, blocks bigint, already_cached bigin
 AS 'MODULE_PATHNAME', 'pg_prewarm_database'
 LANGUAGE C PARALLEL UNSAFE;
 
--- What acts on the whole server is no longer everybody's to call.
+-- Functions that act on the whole server are superuser-only by default.
 
 REVOKE ALL ON FUNCTION autoprewarm_start_worker() FROM PUBLIC;
 REVOKE ALL ON FUNCTION autoprewarm_dump_now() FROM PUBLIC;
@@ -68,7 +68,7 @@ REVOKE ALL ON FUNCTION autoprewarm_cancel() FROM PUBLIC;
 REVOKE ALL ON FUNCTION autoprewarm_wait(interval) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION autoprewarm_wait(interval) TO pg_monitor;
 
--- Statistics, for those who may see everybody's.
+-- Statistics, for superusers and members of pg_monitor.
 
 CREATE FUNCTION pg_stat_get_autoprewarm(
     OUT pid integer,
@@ -131,7 +131,7 @@ REVOKE ALL ON pg_stat_progress_prewarm FROM PUBLIC;
 GRANT SELECT ON pg_stat_autoprewarm TO pg_monitor;
 GRANT SELECT ON pg_stat_progress_prewarm TO pg_monitor;
 
--- The list on disk.
+-- The contents of the block dump file.
 
 CREATE FUNCTION autoprewarm_blocks()
 RETURNS TABLE (database oid, tablespace oid, filenumber oid,

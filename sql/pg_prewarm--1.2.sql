@@ -1,5 +1,5 @@
 -- pg_prewarm 1.2, as contrib's: kept so that CREATE EXTENSION pg_prewarm
--- VERSION '1.2' gives what it always gave, and does not come back from 2.0.
+-- VERSION '1.2' creates contrib's objects directly, not by way of 2.0 and back.
 
 \echo Use "CREATE EXTENSION pg_prewarm VERSION '1.2'" to load this file. \quit
 

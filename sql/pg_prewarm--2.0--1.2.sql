@@ -1,6 +1,7 @@
--- Back to 1.2, before contrib's library takes the place of this one: contrib's
--- has no functions but these three, and whoever held a right to one keeps it.
--- What others made of the rest, such as a view of theirs, is in the way.
+-- Back to 1.2, to be run before contrib's library replaces this one. Contrib has
+-- only pg_prewarm(), autoprewarm_start_worker() and autoprewarm_dump_now(), whose
+-- privileges are kept. Objects that depend on the other functions, such as a
+-- user's view, make the downgrade fail.
 
 \echo Use "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'" to load this file. \quit
 

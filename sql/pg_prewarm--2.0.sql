@@ -1,6 +1,6 @@
--- pg_prewarm 2.0, whole. An update from 1.2 gives the same objects with the same
+-- All of pg_prewarm 2.0. An update from 1.2 gives the same objects with the same
 -- privileges, and so does the script that pgrx generates from the library; tests
--- hold the three against each other.
+-- compare the three.
 
 \echo Use "CREATE EXTENSION pg_prewarm" to load this file. \quit
 
@@ -15,8 +15,8 @@ RETURNS int8
 AS 'MODULE_PATHNAME', 'pg_prewarm'
 LANGUAGE C PARALLEL SAFE;
 
--- A table with what belongs to it, a schema, a database. The privileges checked
--- are those on the relations.
+-- A table with its indexes, TOAST table and partitions; a schema; a database. The
+-- privileges checked are those on the relations.
 
 CREATE FUNCTION pg_prewarm_relation(
     relation regclass,
@@ -55,7 +55,7 @@ RETURNS TABLE (relation regclass, fork text, blocks bigint, already_cached bigin
 AS 'MODULE_PATHNAME', 'pg_prewarm_database'
 LANGUAGE C PARALLEL UNSAFE;
 
--- The server's autoprewarm: superuser-only by default.
+-- Functions that act on the whole server are superuser-only by default.
 
 CREATE FUNCTION autoprewarm_start_worker()
 RETURNS void STRICT
@@ -90,7 +90,7 @@ REVOKE ALL ON FUNCTION autoprewarm_cancel() FROM PUBLIC;
 REVOKE ALL ON FUNCTION autoprewarm_wait(interval) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION autoprewarm_wait(interval) TO pg_monitor;
 
--- Statistics, for those who may see everybody's.
+-- Statistics, for superusers and members of pg_monitor.
 
 CREATE FUNCTION pg_stat_get_autoprewarm(
     OUT pid integer,
@@ -153,7 +153,7 @@ REVOKE ALL ON pg_stat_progress_prewarm FROM PUBLIC;
 GRANT SELECT ON pg_stat_autoprewarm TO pg_monitor;
 GRANT SELECT ON pg_stat_progress_prewarm TO pg_monitor;
 
--- The list on disk.
+-- The contents of the block dump file.
 
 CREATE FUNCTION autoprewarm_blocks()
 RETURNS TABLE (database oid, tablespace oid, filenumber oid,

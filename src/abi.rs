@@ -1,16 +1,16 @@
-//! The C symbols that the catalogs of databases point at.
+//! The C symbols of the library: SQL functions and the entry points of background
+//! workers.
 //!
-//! A database where somebody once said `CREATE EXTENSION pg_prewarm` holds the
-//! names of contrib's C functions, and must go on working when only the library
-//! changes. So the functions, which pgrx exports under names of its own, are
-//! exported here under contrib's; new ones likewise, under the names that they
-//! have in SQL; and so are the entry points of the workers, which the server finds
-//! by name as well.
+//! A database in which `CREATE EXTENSION pg_prewarm` was run with contrib's module has
+//! the names of contrib's C functions in its catalogs, and has to keep working when only
+//! the library is replaced. pgrx exports functions under names of its own, so they are
+//! exported here again: contrib's under the names that contrib uses, new ones under
+//! their SQL names.
 
 use pgrx::{pg_guard, pg_sys};
 
-/// Exports an SQL function of ours under a C name, with the record by which the
-/// server knows how to call it.
+/// Exports an SQL function under a C name, with the `pg_finfo_` record that tells the
+/// server its calling convention.
 macro_rules! export {
     ($name:literal, $finfo:literal, $wrapper:path) => {
         const _: () = {
@@ -22,7 +22,8 @@ macro_rules! export {
 
             #[unsafe(export_name = $name)]
             unsafe extern "C-unwind" fn call(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
-                // SAFETY: the server calls both with the same promise.
+                // SAFETY: the server passes valid call information for this function, which
+                // the wrapper gets unchanged. Nothing in this frame needs dropping.
                 unsafe { crate::pg::process::error::with_reserve(|| $wrapper(fcinfo)) }
             }
         };
@@ -90,49 +91,55 @@ export!(
     crate::autoprewarm::list::autoprewarm_blocks_wrapper
 );
 
-/// Where the leader begins.
+/// The entry point of the leader.
 ///
 /// # Safety
-/// The server calls it, as the whole of a process.
+/// The server calls it once, as the main function of a background worker.
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn autoprewarm_main(_argument: pg_sys::Datum) {
     #[pg_guard]
     extern "C-unwind" fn main() {
         crate::autoprewarm::leader::main();
     }
-    // SAFETY: nothing here needs dropping.
+    // SAFETY: the server calls this function directly, and nothing in its frame needs
+    // dropping.
     unsafe { crate::pg::process::error::with_reserve(|| main()) };
 }
 
-/// Where a per-database worker begins.
+/// The entry point of per-database workers.
 ///
 /// # Safety
-/// The server calls it, as the whole of a process, with the worker's argument.
+/// The server calls it once, as the main function of a background worker, with the
+/// argument that the worker was registered with.
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn autoprewarm_database_main(argument: pg_sys::Datum) {
     #[pg_guard]
     extern "C-unwind" fn main(argument: pg_sys::Datum) {
         crate::autoprewarm::worker::main((argument.value() as u64).into());
     }
-    // SAFETY: nothing here needs dropping.
+    // SAFETY: the server calls this function directly, and nothing in its frame needs
+    // dropping.
     unsafe { crate::pg::process::error::with_reserve(|| main(argument)) };
 }
 
-/// Where a parallel worker of a call begins.
+/// The entry point of the parallel workers of a call.
 ///
 /// # Safety
-/// The server gives it the table of contents that the call's own process made.
+/// The server calls it in a parallel worker, with the table of contents that the
+/// launching process made.
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn pg_prewarm_parallel_main(
     _segment: *mut pg_sys::dsm_segment,
     toc: *mut pg_sys::shm_toc,
 ) {
-    /// An ERROR leaves Rust here, as it does in an SQL function's wrapper.
+    /// An unwinding ERROR becomes PostgreSQL's own again here, as in an SQL function's
+    /// wrapper.
     #[pg_guard]
     unsafe extern "C-unwind" fn main(toc: *mut pg_sys::shm_toc) {
-        // SAFETY: the server's promise.
+        // SAFETY: `toc` is passed on as the server has given it to the entry point.
         unsafe { crate::prewarm::job::worker_main(toc) };
     }
-    // SAFETY: nothing here needs dropping.
+    // SAFETY: the server calls this function directly, and nothing in its frame needs
+    // dropping.
     unsafe { crate::pg::process::error::with_reserve(|| main(toc)) };
 }

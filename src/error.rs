@@ -1,4 +1,5 @@
-//! What can go wrong with a call, as the caller is told.
+//! The errors of SQL functions, and of the leader's reading and writing of the list:
+//! message, SQLSTATE and hint of each.
 
 use std::io;
 
@@ -10,7 +11,7 @@ use crate::pg::process::error::log_with_hint;
 use crate::pg::process::report;
 use crate::pg::storage::file;
 
-/// An error that ends a call.
+/// An error, with what its message needs.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("relation cannot be null")]
@@ -23,12 +24,12 @@ pub enum Error {
     PrefetchWithDirectIo,
     #[error("relation fork cannot be null")]
     NullFork,
-    /// Holds an argument's name.
+    /// Holds the argument's name.
     #[error("{0} cannot be null")]
     NullArgument(&'static str),
     #[error("max_blocks must not be negative")]
     NegativeMaxBlocks,
-    /// Holds the most there may be.
+    /// Holds the maximum.
     #[error("workers must be between 0 and {0}")]
     WorkersOutOfRange(i32),
     /// Holds the schema's OID.
@@ -36,7 +37,7 @@ pub enum Error {
     MissingSchema(u32),
     #[error("fork \"{0}\" does not exist for this relation")]
     MissingFork(String),
-    /// Holds the last block's number, -1 for an empty fork.
+    /// Holds the number of the last block, -1 for an empty fork.
     #[error("starting block number must be between 0 and {0}")]
     FirstBlockOutOfRange(i64),
     #[error("ending block number must be between 0 and {0}")]
@@ -50,12 +51,12 @@ pub enum Error {
     NoWorkerSlot,
     #[error("could not start background process")]
     WorkerNotStarted,
-    /// Holds the process ID of who uses the file.
+    /// Holds the process ID of the process that uses the file.
     #[error("could not perform block dump because dump file is being used by PID {0}")]
     DumpFileInUse(i32),
     #[error("autoprewarm load is already in progress")]
     LoadInProgress,
-    /// Holds the process ID of who uses the file.
+    /// Holds the process ID of the process that uses the file.
     #[error("could not load blocks because dump file is being used by PID {0}")]
     ListInUse(i32),
     #[error("timeout must not be negative")]
@@ -91,8 +92,7 @@ impl Error {
             Self::Disabled | Self::AlreadyRunning(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::LoadInProgress | Self::ListInUse(_) => ERRCODE_OBJECT_IN_USE,
             Self::NoWorkerSlot | Self::WorkerNotStarted => ERRCODE_INSUFFICIENT_RESOURCES,
-            // What `ereport` gives an error without a code of its own, as
-            // contrib's is.
+            // Contrib gives this error no code, so `ereport` uses this one.
             Self::DumpFileInUse(_) => ERRCODE_INTERNAL_ERROR,
             Self::File { source, .. } => file::sqlstate(source),
             Self::ListTooLarge(_) => ERRCODE_OUT_OF_MEMORY,
@@ -106,21 +106,21 @@ impl Error {
             }
             Self::Disabled => Some("Set \"pg_prewarm.autoprewarm\" to on, and restart the server."),
             Self::PrefetchWithDirectIo => Some(
-                "\"debug_io_direct\" has the server read past the operating system's cache: use \
-                 the prewarm type \"buffer\".",
+                "Use the prewarm type \"buffer\". With \"debug_io_direct\", the server bypasses the \
+                 operating system's cache.",
             ),
             Self::NoWorkerSlot => Some("You may need to increase \"max_worker_processes\"."),
             Self::LoadInProgress => Some(
-                "autoprewarm_wait() waits for the end of the load, and autoprewarm_cancel() ends \
-                 it.",
+                "Use autoprewarm_wait() to wait for the end of the load, or autoprewarm_cancel() \
+                 to cancel it.",
             ),
             Self::WorkerNotStarted => Some("More details may be available in the server log."),
             Self::File { path, source, .. }
                 if *path == DUMP_FILE && source.kind() == io::ErrorKind::NotFound =>
             {
                 Some(
-                    "autoprewarm_dump_now() writes it, and so does the autoprewarm leader, at \
-                     intervals and at shutdown.",
+                    "Use autoprewarm_dump_now() to write the file. The autoprewarm leader also \
+                     writes it, periodically and at shutdown.",
                 )
             }
             _ => None,
@@ -128,7 +128,7 @@ impl Error {
     }
 }
 
-/// Why the list could not be read.
+/// Errors while the list is read.
 impl From<ReadError> for Error {
     fn from(error: ReadError) -> Self {
         match error {
@@ -145,13 +145,13 @@ impl From<ReadError> for Error {
 }
 
 impl Error {
-    /// Raises it as an ERROR of the server's, which unwinds to the entry point.
+    /// Raises the error as PostgreSQL's ERROR, which unwinds to the entry point.
     pub fn raise(self) -> ! {
         report::raise(self.sqlstate(), &self.to_string(), self.hint());
     }
 
-    /// Logs the error of a background worker, which goes on, with what follows
-    /// from it.
+    /// Logs the error as a WARNING of a background worker, which continues. The hint
+    /// tells how.
     pub fn warn(self, hint: &str) {
         let message = self.to_string();
         log_with_hint(PgLogLevel::WARNING, self.sqlstate(), &message, Some(hint));

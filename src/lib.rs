@@ -1,9 +1,10 @@
 //! Brings a restarted PostgreSQL server back warm: a drop-in replacement for
 //! contrib's `pg_prewarm`.
 //!
-//! This file is the door. What users asked for lies in `prewarm` and
-//! `autoprewarm`, what is pure computation in the crate `pg_prewarm_blocks`, and
-//! everything that calls PostgreSQL in `pg`. `ARCHITECTURE.md` tells the whole story.
+//! This file has the entry point that PostgreSQL calls when it loads the library. The
+//! features are in `prewarm` and `autoprewarm`, the parts that need no PostgreSQL in
+//! `blocks`, and all calls of PostgreSQL in `pg`. `ARCHITECTURE.md` describes how they
+//! work together.
 
 use pg_prewarm_blocks as blocks;
 use pgrx::pg_guard;
@@ -23,15 +24,16 @@ compile_error!("a PostgreSQL ERROR unwinds through Rust: build with panic = \"un
 // from contrib's.
 pgrx::pg_module_magic!(name, version);
 
-// A fresh 2.0 is what 1.2 had and what the update adds.
+// For cargo-pgrx: a fresh 2.0 consists of the functions of 1.2 and the update script.
 pgrx::extension_sql_file!(
     "../sql/pg_prewarm--1.2--2.0.sql",
     name = "new_in_2_0",
     finalize
 );
 
-/// PostgreSQL calls it when it loads the library: once in the postmaster, where
-/// `shared_preload_libraries` names it; in each process that uses it, otherwise.
+/// Defines the parameters, and registers the leader. PostgreSQL calls it when it loads
+/// the library: in the postmaster if the library is in `shared_preload_libraries`,
+/// otherwise in each process that uses it.
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     settings::define();
@@ -40,7 +42,7 @@ pub extern "C-unwind" fn _PG_init() {
     }
 }
 
-/// What `cargo pgrx test` asks for.
+/// The hooks that `cargo pgrx test` requires.
 #[cfg(test)]
 pub mod pg_test {
     pub fn setup(_options: Vec<&str>) {}

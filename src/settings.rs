@@ -1,4 +1,5 @@
-//! The settings, as `postgresql.conf` names them.
+//! The configuration parameters `pg_prewarm.*`: their definitions, and functions that
+//! return their values.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
@@ -12,12 +13,12 @@ static AUTOPREWARM_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(2);
 static AUTOPREWARM_MAX_RATE: GucSetting<i32> = GucSetting::<i32>::new(0);
 static AUTOPREWARM_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(300);
 
-/// `shared_preload_libraries` names the library: known to every process, since
-/// the postmaster has loaded it.
+/// Whether the library is in `shared_preload_libraries`. The postmaster sets it, and all
+/// other processes inherit it.
 static PRELOADED: AtomicBool = AtomicBool::new(false);
 
-/// Defines the settings. One that is fixed when the server starts can be defined
-/// while it starts only, so `pg_prewarm.autoprewarm` exists when preloaded.
+/// Defines the parameters. One that can be set at server start only has to be defined
+/// then, so `pg_prewarm.autoprewarm` exists only if the library is preloaded.
 pub fn define() {
     GucRegistry::define_int_guc(
         c"pg_prewarm.autoprewarm_interval",
@@ -31,8 +32,8 @@ pub fn define() {
     );
     GucRegistry::define_int_guc(
         c"pg_prewarm.autoprewarm_workers",
-        c"Sets the maximum number of workers that load blocks at the same time.",
-        c"Each takes a slot of max_worker_processes while it runs.",
+        c"Sets the maximum number of simultaneously running autoprewarm worker processes.",
+        c"These processes are taken from the pool established by \"max_worker_processes\".",
         &AUTOPREWARM_WORKERS,
         1,
         64,
@@ -41,7 +42,7 @@ pub fn define() {
     );
     GucRegistry::define_int_guc(
         c"pg_prewarm.autoprewarm_max_rate",
-        c"Sets the maximum rate per second at which workers load blocks, all together.",
+        c"Sets the maximum amount of data that all autoprewarm workers together load per second.",
         c"If set to zero, the rate is not limited.",
         &AUTOPREWARM_MAX_RATE,
         0,
@@ -64,30 +65,31 @@ pub fn define() {
     process::reserve_settings(c"pg_prewarm");
 }
 
-/// `pg_prewarm.autoprewarm`: whether there is to be a leader.
+/// `pg_prewarm.autoprewarm`: whether a leader may run.
 pub fn autoprewarm() -> bool {
     AUTOPREWARM.get()
 }
 
-/// Whether the server itself starts a leader. What `pg_upgrade` caches is not
-/// worth a list, nor does it want others in its databases.
+/// Whether the server starts a leader by itself. During `pg_upgrade` it does not: the
+/// blocks cached then are not worth keeping, and `pg_upgrade` needs databases without
+/// other connections.
 pub fn leader_starts_with_server() -> bool {
     PRELOADED.load(Relaxed) && autoprewarm() && !process::is_upgrading()
 }
 
-/// `pg_prewarm.autoprewarm_workers`: the most workers of a load at once.
+/// `pg_prewarm.autoprewarm_workers`: the maximum number of workers at once.
 pub fn autoprewarm_workers() -> usize {
     usize::try_from(AUTOPREWARM_WORKERS.get()).unwrap_or(1)
 }
 
-/// `pg_prewarm.autoprewarm_max_rate`: kB that may be loaded in a second; 0 where
-/// there is no limit.
+/// `pg_prewarm.autoprewarm_max_rate`: how many kB may be loaded per second; 0 means no
+/// limit.
 pub fn autoprewarm_max_rate() -> u32 {
     u32::try_from(AUTOPREWARM_MAX_RATE.get()).unwrap_or(0)
 }
 
-/// `pg_prewarm.autoprewarm_interval`: how long the leader waits between two
-/// dumps; nothing where it dumps at shutdown only.
+/// `pg_prewarm.autoprewarm_interval`: how long the leader waits between two dumps. `None`
+/// if it dumps at shutdown only.
 pub fn autoprewarm_interval() -> Option<Duration> {
     match u64::try_from(AUTOPREWARM_INTERVAL.get()) {
         Ok(0) | Err(_) => None,

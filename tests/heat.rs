@@ -144,11 +144,11 @@ fn a_list_whose_trailer_does_not_fit_is_loaded_without_heat() {
     for (list, said) in [
         (
             contribs,
-            format!("\"{LIST}\" has no usage counts: all blocks count as used once"),
+            format!("file \"{LIST}\" contains no usage counts, using 1 for all blocks"),
         ),
         (
             edited,
-            format!("usage counts in \"{LIST}\" are ignored: its checksum differs"),
+            format!("ignoring usage counts in \"{LIST}\": its checksum differs"),
         ),
     ] {
         cluster.write_list(list);

@@ -260,8 +260,8 @@ fn a_list_that_is_missing_or_cannot_be_read_is_a_clear_error() {
     assert_eq!(
         error(&mut client, ALL),
         could_not_open("58P01", "No such file or directory").hint(
-            "autoprewarm_dump_now() writes it, and so does the autoprewarm leader, at intervals \
-             and at shutdown."
+            "Use autoprewarm_dump_now() to write the file. The autoprewarm leader also writes it, \
+             periodically and at shutdown."
         )
     );
     let path = cluster.data(LIST);

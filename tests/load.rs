@@ -60,7 +60,7 @@ fn relations_that_changed_since_are_skipped_and_counted() {
     assert_eq!((loaded, total), (25, 156));
     assert_eq!(
         skipped,
-        "131 blocks: 100 of relations that are gone or were rewritten, \
+        "131 blocks: 100 of relations that were dropped or rewritten, \
          31 beyond the end of their relation"
     );
     let cached = cluster.cached();
@@ -105,7 +105,7 @@ fn a_record_loads_only_the_relation_of_its_own_database_and_tablespace() {
     assert_eq!((loaded, total), (1, 13));
     assert_eq!(
         skipped,
-        "12 blocks: 12 of relations that are gone or were rewritten"
+        "12 blocks: 12 of relations that were dropped or rewritten"
     );
     let cached: BTreeSet<_> = cluster
         .cached()
@@ -126,7 +126,10 @@ fn a_load_evicts_nothing_and_stops_when_the_cache_is_full() {
     assert!((700..=1024).contains(&loaded), "{loaded}");
     assert_eq!(
         skipped,
-        format!("{0} blocks: {0} for want of a free buffer", total - loaded)
+        format!(
+            "{0} blocks: {0} because there was no free buffer",
+            total - loaded
+        )
     );
     // What is not there any more made room for the session that asks, not for
     // other blocks of the list.
@@ -501,7 +504,7 @@ fn a_list_of_very_many_databases_is_skipped_at_once() {
     assert_eq!((loaded, total), (0, 50_000));
     assert_eq!(
         skipped,
-        "50000 blocks: 50000 in databases that are gone or accept no connections"
+        "50000 blocks: 50000 in databases that were dropped or accept no connections"
     );
 }
 

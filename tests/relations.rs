@@ -533,10 +533,7 @@ fn partitions_that_are_foreign_tables_are_left_out_and_counted() {
     let mut caller = Caller::of(&cluster, "postgres");
     let outcome = caller.call("pg_prewarm_relation('plain')");
     assert_eq!(outcome.names(), ["near"]);
-    assert_eq!(
-        outcome.notices,
-        ["skipped 1 relation that is a foreign table"]
-    );
+    assert_eq!(outcome.notices, ["skipped 1 foreign table"]);
 }
 
 #[test]
@@ -840,7 +837,9 @@ fn a_relation_that_is_changed_meanwhile_is_finished_with_what_was_done() {
             let outcome = outcome.unwrap();
             assert_eq!(
                 outcome.notices,
-                [format!("relation \"t\" was {what} while it was prewarmed")],
+                [format!(
+                    "relation \"t\" was {what} while it was being prewarmed"
+                )],
                 "{call}, {outcome:?}"
             );
             let blocks = outcome.blocks();
@@ -1078,8 +1077,8 @@ fn prefetching_with_direct_io_is_refused() {
         "prewarm type \"prefetch\" is not supported with direct I/O",
     )
     .hint(
-        "\"debug_io_direct\" has the server read past the operating system's cache: use the \
-         prewarm type \"buffer\".",
+        "Use the prewarm type \"buffer\". With \"debug_io_direct\", the server bypasses the \
+         operating system's cache.",
     );
     let mut client = cluster.connect("postgres");
     for call in [

@@ -411,7 +411,7 @@ fn a_worker_that_fails_before_it_is_connected_fails_alone() {
         .unwrap();
     cluster.wait_for_log(mark, "could not open shared memory segment");
     cluster.slow_reads(0);
-    cluster.wait_for_log(mark, "workers do not come to work");
+    cluster.wait_for_log(mark, "workers keep exiting before loading any block");
     assert_eq!(cluster.leader(), leader);
 }
 
@@ -521,7 +521,7 @@ fn databases_that_no_worker_may_connect_to_are_skipped_and_counted() {
     assert_eq!(
         cluster.wait_for_skipped(mark),
         "18 blocks: 4 in template databases, \
-         14 in databases that are gone or accept no connections"
+         14 in databases that were dropped or accept no connections"
     );
     let log = cluster.log_since(mark);
     for sign in ["FATAL:", "ERROR:", "WARNING:", "could not connect"] {
@@ -551,19 +551,19 @@ fn shared_catalogs_ride_with_the_first_database_that_can_be_loaded() {
         (
             vec![],
             0,
-            "1 block: 1 in databases that are gone or accept no connections",
+            "1 block: 1 in databases that were dropped or accept no connections",
         ),
         (
             vec![template, closed],
             0,
             "3 blocks: 1 in template databases, \
-             2 in databases that are gone or accept no connections",
+             2 in databases that were dropped or accept no connections",
         ),
         (
             vec![template, closed, table],
             2,
             "2 blocks: 1 in template databases, \
-             1 in databases that are gone or accept no connections",
+             1 in databases that were dropped or accept no connections",
         ),
     ] {
         let total = others.len() as u64 + 1;
@@ -645,7 +645,7 @@ fn workers_that_do_not_come_to_work_end_the_load_and_the_list_is_kept() {
     cluster.reload();
     cluster.wait_for_log(
         0,
-        "WARNING:  could not load blocks: autoprewarm workers do not come to work",
+        "WARNING:  could not load blocks: autoprewarm workers keep exiting before loading any block",
     );
     assert_eq!(cluster.list(), list);
     assert_eq!(cluster.leader(), leader);
@@ -654,7 +654,7 @@ fn workers_that_do_not_come_to_work_end_the_load_and_the_list_is_kept() {
     cluster.sql("CREATE EXTENSION pg_prewarm");
     assert_eq!(
         cluster.value::<String>("SELECT last_error FROM pg_stat_autoprewarm"),
-        "could not load blocks: autoprewarm workers do not come to work"
+        "could not load blocks: autoprewarm workers keep exiting before loading any block"
     );
     assert_eq!(cluster.wait_for_load(0), (12, 12));
     assert_eq!(cluster.leader(), leader);
@@ -708,7 +708,7 @@ fn workers_that_are_ended_before_they_load_anything_end_the_load_and_the_list_is
         assert_eq!(LoadStats::get(&mut client).result(), "failed");
         cluster.wait_for_log(
             mark,
-            "WARNING:  could not load blocks: autoprewarm workers do not come to work",
+            "WARNING:  could not load blocks: autoprewarm workers keep exiting before loading any block",
         );
         assert!((10..40).contains(&ended), "{ended}");
         assert_eq!(cluster.list(), list);
@@ -750,10 +750,10 @@ fn a_database_that_no_worker_can_connect_to_is_given_up_after_a_few_tries() {
     assert_eq!(cluster.wait_for_load(mark), (3, 8));
     assert_eq!(
         cluster.wait_for_skipped(mark),
-        "5 blocks: 5 in databases that are gone or accept no connections"
+        "5 blocks: 5 in databases that were dropped or accept no connections"
     );
     let log = cluster.log_since(mark);
     assert_eq!(log.matches("is not a valid data directory").count(), 3);
-    let line = "autoprewarm could not connect to the database with OID";
+    let line = "autoprewarm worker could not connect to database with OID";
     assert_eq!(log.matches(line).count(), 1, "{log}");
 }

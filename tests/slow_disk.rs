@@ -77,7 +77,7 @@ fn assert_all_else_is_in_databases_that_are_gone(cluster: &Cluster, mark: usize)
     assert_eq!(
         cluster.wait_for_skipped(mark),
         format!(
-            "{0} blocks: {0} in databases that are gone or accept no connections",
+            "{0} blocks: {0} in databases that were dropped or accept no connections",
             total - loaded
         )
     );
@@ -140,7 +140,7 @@ fn a_table_that_is_dropped_truncated_or_rewritten_in_mid_load_is_left_in_good_or
         assert_eq!(
             cluster.wait_for_skipped(mark),
             format!(
-                "{0} blocks: {0} of relations that are gone or were rewritten",
+                "{0} blocks: {0} of relations that were dropped or rewritten",
                 total - loaded
             ),
             "{ddl}"
@@ -378,7 +378,7 @@ fn a_database_that_is_dropped_by_force_in_mid_load_is_skipped() {
     assert_eq!(cluster.leader(), leader);
     // Workers that were started before the database was quite gone.
     let log = cluster.log_since(mark);
-    let line = "autoprewarm could not connect to the database with OID";
+    let line = "autoprewarm worker could not connect to database with OID";
     assert!(log.matches(line).count() <= 1, "{log}");
     assert!(log.matches("FATAL").count() <= 4, "{log}");
 }
@@ -422,7 +422,7 @@ fn a_table_that_is_dropped_on_the_primary_ends_its_load_on_a_standby() {
     assert_eq!(
         standby.wait_for_skipped(mark),
         format!(
-            "{0} blocks: {0} of relations that are gone or were rewritten",
+            "{0} blocks: {0} of relations that were dropped or rewritten",
             total - loaded
         )
     );

@@ -60,7 +60,7 @@ fn begin_load(client: &mut Client) {
 
 fn in_progress() -> SqlError {
     SqlError::new("55006", "autoprewarm load is already in progress")
-        .hint("autoprewarm_wait() waits for the end of the load, and autoprewarm_cancel() ends it.")
+        .hint("Use autoprewarm_wait() to wait for the end of the load, or autoprewarm_cancel() to cancel it.")
 }
 
 fn cached_blocks(client: &mut Client, table: &str) -> i64 {

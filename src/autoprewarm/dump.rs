@@ -1,4 +1,5 @@
-//! Writing the list of the blocks that are cached now.
+//! Writing the block dump file: the list of the blocks that are in shared buffers
+//! now.
 
 use std::fs;
 use std::io;
@@ -12,8 +13,8 @@ use crate::pg::process::memory::{Infallible, fallible};
 use crate::pg::storage::buffer::{self, CachedBlock};
 use crate::pg::storage::file;
 
-/// Whether blocks of unlogged relations are listed: a crash empties them, so
-/// that only a list which none can follow should name them.
+/// Whether blocks of unlogged relations are listed. A crash empties these
+/// relations, so only lists written at shutdown or on request include them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unlogged {
     Included,
@@ -21,8 +22,8 @@ pub enum Unlogged {
 }
 
 /// Writes the list, and returns how many records it has. The former list is
-/// replaced when the new one is complete and flushed, in one step. The caller
-/// has the right to use the file.
+/// replaced in one step, when the new one is complete and flushed. The caller
+/// holds a [`super::state::DumpFileInUse`].
 pub fn write(unlogged: Unlogged, state: &State) -> Result<u64, Error> {
     let start = Instant::now();
     let unfinished = RemoveOnDrop(DUMP_FILE_BEING_WRITTEN);
@@ -30,7 +31,8 @@ pub fn write(unlogged: Unlogged, state: &State) -> Result<u64, Error> {
     let written = loop {
         match write_once(unlogged, expected)? {
             Some(written) => break written,
-            // The cache has grown by a digit since it was counted.
+            // So many blocks have been cached since that their number has one more
+            // digit.
             None => expected = buffer::count(),
         }
     };
@@ -41,13 +43,13 @@ pub fn write(unlogged: Unlogged, state: &State) -> Result<u64, Error> {
     Ok(written)
 }
 
-/// What is said, at DEBUG1, of a list of so many records that was written.
+/// The DEBUG1 message for a list of `written` records.
 pub fn describe(written: u64) -> String {
     format!("wrote block details for {written} blocks")
 }
 
-/// Writes a list of about `expected` records; nothing where its header has no
-/// room for the number that they turn out to be.
+/// Writes a list of about `expected` records. `None` if their actual number does not
+/// fit into the header.
 fn write_once(unlogged: Unlogged, expected: usize) -> Result<Option<u64>, Error> {
     let file = file::create(DUMP_FILE_BEING_WRITTEN).map_err(|error| failed("open", error))?;
     let result = fallible(|| {
@@ -82,14 +84,14 @@ fn failed(action: &'static str, source: io::Error) -> Error {
     }
 }
 
-/// Leaves no unfinished file behind when the dump ends with an error. (Where the
-/// process ends, the next dump replaces it.)
+/// Removes the unfinished file if the dump ends with an error. (If the process
+/// ends, the next dump replaces it.)
 struct RemoveOnDrop(&'static str);
 
 impl Drop for RemoveOnDrop {
     fn drop(&mut self) {
-        // Where it was never made, or is something that cannot be removed, the
-        // error that ended the dump has said so.
+        // A file that could not be created cannot be removed either; the error that
+        // ended the dump has told so.
         let _ = fs::remove_file(self.0);
     }
 }

@@ -1,10 +1,9 @@
-//! The leader: loads the list when it starts, and when it is asked to, and dumps it
-//! again and again.
+//! The leader: loads the list when it starts and on request, and dumps it at
+//! intervals and at shutdown.
 //!
-//! It outlives whatever goes wrong with either: a file that cannot be read or
-//! written is a warning and a later try, never the end of the process. And it
-//! does not dump before the load has ended, since that would replace a good list
-//! by one of what happens to be cached so far.
+//! A file that cannot be read or written is a warning and is tried again later; it
+//! never ends the process. The leader does not dump before the load has ended,
+//! since that would replace a good list with one of the few blocks cached so far.
 
 use std::time::{Duration, Instant};
 
@@ -20,13 +19,13 @@ use crate::pg::process::report::SUCCESS;
 use crate::pg::process::{activity, background, transaction};
 use crate::settings;
 
-/// When a load that failed is tried again where there is no interval between dumps.
+/// When a load that failed is tried again if there are no dumps at intervals.
 const RETRY_WITHOUT_INTERVAL: Duration = Duration::from_secs(300);
 
-/// How long a session that dumps has to finish, or to be ended, at shutdown.
-const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the leader waits at shutdown for a session that is dumping.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The leader's life, from its start by the server to the server's shutdown.
+/// Runs the leader until the server shuts down or terminates it.
 pub fn main() {
     background::handle_signals_as_leader();
     background::connect_to_no_database();
@@ -41,9 +40,9 @@ pub fn main() {
     if state.phase() == Phase::Due {
         load(state);
     }
-    // There is no point in a dump right after the load, so the interval begins
-    // here. Nor is there after the end of a former leader: its last list may be
-    // better than what is cached.
+    // A dump right after the load would be pointless, so the interval begins here.
+    // If a former leader has just ended, its last list may be better than what is
+    // cached now.
     let mut last = Instant::now();
     while !background::shutdown_requested() {
         let reloaded = background::reload_configuration_if_due();
@@ -58,17 +57,17 @@ pub fn main() {
             last = Instant::now();
         } else if interval_is_over {
             last = Instant::now();
-            dump_and_survive(state, Unlogged::LeftOut);
+            try_dump(state, Unlogged::LeftOut);
         } else {
             latch::sleep_as_worker(wait, WaitEvent::Leader);
         }
     }
-    // Most likely the server shuts down, which unlogged relations survive. A
-    // load that was cut short must not cut the list short.
+    // Most likely this is a clean shutdown, which unlogged relations survive. After
+    // an incomplete load, a dump would drop the blocks not loaded yet from the list.
     match state.phase() {
         Phase::Ended => {
             wait_for_other_dumps(state);
-            dump_and_survive(state, Unlogged::Included);
+            try_dump(state, Unlogged::Included);
         }
         Phase::Cancelled => {}
         Phase::Due | Phase::Loading | Phase::Failed => state.postpone_load(),
@@ -82,7 +81,8 @@ fn load(state: &'static State) {
     let (phase, result) = match load::run(state) {
         Outcome::Completed => (Phase::Ended, LoadResult::Completed),
         Outcome::Cancelled => (Phase::Cancelled, LoadResult::Cancelled),
-        // The new list may not come to be, and then the old one is to be had.
+        // Unless the list was loaded before, the load is retried: the dump in progress
+        // may fail, and then the old list is still to be loaded.
         Outcome::InUse if before == Phase::Ended => (Phase::Ended, LoadResult::Failed),
         Outcome::InUse | Outcome::StillDue => (Phase::Failed, LoadResult::Failed),
     };
@@ -90,18 +90,18 @@ fn load(state: &'static State) {
     state.end_load(phase, result);
 }
 
-/// At shutdown, a session that dumps is most likely being ended as well, and its list
-/// with it.
+/// Waits until no session dumps. At shutdown, such a session is most likely being
+/// terminated as well, so that its list will not be completed.
 fn wait_for_other_dumps(state: &State) {
     let since = Instant::now();
-    while state.dump_file_user().is_some() && since.elapsed() < SHUTDOWN_PATIENCE {
+    while state.dump_file_user().is_some() && since.elapsed() < SHUTDOWN_TIMEOUT {
         latch::sleep_as_worker(Some(Duration::from_millis(10)), WaitEvent::Leader);
     }
 }
 
-/// Dumps, and goes on whatever happens: the list on disk stays until a new one
-/// is complete.
-fn dump_and_survive(state: &State, unlogged: Unlogged) {
+/// Dumps, and only logs an error: the list on disk stays until a new one is
+/// complete.
+fn try_dump(state: &State, unlogged: Unlogged) {
     let _in_use = match state.use_dump_file() {
         Ok(in_use) => in_use,
         Err(pid) => {
@@ -120,7 +120,7 @@ fn dump_and_survive(state: &State, unlogged: Unlogged) {
         Ok(Err(error)) => {
             state.last_error.record(&error.to_string());
             error.warn(
-                "The list of the last block dump stays in place; the next is tried after \
+                "The previous block dump file is kept. The next dump is attempted after \
                  \"pg_prewarm.autoprewarm_interval\".",
             );
         }

@@ -1,8 +1,8 @@
-//! The list on disk as an SQL function, for those who want to look at it.
+//! `autoprewarm_blocks()`, which returns the block dump file as rows.
 //!
-//! It reads the file while rows are asked for, and holds no more of it than a
-//! chunk, so that a list of any length can be looked at. The file stays open
-//! meanwhile: a dump that replaces it does no harm.
+//! It reads the file chunk by chunk as rows are requested, so that memory does not
+//! grow with the list. The file stays open meanwhile, so a dump that replaces it
+//! does no harm.
 
 use std::io::Read;
 use std::iter;
@@ -17,16 +17,16 @@ use crate::pg::process::memory::{Infallible, fallible};
 use crate::pg::process::report::report;
 use crate::pg::storage::file::{self, At, Interruptible};
 
-/// An `oid` of a row. pgrx's own type makes a null of 0, the database of shared
-/// catalogs; an integer of the same bits is stored in the same way.
+/// An `oid` of a row. pgrx's own type turns 0, the database of shared catalogs, into
+/// NULL; an integer with the same bits is stored in the same way.
 type OidBits = i32;
 
-/// The blocks in the list, in its order, as a load would take them: without bad
-/// lines, and with a heat of 1 where the trailer does not fit.
+/// The blocks in the list, in its order, as a load would see them: without invalid
+/// lines, and with usage count 1 if the trailer does not match.
 ///
-/// Parallel restricted, so that only one process reads the file for a query: for
-/// the next, a dump might have replaced it. Rows tell nothing of what the blocks
-/// hold, so whoever may monitor the server may look.
+/// It is parallel restricted, so that only one process reads the file for a query:
+/// a dump might replace it before another process opens it. Rows reveal no data, so
+/// members of `pg_monitor` may call it.
 #[pg_extern(sql = false)]
 #[allow(clippy::type_complexity)]
 fn autoprewarm_blocks() -> TableIterator<
@@ -47,8 +47,8 @@ fn autoprewarm_blocks() -> TableIterator<
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
             &super::corrupted_at(line),
             Some(&format!(
-                "Whatever else \"{DUMP_FILE}\" lists is returned, and the next block dump \
-                 replaces it."
+                "All valid lines of \"{DUMP_FILE}\" are returned, and the next block dump \
+                 replaces the file."
             )),
         );
     }
@@ -58,7 +58,7 @@ fn autoprewarm_blocks() -> TableIterator<
             record.database.cast_signed(),
             record.tablespace.cast_signed(),
             record.filenumber.cast_signed(),
-            // A number that is too large for the column, and so no fork's, is null.
+            // NULL if the number does not fit into the column; it is not a fork then.
             record.fork.try_into().ok(),
             record.block.into(),
             heat.usage_count() as i16,

@@ -1,8 +1,9 @@
 //! Loading the list: the leader's side.
 //!
-//! The leader reads the list, makes the plan, puts it into shared memory, and
-//! starts workers until all of it is claimed: as many at once as the settings and
-//! the free slots allow, each in the database that has most left for it to do.
+//! The leader reads the list, makes the plan, puts it into shared memory, and keeps
+//! starting workers until all chunks are claimed: as many at once as the settings and
+//! the free background worker slots allow, each in the database with the most chunks
+//! left for each worker. It also watches for workers that die, and reports the result.
 
 use std::collections::HashMap;
 use std::io;
@@ -28,44 +29,44 @@ use crate::pg::storage::database::Database;
 use crate::pg::storage::{buffer, file, room};
 use crate::settings;
 
-/// How long to wait before another worker is started where one could not be, or could
-/// not do its work.
+/// How long to wait before another worker is started after one could not be started,
+/// or exited without loading anything.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// How often workers may fail to connect to a database; and how often, one after
-/// another, to come that far, or to get anything done, beside as many as may be ended
-/// at once.
+/// How often workers may fail to connect to a database before it is skipped.
 const CONNECT_TRIES: u32 = 3;
-const DEATHS_IN_VAIN: usize = 10;
 
-/// How long workers have to end by themselves when a load is cancelled.
-const CANCEL_PATIENCE: Duration = Duration::from_millis(100);
+/// How many workers may die in a row without any block done in between before the load
+/// fails, in addition to the number of workers that may be terminated all at once.
+const FUTILE_EXITS: usize = 10;
 
-/// Free buffers that are left alone. Several blocks are read at once, and which
-/// buffers they take is settled later than that there are some: without a reserve
-/// the last of a load could evict others.
+/// How long workers have to exit by themselves after a load was cancelled.
+const CANCEL_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// Free buffers that are not used. Several blocks are read at once, after the check for
+/// free buffers; without a reserve, the last reads of a load could evict other blocks.
 const RESERVE: usize = 64;
 
-/// What becomes of a list that cannot be loaded now.
-const RETRIED: &str = "It is tried again after \"pg_prewarm.autoprewarm_interval\" (five minutes \
-                       if that is 0) and when the configuration is reloaded, and the list is not \
-                       replaced before.";
+/// The part of a hint that tells when a failed load is retried.
+const RETRIED: &str = "The load is retried after \"pg_prewarm.autoprewarm_interval\" (five \
+                       minutes if that is zero) and when the configuration is reloaded. The block \
+                       dump file is kept until then.";
 
 /// How a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// There is nothing more to be had from the list.
+    /// All blocks of the list were loaded or skipped.
     Completed,
-    /// Somebody cancelled the load.
+    /// The load was cancelled.
     Cancelled,
     /// The list is in use: a new one is being written.
     InUse,
-    /// The list is still to be loaded: the server shuts down in mid-load, or the
-    /// list cannot be read as things are, which has been logged.
+    /// The list is still to be loaded: the server is shutting down, or the load has
+    /// failed, which has been logged.
     StillDue,
 }
 
-/// Loads the list. The state says that a load has begun.
+/// Loads the list. The caller has recorded in the state that a load has begun.
 pub fn run(state: &'static State) -> Outcome {
     let _in_use = match state.use_dump_file() {
         Ok(in_use) => in_use,
@@ -80,7 +81,7 @@ pub fn run(state: &'static State) -> Outcome {
     match transaction::run(|transaction| Load::prepare(transaction, state)) {
         Ok(Ok(Some(mut load))) => load.run(),
         Ok(Ok(None)) => Outcome::Completed,
-        // Reading the list was broken off.
+        // A request to stop was noticed while the list was being read.
         Ok(Err(_)) if background::shutdown_requested() => Outcome::StillDue,
         Ok(Err(_)) if state.cancel_is_requested() => {
             log("autoprewarm load was cancelled");
@@ -88,7 +89,9 @@ pub fn run(state: &'static State) -> Outcome {
         }
         Ok(Err(error)) => {
             state.last_error.record(&error.to_string());
-            error.warn(&format!("{RETRIED} To go on without it, remove it."));
+            error.warn(&format!(
+                "{RETRIED} To continue without the file, remove it."
+            ));
             Outcome::StillDue
         }
         Err(caught) => {
@@ -99,21 +102,22 @@ pub fn run(state: &'static State) -> Outcome {
     }
 }
 
-/// A load under way.
+/// A load in progress.
 struct Load {
     state: &'static State,
     segment: Segment<SharedLoad, Cursor>,
     databases: Vec<LoadedDatabase>,
-    /// Chunks that a dead worker has left, each with the index of its database.
-    left_behind: Vec<(usize, Claim)>,
-    /// Where workers have died. One that dies at the same block is the last there.
+    /// Chunks that dead workers have not completed, with the index of their database.
+    abandoned: Vec<(usize, Claim)>,
+    /// Where workers have died. After a second one has died at the same block, the
+    /// chunk is not handed out again.
     died_at: Vec<Claim>,
     workers: Vec<Worker>,
-    /// Workers that died one after another without anything done in between; and how
-    /// many blocks were left when the last one died, or the load began.
-    deaths_in_vain: usize,
-    rest_at_death: u64,
-    /// No worker is started before that.
+    /// How many workers have died in a row without any block done in between.
+    futile_exits: usize,
+    /// How many blocks were left when the last worker died, or when the load began.
+    rest_at_last_exit: u64,
+    /// No worker is started before this time.
     next_start: Instant,
 }
 
@@ -121,11 +125,11 @@ struct Load {
 struct LoadedDatabase {
     oid: Oid,
     failed_connects: u32,
-    /// A worker has died in it, perhaps for a command such as `DROP DATABASE`: none is
-    /// started in it before that time, and until one has connected after it, other
-    /// databases come first.
+    /// Set after a worker has died in this database, perhaps because a command such as
+    /// `DROP DATABASE` terminated it. No worker is started in it before this time, and
+    /// other databases come first until a worker has connected to it again.
     set_aside_until: Option<Instant>,
-    /// No worker is started in it any more.
+    /// Whether the rest of this database was skipped, so that no worker is started in it.
     given_up: bool,
 }
 
@@ -136,22 +140,21 @@ struct Worker {
     database: usize,
 }
 
-/// Why a load does not go on to its end.
+/// Why a load stops before its end.
 enum Halt {
     ShuttingDown,
-    /// Workers are started and die before they get anything done.
-    NoWorkerLives,
+    /// Workers keep exiting before loading any block.
+    NoProgress,
 }
 
 impl Load {
-    /// Reads the list and puts its plan into shared memory; nothing where there
-    /// is no list.
+    /// Reads the list and puts its plan into shared memory. `None` if there is no list.
     fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Self>, Error> {
         let is_to_stop = || background::shutdown_requested() || state.cancel_is_requested();
         let Some(list) = read_list(is_to_stop)? else {
             return Ok(None);
         };
-        report_oddities(&list, state);
+        report_defects(&list, state);
         let stats = &state.load;
         stats.set_total(list.entries.len() as u64);
         let budget = room::count_free().saturating_sub(RESERVE);
@@ -164,14 +167,16 @@ impl Load {
         skip(SkipReason::Illegal, plan.illegal());
         skip(SkipReason::NoFreeBuffer, plan.over_budget());
 
-        // Nothing is looked up, and so cached, for an empty list.
+        // For an empty list, pg_database is not read: that would put its blocks into
+        // shared buffers.
         let any = plan.databases().next();
         let existing = any.map_or_else(HashMap::new, |_| Database::all(transaction));
         let mut shared = 0..0;
         let mut databases = Vec::new();
         for database in plan.databases() {
             if database.database == 0 {
-                // Shared catalogs can be read from any database.
+                // Shared catalogs can be read from any database, so they need no worker of
+                // their own.
                 shared = database.chunks;
             } else if let Some(reason) = reason_to_skip(existing.get(&database.database)) {
                 skip(reason, database.blocks);
@@ -197,11 +202,11 @@ impl Load {
                     given_up: false,
                 })
                 .collect(),
-            left_behind: Vec::new(),
+            abandoned: Vec::new(),
             died_at: Vec::new(),
             workers: Vec::new(),
-            deaths_in_vain: 0,
-            rest_at_death: state.load.counts().rest(),
+            futile_exits: 0,
+            rest_at_last_exit: state.load.counts().rest(),
             next_start: Instant::now(),
         }))
     }
@@ -217,14 +222,16 @@ impl Load {
             }
             Err(halt) => {
                 self.terminate_workers();
-                if let Halt::NoWorkerLives = halt {
-                    let message = "could not load blocks: autoprewarm workers do not come to work";
+                if let Halt::NoProgress = halt {
+                    let message = "could not load blocks: autoprewarm workers keep exiting before loading any block";
                     self.state.last_error.record(message);
                     log_with_hint(
                         PgLogLevel::WARNING,
                         PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
                         message,
-                        Some(&format!("The server log may tell why. {RETRIED}")),
+                        Some(&format!(
+                            "More details may be available in the server log. {RETRIED}"
+                        )),
                     );
                 }
                 Outcome::StillDue
@@ -238,7 +245,8 @@ impl Load {
         }
     }
 
-    /// Starts workers, and looks after them, until nothing is left to do.
+    /// Starts workers, and restarts those that die, until no blocks are left to be
+    /// loaded.
     fn keep_workers_running(&mut self) -> Result<(), Halt> {
         let mut waiting_was_logged = false;
         let mut cancelled_since: Option<Instant> = None;
@@ -249,19 +257,19 @@ impl Load {
                 process::monotonic_micros(),
             );
             self.reap();
-            // One that ended because everything does is no failure, and what it
-            // left is no loss.
+            // At shutdown, workers are terminated, which is not a failure, and their
+            // chunks need not be handed out again.
             if background::shutdown_requested() {
                 return Err(Halt::ShuttingDown);
             }
             if self.state.cancel_is_requested() {
                 self.segment.header().end_for(SkipReason::Cancelled);
                 let since = *cancelled_since.get_or_insert_with(Instant::now);
-                if since.elapsed() >= CANCEL_PATIENCE {
+                if since.elapsed() >= CANCEL_TIMEOUT {
                     self.terminate_workers();
                 }
-            } else if self.deaths_in_vain >= DEATHS_IN_VAIN + most_workers() {
-                return Err(Halt::NoWorkerLives);
+            } else if self.futile_exits >= FUTILE_EXITS + most_workers() {
+                return Err(Halt::NoProgress);
             }
             let is_paused = Instant::now() < self.next_start;
             let slots_are_short = !is_paused && self.start_workers();
@@ -280,10 +288,10 @@ impl Load {
                 }
             }
             self.show_progress();
-            // A worker that finishes, starts or ends sets the latch, and so does
-            // whoever cancels the load or has the configuration reloaded.
+            // The latch is set when a worker starts, finishes or exits, when the load is
+            // cancelled, and when the configuration is reloaded.
             let timeout = match cancelled_since {
-                Some(_) => CANCEL_PATIENCE,
+                Some(_) => CANCEL_TIMEOUT,
                 None if is_paused => self.next_start - Instant::now(),
                 None => RETRY,
             };
@@ -292,17 +300,17 @@ impl Load {
         }
     }
 
-    /// Lets go of the workers that have finished or ended.
+    /// Removes the workers that have finished or exited, and handles their chunks.
     fn reap(&mut self) {
         let mut unconnected = Vec::new();
         let mut index = 0;
         while index < self.workers.len() {
-            // Read first: a worker goes on while it has not stopped.
+            // The status is read before the slot, which a running worker still changes.
             let stopped = self.workers[index].handle.status() == Status::Stopped;
             let slot = &self.segment.header().workers[self.workers[index].slot];
             let (stage, claim) = (slot.stage(), slot.claim());
-            // One that has finished need not be waited for: giving back all its
-            // memory takes a process some time.
+            // The exit of a finished worker is not waited for: releasing its memory takes
+            // a process some time.
             if !stopped && stage != Stage::Finished {
                 let database = &mut self.databases[self.workers[index].database];
                 if stage == Stage::Connected && database.set_aside_until <= Some(Instant::now()) {
@@ -315,17 +323,18 @@ impl Load {
             match stage {
                 Stage::Finished => {}
                 Stage::Connected => {
-                    self.count_death();
-                    self.leave_behind(worker.database, claim);
+                    self.count_exit();
+                    self.requeue(worker.database, claim);
                     self.databases[worker.database].set_aside_until = Some(Instant::now() + RETRY);
                 }
-                // That passes, most likely.
+                // It could not start or connect, most likely for a passing reason, so it is
+                // not held against the chunk.
                 Stage::NotStarted | Stage::Attached => {
                     let claim = claim.map(|claim| (worker.database, claim));
-                    self.left_behind.extend(claim);
+                    self.abandoned.extend(claim);
                     self.pause();
                     if stage == Stage::NotStarted {
-                        self.count_death();
+                        self.count_exit();
                     } else if !unconnected.contains(&worker.database) {
                         unconnected.push(worker.database);
                     }
@@ -337,32 +346,35 @@ impl Load {
         }
     }
 
+    /// Delays the start of the next worker.
     fn pause(&mut self) {
         self.next_start = Instant::now() + RETRY;
     }
 
-    /// A worker died, in vain if nothing has been done since the last one did.
-    fn count_death(&mut self) {
+    /// Counts a worker that died. The count starts over if a block was done since the
+    /// previous one died.
+    fn count_exit(&mut self) {
         let rest = self.stats().counts().rest();
-        if rest == std::mem::replace(&mut self.rest_at_death, rest) {
-            self.deaths_in_vain += 1;
+        if rest == std::mem::replace(&mut self.rest_at_last_exit, rest) {
+            self.futile_exits += 1;
             self.pause();
         } else {
-            self.deaths_in_vain = 0;
+            self.futile_exits = 0;
         }
     }
 
-    /// A worker died at that chunk, which another may go on with, unless one before has
-    /// come just as far.
-    fn leave_behind(&mut self, database: usize, claim: Option<Claim>) {
+    /// Hands out the rest of a dead worker's chunk again, unless an earlier worker died
+    /// at the same block.
+    fn requeue(&mut self, database: usize, claim: Option<Claim>) {
         if let Some(claim) = claim
             && !self.died_at.contains(&claim)
         {
             self.died_at.push(claim);
-            self.left_behind.push((database, claim));
+            self.abandoned.push((database, claim));
         }
     }
 
+    /// Skips a database that no worker can connect to, after some tries.
     fn could_not_connect(&mut self, index: usize) {
         let reason = self.reason_to_skip_now(index);
         let database = &mut self.databases[index];
@@ -371,7 +383,7 @@ impl Load {
         if let Some(reason) = reason.or(tried_enough.then_some(SkipReason::NoDatabase)) {
             if !database.given_up {
                 log(&format!(
-                    "autoprewarm could not connect to the database with OID {}",
+                    "autoprewarm worker could not connect to database with OID {}",
                     database.oid
                 ));
             }
@@ -379,8 +391,8 @@ impl Load {
         }
     }
 
-    /// Why no worker is to be started in a database any more: it may have been dropped
-    /// meanwhile.
+    /// Why no worker is to be started in a database any more, by what `pg_database` says
+    /// now. `None` if it can be loaded.
     fn reason_to_skip_now(&self, index: usize) -> Option<SkipReason> {
         match transaction::run(Database::all) {
             Ok(existing) => reason_to_skip(existing.get(&self.databases[index].oid)),
@@ -392,24 +404,24 @@ impl Load {
         }
     }
 
-    /// Skips whatever of a database is left to be loaded.
+    /// Skips all blocks of a database that are left.
     fn give_up(&mut self, index: usize, reason: SkipReason) {
         self.databases[index].given_up = true;
         self.databases[index].set_aside_until = None;
         let unclaimed = self.blocks_of(self.segment.cells()[index].close());
         self.skip(reason, unclaimed);
-        let left_behind: Vec<_> = self
-            .left_behind
+        let abandoned: Vec<_> = self
+            .abandoned
             .extract_if(.., |(database, _)| *database == index)
             .collect();
         let plan = PlanView::new(self.segment.words());
-        for (_, claim) in left_behind {
+        for (_, claim) in abandoned {
             self.skip(reason, claim.blocks_left(plan) as u64);
         }
     }
 
-    /// Starts as many workers as there may be. True where there are too few
-    /// slots for that.
+    /// Starts as many workers as are allowed. Returns true if there are too few
+    /// background worker slots.
     fn start_workers(&mut self) -> bool {
         while self.workers.len() < most_workers() {
             if room::count_free_ahead(1) == 0 {
@@ -440,7 +452,7 @@ impl Load {
             let Some(handle) = WORKER.start(argument.into()) else {
                 return true;
             };
-            self.left_behind.retain(|(_, claim)| Some(*claim) != first);
+            self.abandoned.retain(|(_, claim)| Some(*claim) != first);
             self.workers.push(Worker {
                 handle,
                 slot,
@@ -450,9 +462,8 @@ impl Load {
         false
     }
 
-    /// The database that the next worker is to be started in, and the chunk it is
-    /// to begin with, if one was left behind; nothing where no further worker
-    /// would have anything to do now.
+    /// The index of the database for the next worker, and the abandoned chunk that it
+    /// begins with, if any. `None` if another worker would have nothing to do now.
     fn next_database(&self) -> Option<(usize, Option<Claim>)> {
         if self.segment.header().has_ended() {
             return None;
@@ -465,10 +476,10 @@ impl Load {
         self.next_of(others).or_else(|| self.next_of(due))
     }
 
-    /// The same of these databases.
+    /// Like [`Self::next_database`], but chooses among the given databases.
     fn next_of(&self, databases: Vec<usize>) -> Option<(usize, Option<Claim>)> {
-        let mut left_behind = self.left_behind.iter().rev();
-        if let Some(&(database, claim)) = left_behind.find(|(of, _)| databases.contains(of)) {
+        let mut abandoned = self.abandoned.iter().rev();
+        if let Some(&(database, claim)) = abandoned.find(|(of, _)| databases.contains(of)) {
             return Some((database, Some(claim)));
         }
         let chunks_for_each = |&index: &usize| {
@@ -487,12 +498,12 @@ impl Load {
         workers.filter(|worker| worker.database == index).count()
     }
 
-    /// Whether anything is left to be loaded of databases that are set aside.
+    /// Whether a database that is set aside has blocks left.
     fn has_set_aside(&self) -> bool {
         self.databases.iter().enumerate().any(|(index, database)| {
             database.set_aside_until.is_some()
                 && (!self.segment.cells()[index].unclaimed().is_empty()
-                    || self.left_behind.iter().any(|(of, _)| *of == index))
+                    || self.abandoned.iter().any(|(of, _)| *of == index))
         })
     }
 
@@ -518,8 +529,7 @@ impl Load {
         activity::report(format!("loading, {done} of {} blocks", counts.total).into_bytes());
     }
 
-    /// Counts what nothing has become of, and writes the lines that end a load in
-    /// the server's log.
+    /// Counts the blocks that are left as skipped, and logs the result of the load.
     fn report(&self) {
         let load = self.segment.header();
         let rest = self.stats().counts().rest();
@@ -542,13 +552,13 @@ impl Load {
     }
 }
 
-/// How many workers may run at once.
+/// The maximum number of workers at once.
 fn most_workers() -> usize {
     settings::autoprewarm_workers().min(MAX_WORKERS)
 }
 
-/// Logs what is odd about a list, of which the rest is loaded.
-fn report_oddities(list: &BlockList, state: &State) {
+/// Logs what is invalid or missing in a list that is loaded nevertheless.
+fn report_defects(list: &BlockList, state: &State) {
     if let Some(line) = list.first_bad_line {
         let message = super::corrupted_at(line);
         state.last_error.record(&message);
@@ -557,27 +567,27 @@ fn report_oddities(list: &BlockList, state: &State) {
             PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
             &message,
             Some(&format!(
-                "Whatever else \"{DUMP_FILE}\" lists is loaded, and the next block dump replaces \
-                 it."
+                "All valid lines of \"{DUMP_FILE}\" are loaded, and the next block dump replaces \
+                 the file."
             )),
         );
     }
     match list.heats {
         Heats::LeftAside(reason) => {
             log(&format!(
-                "usage counts in \"{DUMP_FILE}\" are ignored: {reason}"
+                "ignoring usage counts in \"{DUMP_FILE}\": {reason}"
             ));
         }
         Heats::Missing if !list.entries.is_empty() => {
             log(&format!(
-                "\"{DUMP_FILE}\" has no usage counts: all blocks count as used once"
+                "file \"{DUMP_FILE}\" contains no usage counts, using 1 for all blocks"
             ));
         }
         Heats::Missing | Heats::Saved => {}
     }
 }
 
-/// Reads the list, unless it is to stop; nothing where there is no file.
+/// Reads the list. `None` if there is no file; an error if `is_to_stop` becomes true.
 fn read_list(is_to_stop: impl Fn() -> bool) -> Result<Option<BlockList>, Error> {
     match file::open(DUMP_FILE) {
         Ok((reader, size)) => {
@@ -593,7 +603,8 @@ fn read_list(is_to_stop: impl Fn() -> bool) -> Result<Option<BlockList>, Error> 
     }
 }
 
-/// Why no worker is to be started in a database, as `pg_database` has it.
+/// Why no worker is to be started in a database, given its row in `pg_database`. `None`
+/// if it can be loaded.
 fn reason_to_skip(database: Option<&Database>) -> Option<SkipReason> {
     match database {
         Some(database) if database.is_template => Some(SkipReason::TemplateDatabase),

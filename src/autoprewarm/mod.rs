@@ -1,12 +1,13 @@
 //! Autoprewarm: keeps a list of the cached blocks on disk, and loads them again
 //! when the server starts.
 //!
-//! One background worker, the [`leader`], lives as long as the server. It
-//! [`load`]s the list with the help of [`worker`]s, each in one database, since a
-//! process can read relations of one database only; after that it [`dump`]s the
-//! list from time to time, and once more at shutdown. SQL callers can look at the
-//! [`list`], and act on the rest through [`sql`]. What several processes must
-//! agree on is their shared [`state`], and during a load, what is [`shared`].
+//! One background worker, the [`leader`], runs as long as the server. It
+//! [`load`]s the list with the help of [`worker`]s, each connected to one
+//! database, since a process can read relations of one database only. After that
+//! it [`dump`]s the list at intervals, and once more at shutdown. [`sql`] has the
+//! control functions, [`list`] the function that returns the list as rows, and
+//! [`views`] those behind the statistics views. [`state`] lies in shared memory
+//! all the time, what is in [`shared`] during a load.
 
 mod dump;
 pub mod leader;
@@ -23,14 +24,15 @@ pub mod worker;
 use crate::pg::shared::worker::Kind;
 use crate::settings;
 
-/// The list, in the data folder; and what it is called while it is written.
+/// The block dump file in the data directory, and its name while it is written.
 pub const DUMP_FILE: &str = "autoprewarm.blocks";
 const DUMP_FILE_BEING_WRITTEN: &str = "autoprewarm.blocks.tmp";
 
 const LEADER: Kind = Kind {
     name: c"autoprewarm leader",
     function: c"autoprewarm_main",
-    // At once, one that cannot come up would be started thousands of times.
+    // A leader that fails at its start would otherwise be started again thousands
+    // of times.
     restart: Some(1),
     interruptible: false,
 };
@@ -42,12 +44,13 @@ const WORKER: Kind = Kind {
     interruptible: true,
 };
 
-/// What is said of a list that has a line which is no record.
+/// The message for a list with a line that is not a record.
 fn corrupted_at(line: u64) -> String {
     format!("autoprewarm block dump file is corrupted at line {line}")
 }
 
-/// What is to be done while the server starts, when the library is preloaded.
+/// Reserves shared memory and registers the leader, while the server starts with
+/// the library preloaded.
 pub fn prepare_with_server() {
     state::reserve();
     if settings::leader_starts_with_server() {

@@ -1,30 +1,31 @@
 //! The rate limit of a load: a token bucket that all its workers share.
 //!
-//! It is kept as a point in time: the one up to which the blocks taken so far
-//! would last at the rate set. While that lies ahead, nobody takes any more.
+//! Its state is a point in time: the one until which the blocks taken so far last
+//! at the current rate. While it lies in the future, no worker gets more blocks.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicI64, AtomicU32};
 use std::time::Duration;
 
-/// How much time's worth of blocks can be saved up while nobody takes any.
+/// How much unused time, in microseconds, can be used later.
 const SAVED: i64 = 100_000;
 
-/// How much time's worth of blocks is given to a worker at once.
+/// For how much time, in microseconds, a worker gets blocks at once.
 const GIVEN: i64 = 20_000;
 
 const BLOCK_KB: i64 = pgrx::pg_sys::BLCKSZ as i64 / 1024;
 const SECOND: i64 = 1_000_000;
 
-/// Times are microseconds of a clock that all processes read alike.
+/// The limit in shared memory. Times are microseconds of a clock that all processes
+/// share. Both words only pace the workers, so they are `Relaxed`.
 pub struct RateLimit {
-    /// kB in a second; 0 is no limit.
+    /// kB per second; 0 means no limit.
     rate: AtomicU32,
     paid_until: AtomicI64,
 }
 
 impl RateLimit {
-    /// One that is no limit.
+    /// A limit that is switched off.
     pub const fn new() -> Self {
         Self {
             rate: AtomicU32::new(0),
@@ -32,16 +33,17 @@ impl RateLimit {
         }
     }
 
-    /// Sets the rate in kB a second, 0 for none. What was taken at the old one is
-    /// forgotten, lest it should count for longer at the new one.
+    /// Sets the rate in kB per second, 0 for no limit. Blocks taken at the old rate
+    /// are forgotten: otherwise, a low old rate would delay the first blocks at the
+    /// new one.
     pub fn set(&self, rate: u32, now: i64) {
         if self.rate.swap(rate, Relaxed) != rate {
             self.paid_until.store(now, Relaxed);
         }
     }
 
-    /// Takes up to `wanted` blocks, at least one. `Err` says how long to wait
-    /// before any can be taken.
+    /// Takes up to `wanted` blocks, at least one. `Err` is how long to wait before
+    /// any can be taken.
     pub fn take(&self, wanted: usize, now: impl FnOnce() -> i64) -> Result<usize, Duration> {
         let rate = i64::from(self.rate.load(Relaxed));
         if rate == 0 {
@@ -59,7 +61,7 @@ impl RateLimit {
             .map_err(|paid_until| Duration::from_micros((paid_until - now).max(0) as u64))
     }
 
-    /// Gives back blocks that were taken and, after all, not read.
+    /// Gives back blocks that were taken but not read.
     pub fn give_back(&self, blocks: usize) {
         let rate = i64::from(self.rate.load(Relaxed));
         if rate > 0 && blocks > 0 {
@@ -68,7 +70,7 @@ impl RateLimit {
     }
 }
 
-/// How long so many blocks last.
+/// For how many microseconds `blocks` last at `rate`.
 fn time(blocks: usize, rate: i64) -> i64 {
     (blocks as i64).saturating_mul(BLOCK_KB * SECOND) / rate
 }
@@ -77,7 +79,7 @@ fn time(blocks: usize, rate: i64) -> i64 {
 mod tests {
     use super::*;
 
-    /// Takes blocks for so long, and waits when told to; returns how many it got.
+    /// Takes blocks for `seconds`, waiting as told, and returns how many it got.
     fn take_for(limit: &RateLimit, from: i64, seconds: i64) -> usize {
         let (mut now, mut taken) = (from, 0);
         while now < from + seconds * SECOND {
@@ -111,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn time_in_which_nobody_takes_any_is_not_saved_up_for_long() {
+    fn unused_time_is_not_saved_up_for_long() {
         let limit = RateLimit::new();
         limit.set(8000, 0);
         assert!(take_for(&limit, 3600 * SECOND, 1) <= 1100 + 100);

@@ -1,23 +1,25 @@
 //! A load in shared memory: what its workers have to do, and how far they are.
 //!
-//! The leader makes one dynamic segment for a load. It begins with a [`Load`];
-//! then come the cursors, one for each database of the plan; then the plan itself,
-//! which nobody changes. A worker takes the next chunk by moving a cursor; that,
-//! and all counting, is done with atomics, so there is no lock to die with.
+//! The leader creates one dynamic segment for each load. It consists of a [`Load`],
+//! the cursors, one for each database of the plan, and the plan itself, which does
+//! not change. A worker claims the next chunk by moving a cursor. That, and all
+//! counting, is done with atomics, so a worker that dies holds no lock. Memory
+//! orderings follow the rule in [`super::state`].
 //!
 //! | word | written by |
 //! | --- | --- |
 //! | a slot's database, cursor and first chunk | the leader, before it starts the worker |
-//! | a slot's stage and current chunk | the worker that has it |
+//! | a slot's stage and current chunk | the worker that has the slot |
 //! | the rate limit's rate | the leader |
-//! | everything else | whoever comes to it |
+//! | everything else | the leader and all workers |
 //!
-//! When a worker has died, its slot still tells the chunk it was at, and how many
-//! blocks of it were done: the leader gives the rest to another worker, once.
+//! After a worker has died, its slot still holds the chunk that it was loading, and
+//! how many blocks of it were done. The leader gives the rest to another worker,
+//! once.
 
 use std::ops::Range;
 use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 
 use super::rate::RateLimit;
 use crate::blocks::{Oid, PlanView, SkipReason};
@@ -27,36 +29,36 @@ use crate::pg::storage::prefault::Prefaulted;
 /// The most workers of a load.
 pub const MAX_WORKERS: usize = 64;
 
-/// No chunk's index.
+/// A slot's chunk if it has none.
 const NO_CHUNK: u32 = u32::MAX;
 
 pub struct Load {
-    /// Which load it is, by the numbers of [`super::stats::LoadStats`].
+    /// The load's number in [`super::stats::LoadStats`].
     number: AtomicU32,
-    /// The chunks of shared catalogs, which every worker can load.
+    /// The chunks of shared catalogs, which workers in any database can load.
     shared: Cursor,
     pub workers: [Slot; MAX_WORKERS],
-    /// The [`SkipReason`] of all that is left, once there is one.
+    /// The [`SkipReason`] for all blocks that are left, or [`NO_REASON`] while the
+    /// load goes on.
     ended_for: AtomicU32,
     pub rate_limit: RateLimit,
     pub prefaulted: Prefaulted,
 }
 
-/// No [`SkipReason`].
+/// The load has not been ended.
 const NO_REASON: u32 = u32::MAX;
 
-// SAFETY: it has atomics only, each valid with any bits.
+// SAFETY: it consists of atomic integers, for which every bit pattern is valid.
 unsafe impl Shared for Load {}
 
-/// The chunks of one database: where they begin, which is to be claimed next, and
-/// where they end.
+/// The chunks of one database: the first, the next to be claimed, and the end.
 pub struct Cursor {
     start: AtomicU32,
     next: AtomicU32,
     end: AtomicU32,
 }
 
-// SAFETY: it has atomics only, each valid with any bits.
+// SAFETY: it consists of atomic integers, for which every bit pattern is valid.
 unsafe impl Shared for Cursor {}
 
 impl Cursor {
@@ -75,13 +77,13 @@ impl Cursor {
             .ok()
     }
 
-    /// The chunks that nobody has claimed.
+    /// The chunks that no worker has claimed.
     pub fn unclaimed(&self) -> Range<u32> {
         let end = self.end.load(SeqCst);
         self.next.load(SeqCst).min(end)..end
     }
 
-    /// How much of the database has been claimed, of 100.
+    /// The percentage of chunks that have been claimed.
     pub fn percent_claimed(&self) -> u32 {
         let start = self.start.load(SeqCst);
         let all = u64::from(self.end.load(SeqCst).saturating_sub(start));
@@ -89,14 +91,14 @@ impl Cursor {
         (claimed * 100).checked_div(all).unwrap_or(100) as u32
     }
 
-    /// Claims all that is left, which nobody will load.
+    /// Claims all remaining chunks, so that no worker loads them.
     pub fn close(&self) -> Range<u32> {
         let end = self.end.load(SeqCst);
         self.next.swap(end, SeqCst).min(end)..end
     }
 }
 
-/// A chunk, of which so many blocks are done.
+/// A claimed chunk, of which the first `done` blocks are done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claim {
     pub chunk: u32,
@@ -104,33 +106,34 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// How many blocks of it are to be done.
+    /// How many of its blocks are still to be done.
     pub fn blocks_left(self, plan: PlanView) -> usize {
         plan.chunk(self.chunk).1.numbers().len() - self.done as usize
     }
 }
 
-/// How far a worker is.
+/// How far a worker has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
-    /// It never ran.
+    /// The worker has not attached to the segment.
     NotStarted,
-    /// It ran, but is not connected to its database.
+    /// The worker is not yet connected to its database.
     Attached,
-    /// It is at work.
+    /// The worker is loading blocks.
     Connected,
-    /// It has done what could be done.
+    /// The worker has done all that it could.
     Finished,
 }
 
-/// One worker's place.
+/// The part of the segment that belongs to one worker.
 pub struct Slot {
     database: AtomicU32,
-    /// Which cursor is its database's.
+    /// The index of the database's cursor.
     cursor: AtomicU32,
     /// A [`Stage`].
     stage: AtomicU32,
-    /// The chunk it is at, or is to begin with; and how many blocks of it are done.
+    /// The chunk that the worker is loading or is to begin with, and how many blocks
+    /// of it are done.
     chunk: AtomicU32,
     done: AtomicU32,
 }
@@ -146,8 +149,8 @@ impl Slot {
         }
     }
 
-    /// Prepares the slot for a worker in that database, which is to begin with
-    /// that chunk, if any.
+    /// Prepares the slot for a worker in `database`, which begins with the chunk
+    /// `first`, if any.
     pub fn assign(&self, database: Oid, cursor: usize, first: Option<Claim>) {
         self.database.store(database, SeqCst);
         self.cursor.store(cursor as u32, SeqCst);
@@ -172,7 +175,7 @@ impl Slot {
         self.stage.store(stage as u32, SeqCst);
     }
 
-    /// The chunk that the worker is at, or was when it died.
+    /// The chunk that the worker is loading, or was loading when it died.
     pub fn claim(&self) -> Option<Claim> {
         let chunk = self.chunk.load(SeqCst);
         (chunk != NO_CHUNK).then(|| Claim {
@@ -187,12 +190,12 @@ impl Slot {
             .store(claim.map_or(NO_CHUNK, |claim| claim.chunk), SeqCst);
     }
 
-    /// So many blocks of the chunk are done.
+    /// Records how many blocks of the chunk are done.
     pub fn set_done(&self, done: usize) {
         self.done.store(done as u32, SeqCst);
     }
 
-    /// The worker has done with its chunk.
+    /// Records that the worker is done with its chunk.
     pub fn give_up_claim(&self) {
         self.set_claim(None);
     }
@@ -215,13 +218,13 @@ impl Load {
         self.number.load(SeqCst)
     }
 
-    /// The cursor of the database of that slot.
+    /// The cursor of the slot's database.
     pub fn cursor<'a>(&self, slot: &Slot, cursors: &'a [Cursor]) -> &'a Cursor {
         &cursors[slot.cursor.load(SeqCst) as usize]
     }
 
-    /// The next chunk for the worker of that slot; nothing when there is none
-    /// for its database, or the load ends.
+    /// The next chunk for the slot's worker. `None` if no chunk of its database is
+    /// left, or if the load has ended.
     pub fn next_claim(&self, slot: &Slot, cursors: &[Cursor]) -> Option<Claim> {
         if self.has_ended() {
             return None;
@@ -235,38 +238,38 @@ impl Load {
         claim
     }
 
-    /// The chunks of shared catalogs that nobody has claimed.
+    /// The chunks of shared catalogs that no worker has claimed.
     pub fn shared_unclaimed(&self) -> Range<u32> {
         self.shared.unclaimed()
     }
 
-    /// Ends the load: what is left is skipped for that reason, unless there was
-    /// another before.
+    /// Ends the load: the remaining blocks are skipped for `reason`, unless the load
+    /// was ended for another reason before.
     pub fn end_for(&self, reason: SkipReason) {
         let _ = self
             .ended_for
             .compare_exchange(NO_REASON, reason as u32, SeqCst, SeqCst);
     }
 
-    /// Whether nothing more is to be loaded.
+    /// Whether the load was ended, so that no more blocks are to be loaded.
     pub fn has_ended(&self) -> bool {
-        self.ended_for.load(Relaxed) != NO_REASON
+        self.ended_for.load(SeqCst) != NO_REASON
     }
 
-    /// Why the load was ended before all was done, if it was.
+    /// Why the load was ended before all blocks were done. `None` if it was not.
     pub fn ended_for(&self) -> Option<SkipReason> {
         let reason = self.ended_for.load(SeqCst) as usize;
         SkipReason::ALL.get(reason).copied()
     }
 }
 
-/// What a worker is started with, in the one number that a background worker
-/// can be given.
+/// A worker's argument, which has to fit into the one number that a background
+/// worker can be given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkerArgument {
     /// The load's segment.
     pub segment: u32,
-    /// Which of the load's slots it has.
+    /// The index of the worker's slot.
     pub slot: usize,
 }
 

@@ -1,8 +1,8 @@
-//! Autoprewarm's SQL functions.
+//! Autoprewarm's control functions in SQL: start the leader, dump, load, cancel, wait.
 //!
-//! They work in a server that did not preload the library as well. All act on the
-//! whole server, so that only superusers may call them until granted; waiting is
-//! for whoever monitors, too.
+//! They also work in a server that has not preloaded the library. They act on the
+//! whole server, so they are superuser-only by default; members of `pg_monitor` may
+//! call `autoprewarm_wait()`.
 
 use std::time::{Duration, Instant};
 
@@ -16,16 +16,16 @@ use crate::pg::process::report::{SUCCESS, report};
 use crate::pg::shared::worker::Status;
 use crate::settings;
 
-/// How often a caller looks whether what it waits for has come about.
+/// How often a waiting caller checks the state.
 const POLL: Duration = Duration::from_millis(100);
 const SHORT_POLL: Duration = Duration::from_millis(10);
 
-/// How long a leader that the server is to start is waited for. It comes within
-/// moments of the first connection, unless there was no slot left for it.
-const LEADER_PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for the leader that the server starts. It starts about when the
+/// first connections are accepted, unless there is no background worker slot for it.
+const LEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Starts the leader, where none runs. It lasts until the server stops; where
-/// the library was not preloaded, nobody starts it again then.
+/// Starts the leader, if none is running. It runs until the server stops. If the
+/// library is not preloaded, the next start of the server does not start it.
 #[pg_extern(sql = r#"
 CREATE FUNCTION autoprewarm_start_worker()
 RETURNS void STRICT
@@ -41,8 +41,8 @@ fn autoprewarm_start_worker() {
     started.unwrap_or_else(|error| error.raise());
 }
 
-/// Returns when there is a leader, this one or another: who asks next whether a load is
-/// pending is to hear of the one that it begins with.
+/// Starts a leader, and returns when there is one, be it another. From then on, the
+/// load that the leader begins with counts as pending.
 fn start_leader(state: &State) -> Result<(), Error> {
     if !settings::autoprewarm() {
         return Err(Error::Disabled);
@@ -77,11 +77,11 @@ fn dump_now() -> Result<i64, Error> {
     let _in_use = state.use_dump_file().map_err(Error::DumpFileInUse)?;
     let written = dump::write(dump::Unlogged::Included, state)?;
     report(PgLogLevel::DEBUG1, SUCCESS, &dump::describe(written), None);
-    // Buffers are counted in 31 bits.
+    // The number of buffers fits into 31 bits.
     Ok(written as i64)
 }
 
-/// Has the leader load the list now; starts a leader where there is none. Returns
+/// Has the leader load the list now, and starts a leader if none is running. Returns
 /// when the load has begun.
 #[pg_extern(sql = false)]
 fn autoprewarm_load_now() {
@@ -100,7 +100,7 @@ fn load_now() -> Result<(), Error> {
     while !request.is_granted() {
         if state.leader().is_none() {
             let started = start_leader(state);
-            // One that somebody else started will do as well.
+            // A leader that another session has started will do as well.
             if state.leader().is_none() {
                 started?;
             }
@@ -112,8 +112,8 @@ fn load_now() -> Result<(), Error> {
     Ok(())
 }
 
-/// Ends the load that runs or is about to, and returns when it has ended; false
-/// where there is none. What is loaded stays.
+/// Cancels the load that is pending or running, and returns true when it has ended;
+/// false if there is none. Blocks loaded so far stay in shared buffers.
 #[pg_extern(sql = false)]
 fn autoprewarm_cancel() -> bool {
     let state = State::attach();
@@ -132,10 +132,10 @@ fn autoprewarm_cancel() -> bool {
     true
 }
 
-/// Waits until no load runs or is about to, and returns true; false where that
-/// takes longer than the timeout. Without one, it waits for as long as it takes.
+/// Waits until no load is pending or running, and returns true; false when the
+/// timeout expires. Without a timeout, it waits without limit.
 ///
-/// A load that failed is not waited for, though it may be tried again later.
+/// It does not wait for a failed load to be retried.
 #[pg_extern(sql = false)]
 fn autoprewarm_wait(timeout: Option<Interval>) -> bool {
     wait(timeout).unwrap_or_else(|error| error.raise())
@@ -147,7 +147,7 @@ fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
     let start = Instant::now();
     loop {
         let leader_is_coming =
-            settings::leader_starts_with_server() && state.leader_may_come(LEADER_PATIENCE);
+            settings::leader_starts_with_server() && state.leader_may_come(LEADER_TIMEOUT);
         if !leader_is_coming && !state.load_is_pending() {
             return Ok(true);
         }
@@ -159,8 +159,8 @@ fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
     }
 }
 
-/// How long a timeout is, with months of 30 days; nothing where it is longer than
-/// any server lives.
+/// A timeout's length, with months of 30 days. `None` if it is too long to be
+/// represented, which is as good as no timeout.
 fn duration(timeout: Interval) -> Result<Option<Duration>, Error> {
     const DAY: i128 = 24 * 60 * 60 * 1_000_000;
     let days = i128::from(timeout.months()) * 30 + i128::from(timeout.days());

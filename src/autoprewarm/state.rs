@@ -1,11 +1,17 @@
-//! What the leader, its workers and SQL callers share, and how they agree.
+//! The state that the leader, its workers and SQL callers share: roles, the phase of
+//! the load, requests, and statistics.
 //!
-//! The state lies in the server's shared memory from the first use until the
-//! server stops or restarts after a crash, and begins anew then. It needs no
-//! lock: each field is an atomic word of its own. Three of them hold the process ID
-//! of whoever has a role that only one process may have; a process takes a role by
-//! changing the word from nobody to itself, gives it back likewise, and gives back
-//! all it has when it ends, so that no role outlives its holder.
+//! The state lies in the server's shared memory from its first use until the server
+//! stops or restarts after a crash; then it is initialized again. It needs no lock:
+//! each field is an atomic word. Three of them hold the process ID of the process
+//! that has a role which only one process may have. A process acquires a role by
+//! changing the word from [`NO_PID`] to its own process ID, and releases it
+//! by changing it back. At exit it releases all its roles.
+//!
+//! Memory orderings, here, during a load and in the parallel calls of
+//! `crate::prewarm`: `SeqCst` for every word by which processes agree on something
+//! (roles, phases, claims, the gate); `Relaxed` for counters and hints, from which
+//! nothing else is concluded.
 
 use std::ffi::CStr;
 use std::sync::atomic::Ordering::SeqCst;
@@ -17,41 +23,41 @@ use crate::pg::process::{self, latch};
 use crate::pg::shared::contents::Shared;
 use crate::pg::shared::named::NamedStruct;
 
-/// Nobody's process ID.
-const NOBODY: i32 = -1;
+/// In place of a process ID: no process has the role.
+const NO_PID: i32 = -1;
 
 #[repr(C)]
 pub struct State {
     leader: AtomicI32,
     dump_file_user: AtomicI32,
-    /// Who asks for a load.
+    /// The session that requests a load.
     load_requester: AtomicI32,
-    /// There has been a leader since this state was made.
+    /// Whether there has been a leader since the state was initialized.
     had_leader: AtomicBool,
-    /// Since when somebody waits for the first leader; 0 for nobody.
+    /// When a session began to wait for the first leader; 0 if none has.
     awaited_since: AtomicI64,
     /// A [`Phase`].
     phase: AtomicU32,
-    /// Somebody wants the list to be loaded after the load of the number before this
-    /// one; whatever number it is, no load is wanted once another has begun.
+    /// The number of the load that a session requests; 0 means no request. The next
+    /// load to begin gets this number, which fulfils the request.
     load_requested: AtomicU32,
-    /// The number of the load that somebody wants to end; 0 for none.
+    /// The number of the load that is to be cancelled; 0 means none.
     load_to_cancel: AtomicU32,
     pub load: LoadStats,
     pub dump: DumpStats,
     pub last_error: LastError,
 }
 
-// SAFETY: atomics only, each valid whatever its bits are but for the flags, into
-// which only bools are stored.
+// SAFETY: it consists of atomics. Every bit pattern is valid for the integers, and
+// the flags are only ever written as bools.
 unsafe impl Shared for State {}
 
 impl Default for State {
     fn default() -> Self {
         Self {
-            leader: AtomicI32::new(NOBODY),
-            dump_file_user: AtomicI32::new(NOBODY),
-            load_requester: AtomicI32::new(NOBODY),
+            leader: AtomicI32::new(NO_PID),
+            dump_file_user: AtomicI32::new(NO_PID),
+            load_requester: AtomicI32::new(NO_PID),
             had_leader: AtomicBool::new(false),
             awaited_since: AtomicI64::new(0),
             phase: AtomicU32::new(Phase::Due as u32),
@@ -64,19 +70,19 @@ impl Default for State {
     }
 }
 
-/// How far the load of the list is.
+/// How far the load of the list has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// The first leader that comes is to load it.
+    /// The next leader loads the list when it starts.
     Due,
     Loading,
-    /// It could not be loaded as things are, or its leader died: it is tried
-    /// again from time to time, and not replaced before.
+    /// The list could not be loaded, or the leader died during the load. The load is
+    /// retried at intervals, and the list is not replaced before.
     Failed,
-    /// Somebody cancelled the load, who may want the list later: it stays until
-    /// the next dump that is asked for, or that an interval brings.
+    /// The load was cancelled. The list may be wanted later, so it is not replaced
+    /// at shutdown, but only by a dump at an interval or on request.
     Cancelled,
-    /// There is nothing more to be had from it, so that it may be replaced.
+    /// The list has been loaded and may be replaced.
     Ended,
 }
 
@@ -91,13 +97,14 @@ const NAME: &CStr = match CStr::from_bytes_with_nul(
 
 static STATE: NamedStruct<State> = NamedStruct::new(NAME);
 
-/// Reserves the state's memory while the server starts.
+/// Reserves shared memory for the state while the server starts.
 pub fn reserve() {
     STATE.reserve();
 }
 
 impl State {
-    /// The state, from now on with this process as one that may hold roles.
+    /// The state. This process may acquire roles from now on: they are released at
+    /// its exit.
     pub fn attach() -> &'static Self {
         if let Some(state) = STATE.get_if_mapped() {
             return state;
@@ -110,7 +117,8 @@ impl State {
                     .map(holder)
                     .contains(&me)
                 {
-                    // Whoever comes next is not to be told that a load is coming.
+                    // Otherwise a load would seem to be pending as soon as the
+                    // next leader starts.
                     state.load_requested.store(0, SeqCst);
                 }
                 release(&state.leader);
@@ -121,13 +129,13 @@ impl State {
         state
     }
 
-    /// The leader's process ID, where there is one.
+    /// The leader's process ID. `None` if no leader is running.
     pub fn leader(&self) -> Option<i32> {
         holder(&self.leader)
     }
 
-    /// Whether the first leader may still come: there has been none, and it has not
-    /// been waited for any longer than that, by all who waited for it.
+    /// Whether the first leader may still start: there has been none, and less than
+    /// `patience` has passed since the first session began to wait for it.
     pub fn leader_may_come(&self, patience: Duration) -> bool {
         let now = process::monotonic_micros();
         let since = self
@@ -137,32 +145,32 @@ impl State {
         !self.had_leader.load(SeqCst) && i128::from(now - since) < patience.as_micros() as i128
     }
 
-    /// Sets the leader's latch, where there is one.
+    /// Sets the leader's latch, if a leader is running.
     pub fn wake_leader(&self) {
         if let Some(pid) = self.leader() {
             latch::wake(pid);
         }
     }
 
-    /// Makes this process the leader, until it ends. `Err` has the process ID of
-    /// the leader that there is.
+    /// Makes this process the leader until it exits. `Err` is the process ID of the
+    /// leader that is already running.
     pub fn become_leader(&self) -> Result<(), i32> {
-        take(&self.leader)?;
+        acquire(&self.leader)?;
         self.had_leader.store(true, SeqCst);
-        // What a former leader had begun has ended with it.
+        // A load that a former leader had begun has ended with that leader.
         if self.phase() == Phase::Loading {
             self.end_load(Phase::Failed, LoadResult::Failed);
         }
         Ok(())
     }
 
-    /// Reserves the dump file for this process. `Err` has the process ID of who
-    /// uses it.
+    /// Reserves the dump file for this process. `Err` is the process ID of the process
+    /// that uses it.
     pub fn use_dump_file(&self) -> Result<DumpFileInUse<'_>, i32> {
-        take(&self.dump_file_user).map(|()| DumpFileInUse(self))
+        acquire(&self.dump_file_user).map(|()| DumpFileInUse(self))
     }
 
-    /// The process ID of who uses the dump file.
+    /// The process ID of the process that uses the dump file. `None` if none does.
     pub fn dump_file_user(&self) -> Option<i32> {
         holder(&self.dump_file_user)
     }
@@ -177,19 +185,21 @@ impl State {
         }
     }
 
-    /// A load begins. At no moment in between does it look as if none were wanted.
+    /// Records that a load begins. [`Self::load_is_pending`] stays true in between, since
+    /// it also looks at the number that is changed first.
     pub fn begin_load(&self) {
         self.load.begin();
         self.phase.store(Phase::Loading as u32, SeqCst);
     }
 
-    /// The load has ended like that, and what becomes of the list is `phase`.
+    /// Records that the load has ended with `result`. `phase` decides whether the list
+    /// is kept.
     pub fn end_load(&self, phase: Phase, result: LoadResult) {
         self.load.end(result);
         self.phase.store(phase as u32, SeqCst);
     }
 
-    /// A new list was written.
+    /// Records that a new list was written, so that the dump at shutdown may replace it.
     pub fn list_was_replaced(&self) {
         let _ = self.phase.compare_exchange(
             Phase::Cancelled as u32,
@@ -199,12 +209,13 @@ impl State {
         );
     }
 
-    /// The load was cut short in good order: the next leader may begin anew.
+    /// Records that the leader exits before the load has completed: the next leader
+    /// starts the load again.
     pub fn postpone_load(&self) {
         self.phase.store(Phase::Due as u32, SeqCst);
     }
 
-    /// Whether a load runs, or is about to be begun by a leader that is there.
+    /// Whether the running leader is loading, or is about to.
     pub fn load_is_pending(&self) -> bool {
         self.leader().is_some()
             && (self.load_is_requested()
@@ -216,27 +227,29 @@ impl State {
         self.load_requested.load(SeqCst) == self.load.number() + 1
     }
 
-    /// Asks for a load; nothing where one runs or somebody has asked for one.
+    /// Requests a load. `None` if one is running or has been requested.
     pub fn request_load(&self) -> Option<LoadRequest<'_>> {
-        take(&self.load_requester).ok()?;
+        acquire(&self.load_requester).ok()?;
         if self.load_is_pending() {
             release(&self.load_requester);
             return None;
         }
-        // Loads have odd numbers. A leader that died may have left the last one open.
+        // A running load has an odd number. If its leader died, that is still the
+        // number; the next leader ends that load before it begins this one.
         let number = self.load.number();
         let request = LoadRequest(self, number + 1 + number % 2);
         request.repeat();
         Some(request)
     }
 
-    /// Asks for the end of the load that runs, and of no later one, and returns its
-    /// number; nothing where none does.
+    /// Requests that the running load, and no later one, be cancelled, and returns its
+    /// number. `None` if no load is running.
     pub fn request_cancel(&self) -> Option<u32> {
         if self.leader().is_none() || self.phase() != Phase::Loading {
             return None;
         }
-        // After the phase, which changes later: so it is not the former load's.
+        // The number changes before the phase does. Since the phase was read first,
+        // this is not the number of an earlier load.
         let number = self.load.number();
         self.load_to_cancel.store(number, SeqCst);
         self.wake_leader();
@@ -248,7 +261,7 @@ impl State {
     }
 }
 
-/// The right to read or write the dump file; dropping it gives it back.
+/// Reserves the dump file for this process, until it is dropped.
 pub struct DumpFileInUse<'a>(&'a State);
 
 impl Drop for DumpFileInUse<'_> {
@@ -257,12 +270,12 @@ impl Drop for DumpFileInUse<'_> {
     }
 }
 
-/// The load of that number, which was asked for; dropping it withdraws that, if it has
-/// not begun.
+/// The request for the load of the given number. Dropping it withdraws the request,
+/// unless the load has begun.
 pub struct LoadRequest<'a>(&'a State, u32);
 
 impl LoadRequest<'_> {
-    /// Asks once more: a leader that ends takes what it was asked for with it.
+    /// Requests the load again, since a leader that exits clears the request.
     pub fn repeat(&self) {
         self.0.load_requested.store(self.1, SeqCst);
     }
@@ -281,15 +294,16 @@ impl Drop for LoadRequest<'_> {
 }
 
 fn holder(role: &AtomicI32) -> Option<i32> {
-    Some(role.load(SeqCst)).filter(|&pid| pid != NOBODY)
+    Some(role.load(SeqCst)).filter(|&pid| pid != NO_PID)
 }
 
-fn take(role: &AtomicI32) -> Result<(), i32> {
-    role.compare_exchange(NOBODY, process::my_pid(), SeqCst, SeqCst)
+/// Acquires a role for this process. `Err` is the process ID of its holder.
+fn acquire(role: &AtomicI32) -> Result<(), i32> {
+    role.compare_exchange(NO_PID, process::my_pid(), SeqCst, SeqCst)
         .map(|_| ())
 }
 
-/// Gives a role back, if this process has it.
+/// Releases a role, if this process has it.
 fn release(role: &AtomicI32) {
-    let _ = role.compare_exchange(process::my_pid(), NOBODY, SeqCst, SeqCst);
+    let _ = role.compare_exchange(process::my_pid(), NO_PID, SeqCst, SeqCst);
 }

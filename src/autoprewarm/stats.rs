@@ -1,23 +1,27 @@
-//! What is kept of loads and dumps for those who ask: numbers and times in shared
-//! memory, written as things happen. Times are the server's timestamps, 0 for none.
+//! Statistics of loads and dumps, and the last error, in shared memory. Times are the
+//! server's timestamps; 0 means none.
+//!
+//! By the rule in [`super::state`], all words here are `SeqCst`: the counts of a load
+//! decide whether its workers make progress and what was skipped, and the order of the
+//! times and results tells a reader whether the rest is complete.
 
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicU64};
 use std::time::Duration;
 
 use crate::blocks::{SkipCounts, SkipReason};
 use crate::pg::process;
 
-/// The load that runs, or the last one.
+/// Statistics of the running load, or of the last one.
 #[repr(C)]
 pub struct LoadStats {
-    /// Another one as soon as a load begins, and as soon as it ends. A worker may
-    /// go on when its load has ended without it, or when the next one has begun:
-    /// what it does is not counted any more.
+    /// Incremented when a load begins and when it ends. A worker may still be running
+    /// after its load has ended, or after the next one has begun; by this number, what
+    /// it does then is not counted.
     number: AtomicU32,
     start: AtomicI64,
     end: AtomicI64,
-    /// A [`LoadResult`], plus one; 0 while it runs, or where there was none.
+    /// A [`LoadResult`] plus one; 0 during a load, or if there has been none.
     result: AtomicU32,
     total: AtomicU64,
     loaded: AtomicU64,
@@ -28,12 +32,12 @@ pub struct LoadStats {
 /// How a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoadResult {
-    /// All that could be loaded is.
+    /// All blocks of the list were loaded or skipped.
     Completed,
-    /// Somebody called `autoprewarm_cancel()`.
+    /// `autoprewarm_cancel()` was called.
     Cancelled,
-    /// The list could not be read, the load's leader ended, or no worker could
-    /// do its work.
+    /// The list could not be read, the leader exited during the load, or workers
+    /// kept exiting.
     Failed,
 }
 
@@ -47,7 +51,7 @@ impl LoadResult {
     }
 }
 
-/// Blocks dealt with, by outcome.
+/// The blocks of a load, by outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub total: u64,
@@ -58,7 +62,7 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Blocks that nothing has become of so far.
+    /// Blocks that are neither loaded, cached nor skipped so far.
     pub fn rest(&self) -> u64 {
         let done = self.loaded + self.cached + self.skipped.total();
         self.total.saturating_sub(done)
@@ -79,7 +83,7 @@ impl LoadStats {
         }
     }
 
-    /// A new load begins.
+    /// Records that a load begins.
     pub(super) fn begin(&self) {
         self.number.fetch_add(1, SeqCst);
         self.result.store(0, SeqCst);
@@ -93,7 +97,7 @@ impl LoadStats {
         self.start.store(process::now(), SeqCst);
     }
 
-    /// It has ended. Blocks that nothing became of are skipped ones.
+    /// Records that the load has ended. The blocks that are left are counted as skipped.
     pub(super) fn end(&self, result: LoadResult) {
         let number = self.number.fetch_add(1, SeqCst) + 1;
         self.skip(number, SkipReason::Interrupted, self.counts().rest());
@@ -105,7 +109,8 @@ impl LoadStats {
         self.number.load(SeqCst)
     }
 
-    /// Whether a load has begun and not ended: each adds one to the number.
+    /// Whether a load has begun and not ended. Both increment the number, so it is odd
+    /// then.
     pub fn has_begun(&self) -> bool {
         self.number() % 2 == 1
     }
@@ -114,17 +119,18 @@ impl LoadStats {
         self.total.store(records, SeqCst);
     }
 
-    /// Counts blocks of the load of that number.
+    /// Counts blocks of load `number`, unless that load has ended.
     pub fn count(&self, number: u32, loaded: u64, cached: u64) {
-        if self.number.load(Relaxed) == number {
-            self.loaded.fetch_add(loaded, Relaxed);
-            self.cached.fetch_add(cached, Relaxed);
+        if self.number.load(SeqCst) == number {
+            self.loaded.fetch_add(loaded, SeqCst);
+            self.cached.fetch_add(cached, SeqCst);
         }
     }
 
+    /// Counts skipped blocks of load `number`, unless that load has ended.
     pub fn skip(&self, number: u32, reason: SkipReason, blocks: u64) {
-        if self.number.load(Relaxed) == number {
-            self.skipped[reason as usize].fetch_add(blocks, Relaxed);
+        if self.number.load(SeqCst) == number {
+            self.skipped[reason as usize].fetch_add(blocks, SeqCst);
         }
     }
 
@@ -159,7 +165,7 @@ impl LoadStats {
     }
 }
 
-/// The last dump that was written.
+/// Statistics of the last dump that was completed.
 #[repr(C)]
 pub struct DumpStats {
     time: AtomicI64,
@@ -176,7 +182,8 @@ impl DumpStats {
         }
     }
 
-    /// So many blocks were listed, which took so long. By who uses the dump file.
+    /// Records a dump of `blocks` blocks. Only the process that has reserved the dump
+    /// file calls this.
     pub fn record(&self, blocks: u64, took: Duration) {
         self.blocks.store(blocks, SeqCst);
         let microseconds = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
@@ -184,7 +191,7 @@ impl DumpStats {
         self.time.store(process::now(), SeqCst);
     }
 
-    /// When it ended, how many blocks it lists, and how long it took.
+    /// When the dump ended, how many blocks it listed, and how long it took.
     pub fn last(&self) -> (i64, u64, Duration) {
         (
             self.time.load(SeqCst),
@@ -196,8 +203,8 @@ impl DumpStats {
 
 /// The last error that the leader or a worker has logged.
 ///
-/// A text is more than one word, so it has a version, which is odd while the text
-/// is being written; a reader that finds it odd, or changed, reads once more.
+/// The text is more than one word, so it has a version, which is odd while the text
+/// is being written. A reader that finds it odd or changed reads again.
 #[repr(C)]
 pub struct LastError {
     version: AtomicU32,
@@ -219,9 +226,8 @@ impl LastError {
         }
     }
 
-    /// Keeps an error's message, or as much of it as there is room for; but not
-    /// where another process is just doing that, since the two happened at the
-    /// same time.
+    /// Stores an error's message, truncated if it is too long. If another process is
+    /// storing a message at this moment, that one is kept instead.
     pub fn record(&self, message: &str) {
         let version = self.version.load(SeqCst);
         let mine = |version: &u32| {
@@ -243,7 +249,7 @@ impl LastError {
         self.version.store(version.wrapping_add(2), SeqCst);
     }
 
-    /// The message and when it was logged; nothing where there was none.
+    /// The message, and when it was logged. `None` if there has been none.
     pub fn last(&self) -> Option<(String, i64)> {
         loop {
             let version = self.version.load(SeqCst);

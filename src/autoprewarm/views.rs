@@ -42,8 +42,9 @@ fn pg_stat_get_autoprewarm() -> TableIterator<
     ),
 > {
     let state = State::attach();
-    // In the opposite order of what the leader does at a load's end, so that a load
-    // that has ended has all its numbers, and one that runs has no result.
+    // Read in the reverse of the order in which the leader writes at the end of a
+    // load, so that an ended load is shown with its final counts, and a running one
+    // without a result.
     let load = &state.load;
     let name = state_name(state);
     let (end, result) = match state.phase() {
@@ -98,7 +99,8 @@ fn state_name(state: &State) -> &'static str {
     }
 }
 
-/// The rows of `pg_stat_progress_prewarm`, but for the names of databases.
+/// The rows of `pg_stat_progress_prewarm`, without the databases' names, which the
+/// view adds.
 #[pg_extern(sql = false)]
 #[allow(clippy::type_complexity)]
 fn pg_stat_get_progress_prewarm() -> TableIterator<
@@ -132,7 +134,7 @@ fn pg_stat_get_progress_prewarm() -> TableIterator<
     }))
 }
 
-/// A timestamp of the server's; nothing for 0.
+/// One of the server's timestamps. `None` if it is 0.
 fn time(timestamp: i64) -> Option<TimestampWithTimeZone> {
     Some(timestamp)
         .filter(|&timestamp| timestamp != 0)

@@ -1,14 +1,14 @@
 //! A per-database worker: reads blocks of one database into shared buffers.
 //!
-//! Workers are not told what to load: each claims one chunk after another from
-//! the [`Load`] that the leader has put into shared memory, until there is none
-//! left for its database. So several of them share a large database, and one that
-//! dies leaves no more undone than the chunk that it was at, and those that it had
-//! set aside because their relations were locked.
+//! Workers are not told what to load: each claims one chunk after another from the
+//! [`Load`] that the leader has put into shared memory, until none is left for its
+//! database. So several workers can share a large database, and a worker that dies
+//! leaves undone only its current chunk, and those that it had set aside because
+//! their relations were locked.
 //!
-//! A worker is a good neighbour: it never waits for a lock, gives its own back
-//! every few milliseconds, holds no snapshot while it reads, and reads only into
-//! free buffers.
+//! A worker does not disturb other sessions: it never waits for a relation's lock,
+//! releases its own every few milliseconds, holds no snapshot while it reads, and
+//! reads only into free buffers.
 
 use std::cell::Cell;
 use std::ops::ControlFlow::{Break, Continue};
@@ -27,35 +27,39 @@ use crate::pg::storage::prefault::Prefaulter;
 use crate::pg::storage::relation::{Locator, Opened, Relation};
 use crate::pg::storage::{ReadEnd, buffer, database};
 
-/// How long chunks that were set aside, of locked relations as a rule, are tried
-/// again in vain, once all others are done, before they are skipped; and how long
-/// to wait between two tries.
-const LOCKED_PATIENCE: Duration = Duration::from_secs(3);
+/// When all other chunks are done, those that were set aside (usually because their
+/// relations were locked) are retried. They are skipped after this time without
+/// progress.
+const LOCKED_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long to wait between two retries of chunks that were set aside.
 const LOCKED_RETRY: Duration = Duration::from_millis(50);
 
-/// How long to wait before the next chunk is claimed after one whose relation was
-/// locked, and how often in all. Most locks are held for a moment, in which one
-/// worker would set aside the whole of a large relation.
+/// How long to wait after a chunk was set aside before the next one is claimed. Most
+/// locks are held only briefly, but long enough for a worker to set aside all chunks
+/// of a large relation.
 const LOCKED_PAUSE: Duration = Duration::from_millis(10);
+
+/// How many such pauses a worker makes in all.
 const LOCKED_PAUSES: usize = 50;
 
-/// The longest sleep for the rate limit, after which it may be another, or the
-/// load be cancelled.
-const RATE_PATIENCE: Duration = Duration::from_millis(50);
+/// The longest sleep for the rate limit. The limit may change and the load may be
+/// cancelled meanwhile.
+const RATE_SLEEP: Duration = Duration::from_millis(50);
 
-/// How often a worker says anew how far it is, where that means to format a text.
+/// How often a worker updates its activity text.
 const REPORT_INTERVAL: Duration = Duration::from_millis(250);
 
-/// After a read has failed, so many blocks are read one by one: the server reads
-/// several at once, and says of all of them that they could not be read. No
-/// version combines more.
+/// How many blocks are read one by one after a read has failed. The server combines
+/// reads, and reports one unreadable block for all blocks of such a read. No version
+/// combines more blocks than this.
 const ONE_BY_ONE: usize = 32;
 
-/// A worker's life.
+/// Runs a worker until no chunk is left for it.
 pub fn main(argument: WorkerArgument) {
     background::handle_signals_as_worker();
     let Some(segment) = Segment::<Load, Cursor>::attach(argument.segment) else {
-        // The leader has let go of it: there is nothing to do any more.
+        // The leader has released the segment, so the load has ended.
         return;
     };
     let load = segment.header();
@@ -108,57 +112,60 @@ struct Worker<'a> {
     state: &'static State,
     load: &'a Load,
     slot: &'a Slot,
-    /// Its database's.
+    /// The cursor of the worker's database.
     cursor: &'a Cursor,
     plan: PlanView<'a>,
     prefaulter: Prefaulter<'a>,
     pace: Pace,
     /// The database's name, in the server's encoding.
     database: Vec<u8>,
-    /// When it last said how far it is.
+    /// When the activity text was last updated.
     reported: Cell<Option<Instant>>,
-    /// Chunks are set aside again and again, and one line is enough.
+    /// Whether a shortage of memory, locks or files was logged: one line is enough.
     shortage_was_logged: Cell<bool>,
-    /// What `pg_stat_progress_prewarm` shows of it.
+    /// The worker's row in `pg_stat_progress_prewarm`.
     progress: ShownProgress,
 }
 
 /// How the work on a chunk ended.
 enum ChunkEnd {
     Done,
-    /// What is left is to be tried again.
+    /// The rest is to be retried.
     SetAside(Rest),
 }
 
-/// What is left of a chunk that cannot be loaded as things are, and why it is
-/// skipped if they stay so.
+/// The rest of a chunk that cannot be loaded now, and why it is skipped if that does not
+/// change.
 struct Rest {
     claim: Claim,
     reason: SkipReason,
 }
 
-/// How a turn ended, short of an error.
+/// How a turn ended if it raised no error.
 enum TurnEnd {
-    /// The blocks, or the time, are used up.
+    /// All blocks were read, or the time was up.
     Over,
+    /// The relation is locked.
     Locked,
     /// There is no free buffer.
     Full,
-    /// Neither the next block nor those after it can be loaded.
+    /// None of the remaining blocks can be loaded.
     Skip(SkipReason),
 }
 
 impl Worker<'_> {
+    /// Adds a claimed chunk to the total in the progress view.
     fn count_claim(&self, claim: Claim) {
         let left = claim.blocks_left(self.plan) as u64;
         self.progress.change(|progress| progress.total += left);
     }
 
-    /// Tries what was set aside again, until nothing has come of it for a while.
+    /// Retries the chunks that were set aside, until there has been no progress for
+    /// [`LOCKED_TIMEOUT`].
     fn retry(&self, mut set_aside: Vec<Rest>) {
         let mut last_progress = Instant::now();
         while !set_aside.is_empty() && !self.load.has_ended() {
-            let last_try = last_progress.elapsed() >= LOCKED_PATIENCE;
+            let last_try = last_progress.elapsed() >= LOCKED_TIMEOUT;
             let mut still = Vec::new();
             for rest in &set_aside {
                 if let ChunkEnd::SetAside(rest) = self.load_chunk(rest.claim) {
@@ -181,7 +188,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Loads what can be loaded of a chunk, turn by turn.
+    /// Loads a chunk in turns, skipping blocks that cannot be loaded.
     fn load_chunk(&self, claim: Claim) -> ChunkEnd {
         let (_, blocks) = self.plan.chunk(claim.chunk);
         let total = blocks.numbers().len();
@@ -199,7 +206,7 @@ impl Worker<'_> {
             let allowed = match self.load.rate_limit.take(wanted, process::monotonic_micros) {
                 Ok(allowed) => allowed,
                 Err(wait) => {
-                    sleep_as_worker(Some(wait.min(RATE_PATIENCE)), WaitEvent::RateLimit);
+                    sleep_as_worker(Some(wait.min(RATE_SLEEP)), WaitEvent::RateLimit);
                     continue;
                 }
             };
@@ -215,7 +222,7 @@ impl Worker<'_> {
             let end = match transaction::run(|transaction| {
                 self.load_turn(transaction, claim.chunk, &turn)
             }) {
-                // The blocks are as readable as before, once replay has had its turn.
+                // Replay on a standby needed the relation. The blocks can be read later.
                 Err(caught) if caught.is_conflict_with_recovery() => Ok(TurnEnd::Locked),
                 end => end,
             };
@@ -231,7 +238,7 @@ impl Worker<'_> {
                     self.skip(reason, total - done.get());
                     return ChunkEnd::Done;
                 }
-                // Memory, locks or files: there may be enough in a moment.
+                // Memory, locks or files are short, perhaps only for a moment.
                 Err(caught) if caught.is_shortage() => {
                     if !self.shortage_was_logged.replace(true) {
                         self.state.last_error.record(&caught.message);
@@ -240,7 +247,7 @@ impl Worker<'_> {
                     return set_aside(SkipReason::Unreadable);
                 }
                 Err(caught) => {
-                    // One line is enough: the counts tell the rest.
+                    // One line per chunk is enough: the counts tell how many blocks failed.
                     if !std::mem::replace(&mut warned, true) {
                         self.state.last_error.record(&caught.message);
                         caught.warn();
@@ -261,8 +268,8 @@ impl Worker<'_> {
         ChunkEnd::Done
     }
 
-    /// Loads blocks of a chunk, under one lock on their relation, until the turn
-    /// is over.
+    /// Runs one turn: opens and locks the chunk's relation, and loads blocks until the
+    /// time is up.
     fn load_turn(&self, transaction: &Transaction, chunk: u32, turn: &Turn) -> TurnEnd {
         let start = Instant::now();
         let (chunk, blocks) = self.plan.chunk(chunk);
@@ -288,7 +295,7 @@ impl Worker<'_> {
 
         let first = turn.done.get();
         let numbers = &blocks.numbers()[first..];
-        // Numbers are in ascending order.
+        // The block numbers are in ascending order.
         let existing = numbers.partition_point(|&block| block < relation_end);
         if existing == 0 {
             return TurnEnd::Skip(SkipReason::NoBlock);
@@ -315,6 +322,7 @@ impl Worker<'_> {
         }
     }
 
+    /// Counts blocks as skipped.
     fn skip(&self, reason: SkipReason, blocks: usize) {
         self.state
             .load
@@ -323,7 +331,7 @@ impl Worker<'_> {
             .change(|progress| progress.skipped += blocks as u64);
     }
 
-    /// Says what this worker is doing and how far it is, if that is due.
+    /// Updates the activity text, if that is due.
     fn report_now_and_then(&self) {
         let reported = self.reported.get();
         if reported.is_none_or(|reported| reported.elapsed() >= REPORT_INTERVAL) {
@@ -334,22 +342,22 @@ impl Worker<'_> {
     }
 }
 
-/// One turn at a chunk.
+/// What a turn is to do, and what it has done.
 struct Turn<'a> {
     /// How many of the chunk's blocks are done.
     done: &'a Cell<usize>,
-    /// The most blocks that may be read.
+    /// The maximum number of blocks to read.
     most: usize,
-    /// Whether they have been tried before, together with one that is unreadable.
+    /// Whether the blocks were tried before, in one read with an unreadable block.
     once_more: bool,
-    /// Whether it came to reading.
+    /// Whether the relation was opened, so that an error concerns a block.
     opened: Cell<bool>,
-    /// How many blocks have been read that were not in shared buffers already.
+    /// How many blocks were read that were not in shared buffers already.
     read: Cell<usize>,
 }
 
-/// Counts the blocks of a turn when it ends, however it ends: so the counters that
-/// all workers share are seldom touched.
+/// Counts the blocks of a turn when it is dropped, thus after an error as well. The
+/// counters that all workers share are updated once a turn, not once a block.
 struct Tally<'a> {
     worker: &'a Worker<'a>,
     turn: &'a Turn<'a>,
@@ -372,7 +380,8 @@ impl Drop for Tally<'_> {
     fn drop(&mut self) {
         let blocks = (self.turn.done.get() - self.first) as u64;
         let cached = match self.turn.once_more {
-            // What was read along with the unreadable one was not cached before.
+            // These blocks are hits now only because the read that failed had put them
+            // into shared buffers.
             true => 0,
             false => (buffer::hits() - self.hits).min(blocks),
         };
@@ -383,8 +392,8 @@ impl Drop for Tally<'_> {
             .state
             .load
             .count(worker.load.number(), loaded, cached);
-        // Should this worker be ended before the chunk's next turn, the one that
-        // takes over must not count them again.
+        // If this worker is terminated before the next turn, the worker that gets the
+        // rest of the chunk must not count these blocks again.
         worker.slot.set_done(self.turn.done.get());
         worker.progress.change(|progress| progress.done += blocks);
     }

@@ -1,4 +1,5 @@
-//! Which relations a call is about, with all that belongs to them.
+//! Finding the relations that a call prewarms: tables with their indexes, TOAST tables
+//! and partitions, after all checks. Locks are held only for that.
 
 use std::ffi::CString;
 
@@ -11,7 +12,7 @@ use crate::pg::process::transaction::Transaction;
 use crate::pg::storage::catalog;
 use crate::pg::storage::relation::Relation;
 
-/// What of a table is wanted beside itself.
+/// Which relations and forks are to be prewarmed beside a table itself.
 #[derive(Clone, Debug)]
 pub struct Wanted {
     pub indexes: bool,
@@ -20,12 +21,12 @@ pub struct Wanted {
     pub forks: Vec<Fork>,
 }
 
-/// What a relation is to those who look something up.
+/// The kind of a relation, in the order of prewarming.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
-    /// It is of use for every look-up, and small: it comes first.
+    /// Indexes are small and used by most queries, so they come first.
     Index,
-    /// Tables, TOAST tables, materialised views, sequences.
+    /// Tables, TOAST tables, materialized views, sequences.
     Heap,
 }
 
@@ -39,11 +40,11 @@ pub struct Collected {
     pub blocks: BlockNumber,
 }
 
-/// Everything to be done, and what is left out.
+/// The relations to be prewarmed, and how many were skipped.
 #[derive(Default)]
 pub struct Collection {
     pub parts: Vec<Collected>,
-    /// Relations that the caller may not read.
+    /// Relations for which the caller lacks the SELECT privilege.
     pub denied: usize,
     /// Partitions that are foreign tables.
     pub foreign: usize,
@@ -51,8 +52,8 @@ pub struct Collection {
 }
 
 impl Collection {
-    /// A relation that the caller named, after all checks. Whoever may read it may
-    /// read all that belongs to it.
+    /// The relation that the caller named, after all checks. SELECT on it covers its
+    /// indexes, TOAST table and partitions.
     pub fn of_relation(transaction: &Transaction, oid: pgrx::pg_sys::Oid, wanted: &Wanted) -> Self {
         let mut collection = Self::default();
         let relation = Relation::open_with_table(transaction, oid);
@@ -72,7 +73,8 @@ impl Collection {
         collection
     }
 
-    /// Everything in a schema, or in the database, that the caller may read.
+    /// All relations in a schema, or in the database, on which the caller has the SELECT
+    /// privilege.
     pub fn of_schema(
         transaction: &Transaction,
         schema: Option<pgrx::pg_sys::Oid>,
@@ -82,7 +84,8 @@ impl Collection {
         let mut collection = Self::default();
         for oid in catalog::all_with_storage(transaction, schema, system) {
             check_for_interrupts();
-            // Who may not read it is not kept waiting for its lock.
+            // The privilege is checked before the lock is requested, so that a caller
+            // without it does not wait for the lock.
             match catalog::may_be_selected_from(transaction, oid) {
                 Some(true) => collection.add_if_there(transaction, oid, wanted),
                 Some(false) => collection.denied += 1,
@@ -92,6 +95,7 @@ impl Collection {
         collection
     }
 
+    /// Adds a relation, unless it was dropped meanwhile.
     fn add_if_there(&mut self, transaction: &Transaction, oid: Oid, wanted: &Wanted) {
         check_for_interrupts();
         if let Some(relation) = Relation::try_open_with_table(transaction, oid) {
@@ -99,7 +103,7 @@ impl Collection {
         }
     }
 
-    /// Adds a relation, its indexes and its TOAST table with its index.
+    /// Adds a relation, its indexes, and its TOAST table with that table's index.
     fn add(&mut self, transaction: &Transaction, relation: Relation, wanted: &Wanted) {
         if relation.is_foreign_table() {
             self.foreign += 1;
@@ -136,8 +140,8 @@ impl Collection {
         }
     }
 
-    /// Puts the parts into the order in which they are done: indexes before what
-    /// they are of, small before large.
+    /// Sorts the parts into the order of prewarming: indexes before tables, small
+    /// before large.
     pub fn sort(&mut self) {
         self.parts
             .sort_by_key(|part| (part.class, part.blocks, part.part.relation, part.part.fork));

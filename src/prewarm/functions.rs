@@ -1,12 +1,12 @@
 //! `pg_prewarm_relation()`, `pg_prewarm_schema()` and `pg_prewarm_database()`.
 //!
-//! Each collects what it is about, orders it, reads the upper levels of indexes,
-//! and then shares the rest with its parallel workers. Whoever may call
-//! `pg_prewarm()` may call these: rights are those to the relations.
+//! Each collects its relations, sorts them, reads the upper levels of indexes, and
+//! then shares the rest with its parallel workers. Every role may call them: the
+//! privileges checked are those on the relations.
 
 use std::ffi::CString;
 use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::Relaxed;
 
 use pgrx::prelude::*;
 use rustc_hash::FxHashSet;
@@ -24,11 +24,11 @@ use crate::pg::process::{memory, now};
 use crate::pg::shared::parallel;
 use crate::pg::storage::{catalog, relation};
 
-/// One fork of a relation that was done: the relation, the fork, its blocks, those
-/// that were in shared buffers already, and how long it took.
+/// A row of the result: the relation, the fork, how many blocks were prewarmed, how many
+/// of these were in shared buffers already, and how long it took.
 type Row = (pg_sys::Oid, &'static str, i64, i64, Interval);
 
-// pgrx wants to see each function's row type itself.
+// pgrx needs each function's row type spelled out.
 
 #[pg_extern(sql = false)]
 #[allow(clippy::too_many_arguments)]
@@ -101,7 +101,7 @@ fn rows(
     TableIterator::new(prewarm(transaction).unwrap_or_else(|error| error.raise()))
 }
 
-/// What all of them are asked for.
+/// The arguments that all three functions have.
 struct Request {
     mode: Mode,
     wanted: Wanted,
@@ -110,11 +110,11 @@ struct Request {
 }
 
 impl Request {
-    /// As many as the server's own settings for parallel workers allow.
+    /// The maximum of the server's own settings for parallel workers.
     const MOST_WORKERS: i32 = 1024;
 
-    /// What these arguments ask for, without partitions: in a schema or a database
-    /// these are found by themselves.
+    /// Checks the arguments. Partitions are left out: in a schema or a database, they
+    /// are found like other tables.
     fn of(
         mode: Option<&[u8]>,
         indexes: Option<bool>,
@@ -146,7 +146,7 @@ impl Request {
     }
 }
 
-/// The forks of these names, each once.
+/// The forks with these names, without duplicates.
 fn forks_of(names: Option<Array<&[u8]>>) -> Result<Vec<Fork>, Error> {
     let mut forks = Vec::new();
     for name in names.ok_or(Error::NullFork)?.iter() {
@@ -158,7 +158,7 @@ fn forks_of(names: Option<Array<&[u8]>>) -> Result<Vec<Fork>, Error> {
     Ok(forks)
 }
 
-/// Does all of it, and returns a row for each part that was done.
+/// Prewarms the collection, and returns a row for each part that was begun.
 fn run(
     transaction: &Transaction,
     kind: Kind,
@@ -166,7 +166,7 @@ fn run(
     request: Request,
 ) -> Vec<Row> {
     collection.sort();
-    tell_what_is_left_out(&collection);
+    report_skipped(&collection);
     let start = now();
     let parts = &collection.parts;
     let all: u64 = parts.iter().map(|part| u64::from(part.blocks)).sum();
@@ -179,7 +179,7 @@ fn run(
     words.resize_with(Filled::words(), || AtomicU32::new(0));
     let local = FilledLocal::default();
 
-    // First the upper levels of indexes, alone.
+    // The caller alone reads the upper levels of indexes.
     let mut left = total;
     let mut full = None;
     if let Mode::Buffer = request.mode {
@@ -201,7 +201,8 @@ fn run(
         memory::reserve(&mut words, done.len());
         words.extend(done.into_iter().map(AtomicU32::new));
     }
-    // Then the rest, as far as the limit goes.
+    // max_blocks is divided among the targets now, so that the result does not depend
+    // on which process is faster.
     for target in &mut targets {
         left = target.cut(left, &words);
     }
@@ -213,7 +214,7 @@ fn run(
             .div_ceil(LEAST_FOR_A_WORKER)
             .min(request.workers.into()) as u16,
     };
-    let done_before = targets.iter().map(|target| target.done.load(SeqCst)).sum();
+    let done_before = targets.iter().map(|target| target.done.load(Relaxed)).sum();
     let header = Header::new(request.mode, u32::from(workers) + 1, done_before);
     if let Some(full) = full {
         header.set_full(full);
@@ -231,7 +232,7 @@ fn run(
             share.work(job.cells, job.words);
         },
         |job| {
-            tell_how_it_ended(&collection, job.header, job.cells, total);
+            report_end(&collection, job.header, job.cells, total);
             job.cells.iter().filter_map(row).collect()
         },
     );
@@ -239,26 +240,27 @@ fn run(
     rows
 }
 
-/// How many blocks are left that workers may do.
+/// How many blocks are left for parallel workers, which cannot read temporary relations.
 fn for_others(targets: &[Target]) -> u64 {
     let shared = targets.iter().filter(|target| !target.is_temporary);
     shared.map(Target::left).sum()
 }
 
-/// The row of a part that was begun, or that is empty.
+/// The row of a target. `None` if it was not begun, unless it is empty.
 fn row(target: &Target) -> Option<Row> {
     (target.has_begun() || target.is_empty).then(|| {
         (
             target.part.relation.into(),
             target.part.fork.name(),
-            target.done.load(SeqCst) as i64,
-            target.cached.load(SeqCst) as i64,
+            target.done.load(Relaxed) as i64,
+            target.cached.load(Relaxed) as i64,
             Interval::from_micros(target.elapsed()),
         )
     })
 }
 
-fn tell_what_is_left_out(collection: &Collection) {
+/// Notifies the client of relations that were skipped.
+fn report_skipped(collection: &Collection) {
     if collection.denied > 0 {
         notice(&format!(
             "skipped {} for which the SELECT privilege is missing",
@@ -267,10 +269,8 @@ fn tell_what_is_left_out(collection: &Collection) {
     }
     match collection.foreign {
         0 => {}
-        1 => notice("skipped 1 relation that is a foreign table"),
-        count => notice(&format!(
-            "skipped {count} relations that are foreign tables"
-        )),
+        1 => notice("skipped 1 foreign table"),
+        count => notice(&format!("skipped {count} foreign tables")),
     }
 }
 
@@ -281,16 +281,17 @@ fn relations(count: usize) -> String {
     }
 }
 
-fn tell_how_it_ended(collection: &Collection, header: &Header, targets: &[Target], total: u64) {
-    let mut told = FxHashSet::default();
+/// Notifies the client of relations that changed, and of a lack of buffers.
+fn report_end(collection: &Collection, header: &Header, targets: &[Target], total: u64) {
+    let mut reported = FxHashSet::default();
     for (part, target) in collection.parts.iter().zip(targets) {
         if let Some(change) = target.change()
-            && told.insert(target.part.relation)
+            && reported.insert(target.part.relation)
         {
             change.notice(&part.name);
         }
     }
-    let done = header.done.load(SeqCst);
+    let done = header.done.load(Relaxed);
     match header.full() {
         None => {}
         Some(Full::Shared) => notice(&format!(

@@ -1,11 +1,11 @@
-//! Lets whoever waits for a relation have it, though several processes of one call
-//! read it.
+//! The gate: has all processes of a call release their locks together, so that other
+//! sessions get the locks they wait for.
 //!
-//! To the server, a session and its parallel workers are one: while one of them
-//! holds a lock, another gets it at once, ahead of those who wait for it. So a
-//! process that gives a lock back for which somebody may be waiting asks for a
-//! pause: all others give theirs back as well, and none asks for one before all
-//! have.
+//! To the lock manager, a session and its parallel workers are one group: while one of
+//! them holds a lock, another is granted it at once, ahead of waiting sessions. So a
+//! process that releases a lock for which another session may be waiting requests a
+//! pause. All other processes of the call then release theirs as well, and none
+//! requests a lock again before all have.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::pg::process::latch::{self, WaitEvent};
 const POLL: Duration = Duration::from_millis(1);
 
 pub struct Gate {
-    /// How many processes hold a relation's lock, or are about to ask for one.
+    /// How many processes hold a relation's lock, or are about to request one.
     inside: AtomicU32,
     pause: AtomicBool,
 }
@@ -28,11 +28,12 @@ impl Gate {
         }
     }
 
-    /// Waits until no pause is on. The process may ask for a lock then, and has
-    /// given it back when it lets go of what this returns.
+    /// Waits until no pause is requested. The process may then lock a relation, and has
+    /// to release the lock before it drops the returned value.
     pub fn pass(&self) -> Inside<'_> {
         loop {
-            // First it is counted: who asks for a pause from here on waits for it.
+            // The process is counted before it looks for a pause, so that a pause
+            // requested from now on does not end before this process has left.
             self.inside.fetch_add(1, SeqCst);
             let inside = Inside(self);
             if !self.pause.load(SeqCst) {
@@ -47,6 +48,7 @@ impl Gate {
         }
     }
 
+    /// Requests a pause.
     pub fn ask_for_pause(&self) {
         self.pause.store(true, SeqCst);
     }

@@ -1,11 +1,11 @@
-//! What a call that prewarms many relations has to do, as all its processes see it.
+//! The job of a call that prewarms many relations, in memory that the caller shares
+//! with its parallel workers.
 //!
-//! The caller lays it out, alone; its parallel workers then share the work with
-//! it. Targets stand in the order in which they are done; each process goes through
-//! them, claiming runs of blocks until there is none left. A header, an array of
-//! targets, and words: first a bit for each shared buffer, which says whether the
-//! call has brought something there, then the blocks of indexes that were done
-//! beforehand.
+//! The job consists of a header, an array of targets in the order of prewarming, and
+//! words: first a bit for each shared buffer, which is set when the call has read a
+//! block into the buffer; then the numbers of the index blocks that the caller has read
+//! beforehand. All processes go through the targets and claim runs of blocks until none
+//! are left. Memory orderings follow the rule in `crate::autoprewarm`'s `state`.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::CStr;
@@ -31,24 +31,26 @@ use crate::pg::storage::buffer::{self, Pinned, Place};
 use crate::pg::storage::prefault::{Prefaulted, Prefaulter};
 use crate::pg::storage::room;
 
-/// What the library's entry point for parallel workers is called.
+/// The name of the library's entry point for parallel workers.
 pub const WORKER_ENTRY: &CStr = c"pg_prewarm_parallel_main";
 
 pub struct Header {
     pub mode: Mode,
-    /// How many processes share the work: those that were asked for, until it is
-    /// known how many came.
+    /// How many processes share the work: the number requested, until it is known how
+    /// many have started.
     processes: AtomicU32,
-    /// Blocks that are done, by all of them.
+    /// How many blocks all processes have done.
     pub done: AtomicU64,
-    /// Why nothing more is to be done, if so: each [`Full`] is a bit.
+    /// Which buffers are full, so that no more blocks are to be read into them: each
+    /// [`Full`] is a bit.
     full: AtomicU32,
     free: Free,
     gate: Gate,
     prefaulted: Prefaulted,
 }
 
-// SAFETY: atomics, and what is not changed any more.
+// SAFETY: it holds no pointers and nothing to drop, and once it is shared, only its
+// atomics change.
 unsafe impl Shared for Header {}
 
 impl Header {
@@ -64,7 +66,7 @@ impl Header {
         }
     }
 
-    /// So many workers share the work with the caller.
+    /// Sets how many workers share the work with the caller.
     pub fn set_workers(&self, workers: u32) {
         self.processes.store(workers + 1, SeqCst);
     }
@@ -73,12 +75,12 @@ impl Header {
         self.processes.load(SeqCst)
     }
 
-    /// Nothing more is to be done.
+    /// Records that no more blocks are to be read into the given buffers.
     pub fn set_full(&self, full: Full) {
         self.full.fetch_or(full as u32, SeqCst);
     }
 
-    /// Why nothing more is to be done, if so.
+    /// Which buffers are full. `None` if none are.
     pub fn full(&self) -> Option<Full> {
         let bits = self.full.load(SeqCst);
         [Full::Shared, Full::Local]
@@ -87,31 +89,31 @@ impl Header {
     }
 }
 
-/// One fork of a relation.
+/// One fork of a relation, and how far it has been prewarmed.
 pub struct Target {
     pub part: Part,
-    /// Only the caller can read it.
+    /// Whether the relation is temporary, so that only the caller can read it.
     pub is_temporary: bool,
-    /// The first block that is not to be done any more.
+    /// The end of the blocks to be read.
     pub end: BlockNumber,
     pub is_empty: bool,
-    /// Where, among the words, its blocks begin that were done beforehand, and how
-    /// many that are.
+    /// The position of the blocks done beforehand in the words, and their number.
     pub except: (u32, u32),
-    /// The first block that nobody has claimed.
+    /// The first block that no process has claimed.
     next: AtomicU32,
     pub done: AtomicU64,
     pub cached: AtomicU64,
-    /// When work on it began and ended, by the server's clock; 0 for not yet.
+    /// When the first block was begun and the last was done; 0 means not yet.
     began: AtomicI64,
     ended: AtomicI64,
-    /// Microseconds that work on it took beforehand.
+    /// Microseconds spent before the last [`Self::pause`].
     took: AtomicI64,
-    /// A [`Change`], counted from 1; 0 for none.
+    /// A [`Change`] plus one; 0 means none.
     change: AtomicU32,
 }
 
-// SAFETY: atomics, and what is not changed any more.
+// SAFETY: it holds no pointers and nothing to drop, and once it is shared, only its
+// atomics change.
 unsafe impl Shared for Target {}
 
 impl Target {
@@ -132,7 +134,8 @@ impl Target {
         }
     }
 
-    /// Its blocks that were done beforehand, sorted.
+    /// The blocks of the target that were done beforehand, sorted. They no longer change,
+    /// so they may be read with any memory ordering.
     pub fn done_before<'w>(&self, words: &'w [AtomicU32]) -> &'w [AtomicU32] {
         let (start, count) = (self.except.0 as usize, self.except.1 as usize);
         &words[start..start + count]
@@ -143,14 +146,14 @@ impl Target {
         u64::from(self.end).saturating_sub(u64::from(self.except.1))
     }
 
-    /// Leaves out what is more than so many blocks, beside those done already.
-    /// Returns how many may be done after it.
+    /// Limits the target to `most` blocks, in addition to those done already. Returns how
+    /// many blocks are left for the targets after it.
     pub fn cut(&mut self, most: u64, words: &[AtomicU32]) -> u64 {
         let wanted = self.left();
         if wanted <= most {
             return most - wanted;
         }
-        // The end moves on by one for each block before it that is done already.
+        // Each block before the end that is done already moves the end by one.
         let mut end = most as BlockNumber;
         for block in self.done_before(words) {
             if end == 0 || block.load(Relaxed) >= end {
@@ -162,7 +165,7 @@ impl Target {
         0
     }
 
-    /// A run of blocks for one of so many processes.
+    /// Claims a run of blocks, whose length depends on how many processes share them.
     fn claim(&self, processes: u32) -> Option<Range<BlockNumber>> {
         const LEAST: u32 = 512;
         const MOST: u32 = 16384;
@@ -179,33 +182,33 @@ impl Target {
     }
 
     fn begin(&self) {
-        let _ = self.began.compare_exchange(0, now(), SeqCst, SeqCst);
+        let _ = self.began.compare_exchange(0, now(), Relaxed, Relaxed);
     }
 
     pub fn has_begun(&self) -> bool {
-        self.began.load(SeqCst) != 0 || self.done.load(SeqCst) > 0
+        self.began.load(Relaxed) != 0 || self.done.load(Relaxed) > 0
     }
 
-    /// What is done of it from here on is done later.
+    /// Stops the clock until the target is begun again.
     pub fn pause(&self) {
-        self.took.store(self.elapsed(), SeqCst);
-        self.began.store(0, SeqCst);
-        self.ended.store(0, SeqCst);
+        self.took.store(self.elapsed(), Relaxed);
+        self.began.store(0, Relaxed);
+        self.ended.store(0, Relaxed);
     }
 
     fn count(&self, count: Count) {
-        self.done.fetch_add(count.blocks, SeqCst);
-        self.cached.fetch_add(count.cached, SeqCst);
-        self.ended.fetch_max(now(), SeqCst);
+        self.done.fetch_add(count.blocks, Relaxed);
+        self.cached.fetch_add(count.cached, Relaxed);
+        self.ended.fetch_max(now(), Relaxed);
     }
 
-    /// Microseconds from the beginning of the work on it to its end, without pauses.
+    /// Microseconds from the first block to the last, without the pause.
     pub fn elapsed(&self) -> i64 {
-        let last = self.ended.load(SeqCst) - self.began.load(SeqCst);
-        self.took.load(SeqCst) + last.max(0)
+        let last = self.ended.load(Relaxed) - self.began.load(Relaxed);
+        self.took.load(Relaxed) + last.max(0)
     }
 
-    /// Nothing more can be done of it.
+    /// Records that the relation has changed, so that no more of it can be read.
     fn give_up(&self, change: Change) {
         self.change.store(change as u32 + 1, SeqCst);
         self.next.store(self.end, SeqCst);
@@ -217,19 +220,20 @@ impl Target {
     }
 }
 
-/// Which buffers are full of what the call has read.
+/// Which buffers hold only blocks that the call has read, so that another read would
+/// evict one of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Full {
     Shared = 1,
-    /// Those of this session's temporary relations.
+    /// The buffers for this session's temporary relations.
     Local = 2,
 }
 
-/// The local buffers that a call has brought something into.
+/// The local buffers that a call has read blocks into.
 pub type FilledLocal = RefCell<FxHashSet<i32>>;
 
-/// How many buffers were free when all were last counted, less what the call has read
-/// since; [`u64::MAX`] before that.
+/// How many buffers were free at the last count, less the blocks that the call has read
+/// since; [`u64::MAX`] before the first count.
 struct Free(AtomicU64);
 
 impl Free {
@@ -239,9 +243,10 @@ impl Free {
     }
 }
 
-/// The buffers that a call has brought something into. The first time that another
-/// block is found in one of these, something of the call's has been evicted, by it
-/// or by others: then there are no others any more.
+/// The buffers that a call has read blocks into. When a block is read into one of these
+/// again, one of the call's blocks has been evicted, by the call or by others: then all
+/// buffers that could be evicted are the call's own. The bits are hints: they decide
+/// only whether the call stops a few blocks earlier or later.
 pub struct Filled<'a> {
     shared: &'a [AtomicU32],
     local: &'a FilledLocal,
@@ -251,7 +256,7 @@ pub struct Filled<'a> {
 }
 
 impl<'a> Filled<'a> {
-    /// How many words it takes.
+    /// How many words hold one bit for each shared buffer.
     pub fn words() -> usize {
         buffer::count().div_ceil(32)
     }
@@ -265,8 +270,8 @@ impl<'a> Filled<'a> {
         }
     }
 
-    /// How many blocks can be read, at most so many, before one of the call's would
-    /// be evicted. It is a guess, since others use buffers as well.
+    /// How many blocks can be read, at most `most`, before one of the call's blocks would
+    /// be evicted. This is an estimate, since other sessions use buffers as well.
     fn room(&self, is_temporary: bool, most: usize) -> usize {
         if is_temporary {
             let all = match buffer::count_local() {
@@ -284,8 +289,9 @@ impl<'a> Filled<'a> {
         }
     }
 
-    /// How many buffers are free, where these are taken before anything is evicted. All
-    /// are counted only where it may matter, and for a tenth of the time at most.
+    /// How many buffers are free, if the server uses these before it evicts blocks, and 0
+    /// if not. They are counted only if the number may matter, and for at most a tenth of
+    /// the time.
     fn count_free(&self, most: usize) -> usize {
         if !room::free_list_has_any() {
             return 0;
@@ -303,13 +309,14 @@ impl<'a> Filled<'a> {
         free
     }
 
+    /// Marks a buffer that a block was read into. `Break` if it was marked before.
     fn mark(&self, buffer: &Pinned) -> ControlFlow<Full> {
         match buffer.place() {
             Place::Shared(index) => {
                 let bit = 1 << (index % 32);
                 let before = self.shared[index / 32].fetch_or(bit, Relaxed);
-                // What was in it may also have been dropped, if free buffers come first
-                // and there are some.
+                // If the server uses free buffers first and there are some, the buffer's
+                // former block was dropped, not evicted.
                 if before & bit != 0 && !room::free_list_has_any() {
                     return Break(Full::Shared);
                 }
@@ -324,12 +331,13 @@ impl<'a> Filled<'a> {
     }
 }
 
-/// One process at work.
+/// One process's part in the job.
 pub struct Share<'a> {
     pub header: &'a Header,
     pub filled: &'a Filled<'a>,
     pub reader: Reader<'a>,
-    /// The caller's row tells of all processes, a worker's of itself.
+    /// The process's row in the progress view. The caller's row counts the blocks of all
+    /// processes, a worker's row its own.
     progress: ShownProgress,
     is_caller: bool,
 }
@@ -366,6 +374,7 @@ impl<'a> Share<'a> {
         }
     }
 
+    /// Whether no more blocks of the target are to be read, for lack of buffers.
     fn is_to_stop(&self, target: &Target) -> bool {
         match self.header.full() {
             None => false,
@@ -374,7 +383,7 @@ impl<'a> Share<'a> {
         }
     }
 
-    /// Does what can be claimed of the targets.
+    /// Claims and reads blocks of the targets until none are left.
     pub fn work(&self, targets: &[Target], words: &[AtomicU32]) {
         for target in targets {
             if target.is_temporary && !self.is_caller {
@@ -408,8 +417,8 @@ impl<'a> Share<'a> {
             None,
             work,
             &|most| {
-                // Each process leaves the others as much. Only the caller reads what
-                // is temporary.
+                // The room is divided among the processes, but only the caller reads
+                // temporary relations.
                 let processes = match target.is_temporary {
                     true => 1,
                     false => self.header.processes() as usize,
@@ -433,7 +442,7 @@ impl<'a> Share<'a> {
                 if !target.is_temporary {
                     self.filled.free.take(count.blocks - count.cached);
                 }
-                let all = self.header.done.fetch_add(count.blocks, SeqCst) + count.blocks;
+                let all = self.header.done.fetch_add(count.blocks, Relaxed) + count.blocks;
                 self.progress.change(|progress| match self.is_caller {
                     true => progress.done = all,
                     false => progress.done += count.blocks,
@@ -451,13 +460,14 @@ impl<'a> Share<'a> {
     }
 }
 
-/// A parallel worker's life.
+/// Runs a parallel worker.
 ///
 /// # Safety
-/// `toc` is what the entry point [`WORKER_ENTRY`] was given.
+/// `toc` is the table of contents that the server has passed to [`WORKER_ENTRY`].
 pub unsafe fn worker_main(toc: *mut pgrx::pg_sys::shm_toc) {
-    // SAFETY: the caller's promise; whoever names that entry point shares such a
-    // job.
+    // SAFETY: the server passes the table of contents of the process that launched this
+    // worker. Only `functions::run` launches workers with this entry point, and it
+    // shares a job of these types.
     let job = unsafe { parallel::attach::<Header, Target>(toc) };
     // SAFETY: the server calls the entry point of a parallel worker in a transaction.
     let transaction = unsafe { Transaction::of_call() };

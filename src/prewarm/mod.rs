@@ -1,6 +1,9 @@
-//! Prewarming on demand: `pg_prewarm()`, which reads one relation's blocks into one
-//! of three caches, and [`functions`] that do so for all that people mean by a
-//! table, a schema, or a database.
+//! Prewarming on demand: `pg_prewarm()`, which reads blocks of one relation, and the
+//! [`functions`] for a table with all that belongs to it, a schema, or a database.
+//!
+//! [`collect`] finds the relations and [`upper`] reads the upper levels of indexes;
+//! [`job`] shares the work with parallel workers, which [`gate`] has release locks
+//! together. All blocks are read in turns by [`read`].
 
 mod collect;
 mod functions;
@@ -27,14 +30,14 @@ use crate::pg::storage::prefault::Prefaulted;
 use crate::pg::storage::reads_directly;
 use crate::pg::storage::relation::{self, Relation};
 
-/// How far blocks are brought.
+/// The type of prewarming, contrib's argument `mode`.
 #[derive(Clone, Copy, Debug)]
 pub enum Mode {
-    /// The operating system is asked to read them, and not waited for.
+    /// Asks the operating system to read the blocks, and does not wait.
     Prefetch,
-    /// They are read, which leaves them in the operating system's cache.
+    /// Reads the blocks, which leaves them in the operating system's cache.
     Read,
-    /// They are read into shared buffers.
+    /// Reads the blocks into shared buffers.
     Buffer,
 }
 
@@ -52,7 +55,8 @@ impl Mode {
         }
     }
 
-    /// With direct I/O, what the operating system has read is of no use.
+    /// Rejects prefetch with direct I/O: the server then bypasses the operating
+    /// system's cache.
     fn check_supported(self) -> Result<(), Error> {
         match self {
             Self::Prefetch if reads_directly() => Err(Error::PrefetchWithDirectIo),
@@ -62,10 +66,10 @@ impl Mode {
 }
 
 /// Prewarms the blocks `first_block` to `last_block` of one fork of a relation,
-/// and returns how many that were. A null bound is that end of the fork.
+/// and returns how many that were. NULL means the first or last block of the fork.
 ///
-/// Needs SELECT on the relation (on its table, for an index). Text comes as
-/// bytes, since not every database's encoding is UTF-8.
+/// It requires SELECT on the relation, or for an index, on its table. Text arguments
+/// are bytes, since not every database's encoding is UTF-8.
 #[pg_extern(sql = r#"
 CREATE FUNCTION pg_prewarm(regclass,
                            mode text DEFAULT 'buffer',
@@ -114,12 +118,12 @@ fn prewarm(
     if first > last {
         return Ok(0);
     }
-    // As the server does where it reads into buffers, but for some releases.
+    // Most releases of the server check this themselves when they read into buffers.
     if !matches!(mode, Mode::Read) {
         relation.check_not_others();
     }
 
-    // Both lie within the fork, whose blocks are counted in 32 bits.
+    // Both lie within the fork, so they fit into 32 bits.
     Ok(run(
         transaction,
         relation,
@@ -130,7 +134,7 @@ fn prewarm(
     ))
 }
 
-/// The bound that the caller set, if it lies within the fork; else the default.
+/// The caller's bound, which has to lie within the fork, or the default if it is NULL.
 fn within(
     bound: Option<i64>,
     default: i64,
@@ -144,8 +148,8 @@ fn within(
     }
 }
 
-/// Brings the blocks from `first` to before `end` where `mode` says, and returns
-/// how many that were: fewer, where the relation changes meanwhile.
+/// Prewarms the blocks from `first` to before `end`, and returns how many were done:
+/// fewer if the relation changes meanwhile.
 fn run<'t>(
     transaction: &'t Transaction,
     relation: Relation<'t>,
@@ -165,7 +169,7 @@ fn run<'t>(
         skipped: 0,
         start: now(),
     });
-    // Shown from the beginning.
+    // Show the row before the first turn ends.
     progress.change(|_| ());
     let how = Reader::alone(transaction, mode, &Prefaulted::new()).read(
         &part,

@@ -1,8 +1,10 @@
-//! Reading blocks of one fork in turns.
+//! Reading blocks of one fork in turns, in each of the three modes.
 //!
-//! A relation's lock is given back after each turn, and taken again the ordinary
-//! way: whoever waited for it has had it before. So the relation may be another one
-//! then, or none: what it was is compared each time.
+//! The relation's lock is released after each turn and requested again through the
+//! ordinary queue, so that sessions waiting for it get it first. Meanwhile the relation
+//! may have been changed or dropped, so each turn checks that the relation still has the
+//! same file. If a turn has no room to read blocks into shared buffers, blocks that are
+//! there already can still be done; the call ends at the first that is not.
 
 use std::ffi::CStr;
 use std::ops::ControlFlow::{self, Break, Continue};
@@ -21,7 +23,7 @@ use crate::pg::storage::buffer::{self, Pinned, Place};
 use crate::pg::storage::prefault::{self, Prefaulted, Prefaulter};
 use crate::pg::storage::relation::{Locator, Relation};
 
-/// One fork of a relation, in the file that it has now.
+/// One fork of a relation, and the file that the relation had when it was opened first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
     pub relation: Oid,
@@ -39,9 +41,9 @@ impl Part {
     }
 }
 
-/// Blocks of a fork, in ascending order, that are still to be read.
+/// The blocks of a fork that are still to be read, in ascending order.
 pub enum Work<'a> {
-    /// All of a range but these, which are sorted.
+    /// A range without the blocks in `except`, which are sorted and do not change.
     Range {
         blocks: Range<BlockNumber>,
         except: &'a [AtomicU32],
@@ -64,7 +66,7 @@ impl Work<'_> {
         }
     }
 
-    /// The next blocks, at most so many, of a fork that has that many.
+    /// The next blocks, at most `most`, that lie before the end of the fork.
     fn next(&self, most: usize, fork_end: BlockNumber) -> Vec<BlockNumber> {
         match self {
             Self::Range { blocks, except } => (blocks.start..blocks.end.min(fork_end))
@@ -80,7 +82,7 @@ impl Work<'_> {
         }
     }
 
-    /// All before this block are done.
+    /// Removes the blocks before `next`, which are done.
     fn advance_to(&mut self, next: BlockNumber) {
         match self {
             Self::Range { blocks, .. } => blocks.start = next,
@@ -98,16 +100,17 @@ fn contains(sorted: &[AtomicU32], block: BlockNumber) -> bool {
 /// How reading ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// All is read.
+    /// All blocks were read.
     Over,
-    /// There is no room for the next block.
+    /// There is no room for the next block in shared or local buffers.
     Full,
-    /// Whoever was handed the blocks wanted no more.
+    /// The callback for buffers asked to stop.
     Stopped,
+    /// The relation was changed by another session.
     Changed(Change),
 }
 
-/// What became of a relation while it was read.
+/// How a relation was changed while it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
     Dropped,
@@ -118,36 +121,37 @@ pub enum Change {
 impl Change {
     pub const ALL: [Self; 3] = [Self::Dropped, Self::Rewritten, Self::Truncated];
 
-    /// Tells the client.
+    /// Sends the client a NOTICE.
     pub fn notice(self, name: &CStr) {
         let format = match self {
-            Self::Dropped => c"relation \"%s\" was dropped while it was prewarmed",
-            Self::Rewritten => c"relation \"%s\" was rewritten while it was prewarmed",
-            Self::Truncated => c"relation \"%s\" was truncated while it was prewarmed",
+            Self::Dropped => c"relation \"%s\" was dropped while it was being prewarmed",
+            Self::Rewritten => c"relation \"%s\" was rewritten while it was being prewarmed",
+            Self::Truncated => c"relation \"%s\" was truncated while it was being prewarmed",
         };
         notice_relation(format, name);
     }
 }
 
-/// What a turn has done.
+/// How many blocks a turn has read.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Count {
     pub blocks: u64,
-    /// Those that were in shared buffers already.
+    /// How many of these were in shared buffers already.
     pub cached: u64,
 }
 
-/// One process that reads.
+/// The settings and state of one process that reads.
 pub struct Reader<'a> {
     pub transaction: &'a Transaction,
     pub mode: Mode,
-    /// What processes that share the work have to pass.
+    /// The gate of the processes that share the work. `None` if there is only one.
     pub gate: Option<&'a Gate>,
     pub prefaulter: Prefaulter<'a>,
     pub pace: Pace,
 }
 
 impl<'a> Reader<'a> {
+    /// A reader that shares its work with no other process.
     pub fn alone(transaction: &'a Transaction, mode: Mode, prefaulted: &'a Prefaulted) -> Self {
         Self {
             transaction,
@@ -158,10 +162,12 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reads blocks of a part of a relation, which may be open already. In buffer
-    /// mode `room` tells before each turn how many blocks it may read, at most so
-    /// many, and each buffer is handed to `each`, until that breaks off; `count` is
-    /// told after each turn. Raises the server's ERROR where a block cannot be read.
+    /// Reads blocks of a part of a relation, which may be open already. Raises the
+    /// server's ERROR if a block cannot be read.
+    ///
+    /// In buffer mode, `room` is called before each turn: it returns how many blocks the
+    /// turn may read, at most its argument. Each buffer is passed to `each`, which can
+    /// stop the reading. `count` is called after each turn.
     pub fn read(
         &self,
         part: &Part,
@@ -189,7 +195,7 @@ impl<'a> Reader<'a> {
             let fork_end = relation.blocks(part.fork);
             let mut blocks = work.next(most.max(1), fork_end);
             if most == 0 && !blocks.is_empty() {
-                // What is in a buffer already needs no room.
+                // Blocks that are in a buffer already need no room.
                 blocks = work.next(self.most_blocks(), fork_end);
                 let is_cached = |block: &&BlockNumber| relation.is_cached(part.fork, **block);
                 blocks.truncate(blocks.iter().take_while(is_cached).count());
@@ -224,8 +230,8 @@ impl<'a> Reader<'a> {
         self.pace.most_blocks().min(AT_ONCE)
     }
 
-    /// Reads some of the blocks, at least one, until the turn's time is over.
-    /// Returns how many, and whether to go on.
+    /// Reads some of the blocks, at least one, until the turn's time is up. Returns how
+    /// many it has read, and whether to continue.
     fn turn(
         &self,
         relation: &Relation,
@@ -235,7 +241,8 @@ impl<'a> Reader<'a> {
         count: &mut dyn FnMut(Count),
     ) -> (usize, ControlFlow<()>) {
         if let Mode::Buffer = self.mode {
-            // Its look-up in a catalog would be counted among the hits.
+            // The first look-up of the tablespace reads a catalog, whose buffer hits would
+            // be counted as the relation's.
             relation.look_up_tablespace();
         }
         let start = Instant::now();
@@ -248,7 +255,7 @@ impl<'a> Reader<'a> {
             true => Break(()),
             false => flow,
         };
-        // Blocks are in a row in the modes without buffers.
+        // In the modes without buffers, the blocks are always consecutive.
         let (first, end) = (blocks[0], blocks[blocks.len() - 1] + 1);
         let count_run = |blocks| {
             done += blocks;
@@ -258,7 +265,7 @@ impl<'a> Reader<'a> {
             Mode::Prefetch => relation.prefetch(fork, first, end, count_run),
             Mode::Read => relation.read(fork, first, end, count_run),
             Mode::Buffer => {
-                // Nobody else reads what is temporary.
+                // No other process can read a temporary relation.
                 let is_alone = self.gate.is_none() || relation.is_temporary();
                 relation.read_into_buffers(fork, blocks, is_alone, |index, buffer| {
                     if let Place::Shared(index) = buffer.place()

@@ -1,9 +1,9 @@
-//! The upper levels of indexes, which every look-up goes through.
+//! Reading the upper levels of indexes, which every index scan goes through.
 //!
-//! They are few blocks, scattered over the index: the caller reads them alone,
-//! level by level, before everything else. Of an index that is no B-tree, its first
-//! block is taken, where most keep what they begin with. Only into shared buffers:
-//! the other modes bring whole files.
+//! They are few blocks, scattered over the index. The caller alone reads them, level
+//! by level, before everything else. Of an index that is not a B-tree, only the first
+//! block is read, which most access methods use as their metapage or root. This is
+//! done in mode `buffer` only.
 
 use rustc_hash::FxHashSet;
 
@@ -13,8 +13,8 @@ use super::read::Work;
 use crate::blocks::{BlockNumber, Fork};
 use crate::pg::storage::btree;
 
-/// Reads the upper levels of an index, at most so many blocks, and returns which
-/// blocks that were, sorted.
+/// Reads the upper levels of an index, at most `most` blocks, and returns the numbers of
+/// the blocks read, sorted.
 pub fn read(share: &Share, part: &Collected, target: &Target, most: u64) -> Vec<BlockNumber> {
     if part.class != Class::Index || part.part.fork != Fork::Main || part.blocks == 0 || most == 0 {
         return Vec::new();
@@ -45,7 +45,7 @@ pub fn read(share: &Share, part: &Collected, target: &Target, most: u64) -> Vec<
         let mut children = Vec::new();
         share.read(target, Work::List(&blocks), &mut |block, buffer| {
             done.insert(block);
-            // What the lowest of them points to are leaves.
+            // The children of a block of level 1 are leaves, which are not upper levels.
             if level > 1 {
                 children.extend(btree::children(&buffer.copy_page(), level));
             }

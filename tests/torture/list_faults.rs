@@ -44,7 +44,7 @@ fn failing_dump(arena: &mut Arena, error: &'static str) {
         arena.reload();
         arena
             .cluster
-            .wait_for_log(mark, "The list of the last block dump stays in place");
+            .wait_for_log(mark, "The previous block dump file is kept");
         arena.set("pg_prewarm.autoprewarm_interval", "0");
         arena.reload();
         // It may be at the next one.

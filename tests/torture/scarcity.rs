@@ -132,7 +132,7 @@ fn allow_out_of_memory(arena: &mut Arena) {
         "could not load library",
         "could not read file",
         "could not write to file",
-        "do not come to work",
+        "keep exiting before loading any block",
         "could not access file",
         "exited with exit code 1",
     ]);

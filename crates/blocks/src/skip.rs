@@ -44,14 +44,14 @@ impl SkipReason {
 
     fn describe(self) -> &'static str {
         match self {
-            Self::Illegal => "with an illegal fork, file or block number",
+            Self::Illegal => "with an invalid fork, file, or block number",
             Self::TemplateDatabase => "in template databases",
-            Self::NoDatabase => "in databases that are gone or accept no connections",
-            Self::NoRelation => "of relations that are gone or were rewritten",
+            Self::NoDatabase => "in databases that were dropped or accept no connections",
+            Self::NoRelation => "of relations that were dropped or rewritten",
             Self::NoBlock => "beyond the end of their relation",
             Self::Unreadable => "that could not be read",
             Self::Locked => "of locked relations",
-            Self::NoFreeBuffer => "for want of a free buffer",
+            Self::NoFreeBuffer => "because there was no free buffer",
             Self::Interrupted => "because their worker was interrupted",
             Self::Cancelled => "because the load was cancelled",
         }

@@ -5,7 +5,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::time::Instant;
 
-use pg_prewarm_blocks::{BlockList, Heat, ListWriter, Plan, Record};
+use pg_prewarm_blocks::{BlockList, ListWriter, Plan, Record, UsageCount};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -33,8 +33,8 @@ fn write(path: &Path, records: u64, database: u32) {
             fork: 0,
             block: random.random_range(0..1_000_000),
         };
-        let heat = Heat::from_usage_count(random.random_range(0..6));
-        writer.push(&record, heat).unwrap();
+        let usage_count = UsageCount::new(random.random_range(0..6));
+        writer.push(&record, usage_count).unwrap();
     }
     writer.finish().unwrap();
 }

@@ -16,7 +16,7 @@ use crate::common::{
 
 const ALL: &str = "SELECT * FROM autoprewarm_blocks()";
 
-/// A row: its block, the fork separately since it can be null, and its heat.
+/// A row: its block, the fork separately since it can be null, and its usage_count.
 type Row = (Block, Option<i16>, i16);
 
 /// A server whose list nobody replaces unasked.
@@ -45,9 +45,9 @@ fn rows(client: &mut Client) -> Vec<Row> {
         .collect()
 }
 
-/// The blocks of rows that all have that heat.
-fn blocks_of_heat(rows: Vec<Row>, heat: i16) -> BTreeSet<Block> {
-    assert!(rows.iter().all(|row| row.2 == heat), "{rows:?}");
+/// The blocks of rows that all have that usage_count.
+fn blocks_of_usage_count(rows: Vec<Row>, usage_count: i16) -> BTreeSet<Block> {
+    assert!(rows.iter().all(|row| row.2 == usage_count), "{rows:?}");
     rows.into_iter().map(|(block, ..)| block).collect()
 }
 
@@ -142,12 +142,12 @@ fn rows_are_the_blocks_that_were_cached_and_their_usage_counts() {
          WHERE relfilenode = pg_relation_filenode('t') AND b.usagecount <> l.usagecount",
     );
     assert_eq!(different, 0);
-    let heats: BTreeSet<_> = rows.iter().map(|row| row.2).collect();
-    assert!(heats.len() > 2, "{heats:?}");
+    let usage_counts: BTreeSet<_> = rows.iter().map(|row| row.2).collect();
+    assert!(usage_counts.len() > 2, "{usage_counts:?}");
 }
 
 #[test]
-fn a_list_that_contrib_wrote_has_no_heat() {
+fn a_list_that_contrib_wrote_has_no_usage_count() {
     let Some(contrib) = Installation::contrib() else {
         println!("no installation with contrib's module: nothing compared");
         return;
@@ -163,11 +163,11 @@ fn a_list_that_contrib_wrote_has_no_heat() {
     cluster.start();
     cluster.sql("ALTER EXTENSION pg_prewarm UPDATE");
     let rows = rows(&mut cluster.connect("postgres"));
-    assert_eq!(blocks_of_heat(rows, 1), cluster.listed());
+    assert_eq!(blocks_of_usage_count(rows, 1), cluster.listed());
 }
 
 #[test]
-fn an_edited_list_loses_its_heat_and_a_bad_line_itself_alone() {
+fn an_edited_list_loses_its_usage_count_and_a_bad_line_itself_alone() {
     let cluster = start(Cluster::build().not_preloaded());
     let notices = Arc::new(Mutex::new(Vec::new()));
     let mut config = cluster.config();
@@ -187,7 +187,7 @@ fn an_edited_list_loses_its_heat_and_a_bad_line_itself_alone() {
     let edited = list.replace(header, &format!("{header}\n{}", block(77).record()));
     cluster.write_list(edited.replace(header, &format!("<<{}>>", expected.len() + 1)));
     expected.insert(block(77));
-    assert_eq!(blocks_of_heat(rows(&mut client), 1), expected);
+    assert_eq!(blocks_of_usage_count(rows(&mut client), 1), expected);
     assert!(notices.lock().unwrap().is_empty());
 
     let [one, two] = [block(1), block(2)].map(|block| block.record());
@@ -210,7 +210,11 @@ fn an_edited_list_loses_its_heat_and_a_bad_line_itself_alone() {
     ] {
         cluster.write_list(&text);
         let numbers = expected.iter().map(|&number| block(number)).collect();
-        assert_eq!(blocks_of_heat(rows(&mut client), 1), numbers, "{text}");
+        assert_eq!(
+            blocks_of_usage_count(rows(&mut client), 1),
+            numbers,
+            "{text}"
+        );
         let notices: Vec<_> = notices.lock().unwrap().drain(..).collect();
         let said: Vec<_> = notices.iter().map(|notice| notice.message()).collect();
         let warning =

@@ -7,7 +7,8 @@ use std::fs;
 use postgres::Client;
 
 use crate::common::{
-    Block, Cluster, Fault, LoadStats, Shutdown, list_of, list_with_heats, signal, value, wait_until,
+    Block, Cluster, Fault, LoadStats, Shutdown, list_of, list_with_usage_counts, signal, value,
+    wait_until,
 };
 
 /// Starts the stopped cluster with that list, and waits for the load to end.
@@ -217,7 +218,7 @@ fn from_19_on_a_load_ends_where_the_clock_hand_would_evict_a_block() {
     // The first buffers get blocks that may be evicted at any time; then come some
     // that are emptied again; and with the last, the hand is back at the first.
     let mark = cluster.log_end();
-    cluster.write_list(list_with_heats(idle.first(800), &"0".repeat(800)));
+    cluster.write_list(list_with_usage_counts(idle.first(800), &"0".repeat(800)));
     cluster.start();
     assert_eq!(cluster.wait_for_load(mark), (800, 800));
     let mut client = cluster.connect("postgres");

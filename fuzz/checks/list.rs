@@ -2,7 +2,7 @@
 
 use std::io::{Cursor, Read};
 
-use pg_prewarm_blocks::{BlockList, Heat, Heats, ListReader, ListWriter, Record};
+use pg_prewarm_blocks::{BlockList, ListReader, ListWriter, Record, UsageCount, UsageCounts};
 
 use super::memory;
 
@@ -37,7 +37,7 @@ pub fn check(input: &[u8]) {
         assert_eq!(list.files, whole.files);
         assert_eq!(list.entries, whole.entries);
         assert_eq!(list.first_bad_line, whole.first_bad_line);
-        assert_eq!(list.heats, whole.heats);
+        assert_eq!(list.usage_counts, whole.usage_counts);
     }
 
     // One by one.
@@ -57,18 +57,18 @@ pub fn check(input: &[u8]) {
     let again = read_at_once(&copy);
     assert!(again.records().eq(records));
     assert_eq!(again.first_bad_line, None);
-    let heats = match again.entries.is_empty() {
-        true => Heats::Missing,
-        false => Heats::Saved,
+    let usage_counts = match again.entries.is_empty() {
+        true => UsageCounts::Missing,
+        false => UsageCounts::Saved,
     };
-    assert_eq!(again.heats, heats);
+    assert_eq!(again.usage_counts, usage_counts);
 }
 
 /// A list of these records.
-pub fn write(records: &[(Record, Heat)]) -> Vec<u8> {
+pub fn write(records: &[(Record, UsageCount)]) -> Vec<u8> {
     let mut writer = ListWriter::begin(Cursor::new(Vec::new()), records.len()).unwrap();
-    for (record, heat) in records {
-        writer.push(record, *heat).unwrap();
+    for (record, usage_count) in records {
+        writer.push(record, *usage_count).unwrap();
     }
     writer.finish().unwrap().1.into_inner()
 }

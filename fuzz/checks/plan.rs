@@ -1,8 +1,8 @@
-//! Planning a load: any records and heats, whatever is cached, any budget.
+//! Planning a load: any records and usage_counts, whatever is cached, any budget.
 
 use std::collections::{HashMap, HashSet};
 
-use pg_prewarm_blocks::{CHUNK_BLOCKS, Fork, Heat, Plan, PlanView, Record};
+use pg_prewarm_blocks::{CHUNK_BLOCKS, Fork, Plan, PlanView, Record, UsageCount};
 
 use super::{list, memory};
 
@@ -11,8 +11,8 @@ use super::{list, memory};
 const BYTES_FOR_A_RECORD: usize = 160;
 const BYTES_BESIDE: usize = 16 * 1024;
 
-/// A record and its heat, in the order in which a plan has them.
-type Place = (u32, bool, Record, Heat);
+/// A record and its usage_count, in the order in which a plan has them.
+type Place = (u32, bool, Record, UsageCount);
 
 /// More than that many times blocks take long, and show nothing new.
 const MOST: usize = 50;
@@ -45,19 +45,19 @@ pub fn check(input: &[u8]) {
     let cached: HashSet<_> = cached.into_iter().collect();
     let mut left = HashMap::new();
     let (mut illegal, mut found) = (0, 0);
-    for (record, heat) in listed.iter().copied() {
+    for (record, usage_count) in listed.iter().copied() {
         if !is_legal(&record) {
             illegal += 1;
         } else if cached.contains(&record) {
             found += 1;
         } else {
-            *left.entry((record, heat)).or_insert(0u64) += 1;
+            *left.entry((record, usage_count)).or_insert(0u64) += 1;
         }
     }
     assert_eq!((plan.illegal(), plan.cached()), (illegal, found));
-    for &(_, _, record, heat) in &planned {
+    for &(_, _, record, usage_count) in &planned {
         let times = left
-            .get_mut(&(record, heat))
+            .get_mut(&(record, usage_count))
             .expect("a block not asked for");
         *times = times
             .checked_sub(1)
@@ -67,14 +67,17 @@ pub fn check(input: &[u8]) {
     assert_eq!(left.values().sum::<u64>(), plan.over_budget());
 
     // The hottest win.
-    let coldest = planned.iter().map(|&(_, _, _, heat)| heat).min();
-    let hottest_left = left.keys().map(|&(_, heat)| heat).max();
+    let coldest = planned
+        .iter()
+        .map(|&(_, _, _, usage_count)| usage_count)
+        .min();
+    let hottest_left = left.keys().map(|&(_, usage_count)| usage_count).max();
     if let (Some(coldest), Some(left)) = (coldest, hottest_left) {
         assert!(left <= coldest);
     }
 }
 
-fn add_blocks(bytes: [u8; 5], listed: &mut Vec<(Record, Heat)>, cached: &mut Vec<Record>) {
+fn add_blocks(bytes: [u8; 5], listed: &mut Vec<(Record, UsageCount)>, cached: &mut Vec<Record>) {
     let [flags, file, fork, block, more] = bytes;
     let first = match (block, more) {
         (255, 255) => u32::MAX,
@@ -84,7 +87,7 @@ fn add_blocks(bytes: [u8; 5], listed: &mut Vec<(Record, Heat)>, cached: &mut Vec
         0 => 1,
         _ => 4 * u32::from(more),
     };
-    let heat = Heat::from_usage_count(u32::from(fork >> 5));
+    let usage_count = UsageCount::new(u32::from(fork >> 5));
     for block in (first..=u32::MAX).take(count as usize) {
         let record = Record {
             database: u32::from(flags & 3),
@@ -94,7 +97,7 @@ fn add_blocks(bytes: [u8; 5], listed: &mut Vec<(Record, Heat)>, cached: &mut Vec
             block,
         };
         if flags & 0x40 == 0 {
-            listed.push((record, heat));
+            listed.push((record, usage_count));
         }
         if flags & 0x80 != 0 {
             cached.push(record);
@@ -130,8 +133,8 @@ fn decode(plan: &Plan) -> Vec<Place> {
                     fork: chunk.fork as u32,
                     block,
                 };
-                let heat = blocks.heat(index);
-                (record.database, heat.usage_count() < 2, record, heat)
+                let usage_count = blocks.usage_count(index);
+                (record.database, usage_count.get() < 2, record, usage_count)
             }));
         }
         assert_eq!((places.len() - before) as u64, database.blocks);

@@ -55,7 +55,7 @@ fn write_once(unlogged: Unlogged, expected: usize) -> Result<Option<u64>, Error>
     let result = fallible(|| {
         let mut writer = ListWriter::begin(file, expected)?;
         for block in Infallible(blocks(unlogged)) {
-            writer.push(&block.record, block.heat)?;
+            writer.push(&block.record, block.usage_count)?;
         }
         writer.finish()
     });

@@ -54,14 +54,14 @@ fn autoprewarm_blocks() -> TableIterator<
     }
     let records = iter::from_fn(move || fallible(|| reader.next()));
     TableIterator::new(records.map(|record| match record {
-        Ok((record, heat)) => (
+        Ok((record, usage_count)) => (
             record.database.cast_signed(),
             record.tablespace.cast_signed(),
             record.filenumber.cast_signed(),
             // NULL if the number does not fit into the column; it is not a fork then.
             record.fork.try_into().ok(),
             record.block.into(),
-            heat.usage_count() as i16,
+            usage_count.get() as i16,
         ),
         Err(error) => Error::from(error).raise(),
     }))

@@ -16,7 +16,7 @@ use super::shared::{Claim, Cursor, Load as SharedLoad, MAX_WORKERS, Stage, Worke
 use super::state::State;
 use super::stats::LoadStats;
 use super::{DUMP_FILE, WORKER};
-use crate::blocks::{BlockList, Heats, Oid, Plan, PlanView, SkipReason};
+use crate::blocks::{BlockList, Oid, Plan, PlanView, SkipReason, UsageCounts};
 use crate::error::Error;
 use crate::pg::process::error::{log, log_with_hint};
 use crate::pg::process::latch::{self, WaitEvent};
@@ -572,18 +572,18 @@ fn report_defects(list: &BlockList, state: &State) {
             )),
         );
     }
-    match list.heats {
-        Heats::LeftAside(reason) => {
+    match list.usage_counts {
+        UsageCounts::Ignored(reason) => {
             log(&format!(
                 "ignoring usage counts in \"{DUMP_FILE}\": {reason}"
             ));
         }
-        Heats::Missing if !list.entries.is_empty() => {
+        UsageCounts::Missing if !list.entries.is_empty() => {
             log(&format!(
                 "file \"{DUMP_FILE}\" contains no usage counts, using 1 for all blocks"
             ));
         }
-        Heats::Missing | Heats::Saved => {}
+        UsageCounts::Missing | UsageCounts::Saved => {}
     }
 }
 

@@ -305,7 +305,7 @@ impl Worker<'_> {
         let tally = Tally::begin(self, turn);
         let end =
             relation.read_into_free_buffers(chunk.fork, &numbers[..wanted], |index, buffer| {
-                buffer.restore_heat(blocks.heat(first + index));
+                buffer.restore_usage_count(blocks.usage_count(first + index));
                 self.prefaulter.prefault_after(buffer.index());
                 turn.done.set(turn.done.get() + 1);
                 if start.elapsed() < TURN && !self.load.has_ended() {

@@ -1063,7 +1063,7 @@ pub fn list_of(blocks: impl IntoIterator<Item = Block>) -> String {
 }
 
 /// The same with a trailer, whose digits are the blocks' usage counts, in one line.
-pub fn list_with_heats(blocks: impl IntoIterator<Item = Block>, digits: &str) -> String {
+pub fn list_with_usage_counts(blocks: impl IntoIterator<Item = Block>, digits: &str) -> String {
     let mut list = list_of(blocks);
     list.push_str(&format!("# pg_prewarm 2.0\n# usage counts\n{digits}\n"));
     list.push_str(&format!(

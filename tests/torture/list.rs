@@ -66,13 +66,13 @@ fn parse(bytes: &[u8]) -> Result<BTreeSet<Block>, String> {
             return Err(format!("the trailer has no line {expected:?}"));
         }
     }
-    let mut heats = 0;
-    while heats < count {
+    let mut usage_counts = 0;
+    while usage_counts < count {
         let digits = lines.next().ok_or("the trailer is cut off")?;
         if !digits.bytes().all(|digit| (b'0'..=b'5').contains(&digit)) {
-            return Err(format!("heat is {digits:?}"));
+            return Err(format!("usage_count is {digits:?}"));
         }
-        heats += digits.len();
+        usage_counts += digits.len();
     }
     let last = lines.next().ok_or("there is no checksum")?;
     let claimed = last
@@ -83,7 +83,9 @@ fn parse(bytes: &[u8]) -> Result<BTreeSet<Block>, String> {
     let sum = crc32c::crc32c(&bytes[..before]);
     match lines.next() {
         Some(line) => Err(format!("after the checksum there is {line:?}")),
-        None if heats != count => Err(format!("{heats} digits of heat for {count} records")),
+        None if usage_counts != count => Err(format!(
+            "{usage_counts} digits of usage_count for {count} records"
+        )),
         None if sum != claimed => Err(format!("the checksum is {claimed:08x}, not {sum:08x}")),
         None if !bytes.ends_with(b"\n") => Err("its last line does not end".to_owned()),
         None => Ok(blocks),

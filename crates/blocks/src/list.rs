@@ -7,8 +7,8 @@ use std::io::Read;
 use rustc_hash::FxHashMap;
 
 use crate::parser::{CHUNK, ReadError, SHORTEST_RECORD, Sink, read_all};
-use crate::trailer::Heats;
-use crate::{BlockNumber, Heat, Oid, Record};
+use crate::trailer::UsageCounts;
+use crate::{BlockNumber, Oid, Record, UsageCount};
 
 /// The file of one fork of a relation: all of a record but the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -35,7 +35,7 @@ impl FileFork {
     }
 }
 
-/// A record: its block, which of the list's files it is in, and its heat, in
+/// A record: its block, which of the list's files it is in, and its usage count, in
 /// eight bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry(u64);
@@ -45,11 +45,11 @@ impl Entry {
     const MAX_FILES: usize = 1 << 29;
 
     fn new(file: u32, block: BlockNumber) -> Self {
-        Self(u64::from(file) << 32 | u64::from(block)).with_heat(Heat::ONCE)
+        Self(u64::from(file) << 32 | u64::from(block)).with_usage_count(UsageCount::ONCE)
     }
 
-    fn with_heat(self, heat: Heat) -> Self {
-        Self(self.0 & (u64::MAX >> 3) | u64::from(heat.usage_count()) << 61)
+    fn with_usage_count(self, usage_count: UsageCount) -> Self {
+        Self(self.0 & (u64::MAX >> 3) | u64::from(usage_count.get()) << 61)
     }
 
     /// The index of its file in [`BlockList::files`].
@@ -63,8 +63,8 @@ impl Entry {
     }
 
     /// The block's usage count.
-    pub fn heat(self) -> Heat {
-        Heat::from_usage_count((self.0 >> 61) as u32)
+    pub fn usage_count(self) -> UsageCount {
+        UsageCount::new((self.0 >> 61) as u32)
     }
 }
 
@@ -78,9 +78,9 @@ pub struct BlockList {
     /// The first line that should be a header or a record and is neither,
     /// counted from 1; one past the last line where the file ends too early.
     pub first_bad_line: Option<u64>,
-    /// Where the entries' heat comes from; all have the same where it is not
+    /// Where the entries' usage counts come from; all have the same where it is not
     /// the trailer.
-    pub heats: Heats,
+    pub usage_counts: UsageCounts,
 }
 
 impl BlockList {
@@ -101,22 +101,22 @@ impl BlockList {
     pub fn read_in_chunks(input: impl Read, size: u64, chunk: usize) -> Result<Self, ReadError> {
         let most = usize::try_from(size).unwrap_or(usize::MAX) / SHORTEST_RECORD + 1;
         let builder = ListBuilder::new(most);
-        let (mut builder, summary) = read_all(input, chunk, builder, ListBuilder::set_heat)?;
-        if summary.heats != Heats::Saved {
+        let (mut builder, summary) = read_all(input, chunk, builder, ListBuilder::set_usage_count)?;
+        if summary.usage_counts != UsageCounts::Saved {
             for entry in &mut builder.entries {
-                *entry = entry.with_heat(Heat::ONCE);
+                *entry = entry.with_usage_count(UsageCount::ONCE);
             }
         }
         Ok(Self {
             files: builder.files,
             entries: builder.entries,
             first_bad_line: summary.first_bad_line,
-            heats: summary.heats,
+            usage_counts: summary.usage_counts,
         })
     }
 
     /// The records in the file's order, each with its usage count.
-    pub fn records(&self) -> impl Iterator<Item = (Record, Heat)> {
+    pub fn records(&self) -> impl Iterator<Item = (Record, UsageCount)> {
         self.entries.iter().map(|entry| {
             let file = self.files[entry.file()];
             let record = Record {
@@ -126,7 +126,7 @@ impl BlockList {
                 fork: file.fork,
                 block: entry.block(),
             };
-            (record, entry.heat())
+            (record, entry.usage_count())
         })
     }
 }
@@ -189,14 +189,14 @@ impl ListBuilder {
         Ok(self.last)
     }
 
-    /// Gives a record its heat; false where there is no such record.
-    fn set_heat(&mut self, record: u64, heat: Heat) -> bool {
+    /// Gives a record its usage count; false where there is no such record.
+    fn set_usage_count(&mut self, record: u64, usage_count: UsageCount) -> bool {
         let entry = usize::try_from(record)
             .ok()
             .and_then(|index| self.entries.get_mut(index));
         match entry {
             Some(entry) => {
-                *entry = entry.with_heat(heat);
+                *entry = entry.with_usage_count(usage_count);
                 true
             }
             None => false,

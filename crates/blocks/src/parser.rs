@@ -5,7 +5,7 @@
 //! database,tablespace,filenumber,fork,block      (N records, unsigned decimal)
 //! ```
 //!
-//! and, after the records, a trailer with their heat (see [`crate::trailer`]).
+//! and, after the records, a trailer with their usage count (see [`crate::trailer`]).
 //!
 //! The file outlives the server that wrote it, may be edited, and may have been
 //! cut short by a full disk, so nothing in it is believed: N is only a claim, and
@@ -17,8 +17,8 @@
 use std::collections::TryReserveError;
 use std::io::{self, Read};
 
-use crate::trailer::{Heats, TrailerReader};
-use crate::{Heat, Record};
+use crate::trailer::{TrailerReader, UsageCounts};
+use crate::{Record, UsageCount};
 
 /// How much of the file is looked at in one go.
 pub(super) const CHUNK: usize = 256 * 1024;
@@ -58,7 +58,7 @@ pub(super) trait Sink {
 pub(super) struct Summary {
     /// See [`BlockList::first_bad_line`](crate::BlockList::first_bad_line).
     pub first_bad_line: Option<u64>,
-    pub heats: Heats,
+    pub usage_counts: UsageCounts,
     /// Where in the file the digits of a trailer begin.
     pub digits_at: u64,
 }
@@ -71,14 +71,14 @@ pub(super) fn new_chunk(size: usize) -> Result<Vec<u8>, TryReserveError> {
     Ok(chunk)
 }
 
-/// Reads a list to its end, `chunk` bytes in one go. `heat` is told the heat of each
+/// Reads a list to its end, `chunk` bytes in one go. `usage_count` is told the usage count of each
 /// record, by the number of the record, and returns whether there is such a record;
 /// only the summary tells whether any of it is to be believed.
 pub(super) fn read_all<S: Sink>(
     mut input: impl Read,
     chunk: usize,
     sink: S,
-    mut heat: impl FnMut(&mut S, u64, Heat) -> bool,
+    mut usage_count: impl FnMut(&mut S, u64, UsageCount) -> bool,
 ) -> Result<(S, Summary), ReadError> {
     let mut parser = Parser::new(sink);
     let mut trailer = TrailerReader::default();
@@ -92,7 +92,8 @@ pub(super) fn read_all<S: Sink>(
         list_length += at as u64;
         checksum = crc32c::crc32c_append(checksum, &bytes[..at]);
         trailer.read(&bytes[at..], &mut checksum, |index, digit| {
-            Heat::from_digit(digit).is_some_and(|digit| heat(&mut parser.sink, index, digit))
+            UsageCount::from_digit(digit)
+                .is_some_and(|digit| usage_count(&mut parser.sink, index, digit))
         })?;
         if filled < chunk.len() || trailer.has_ended() {
             break;
@@ -102,7 +103,7 @@ pub(super) fn read_all<S: Sink>(
     let summary = Summary {
         first_bad_line: parser.first_bad_line,
         digits_at: list_length + trailer.before_digits(),
-        heats: trailer.finish(checksum, parser.seen),
+        usage_counts: trailer.finish(checksum, parser.seen),
     };
     Ok((parser.sink, summary))
 }

@@ -15,7 +15,7 @@
 //! bytes a block:
 //!
 //! ```text
-//! chunks, blocks │ chunks: 6 words each │ block numbers: a word each │ heats: a byte each
+//! chunks, blocks │ chunks: 6 words each │ block numbers: a word each │ usage counts: a byte each
 //! ```
 
 use std::collections::TryReserveError;
@@ -24,13 +24,13 @@ use std::ops::Range;
 use rustc_hash::FxHashMap;
 
 use crate::list::{BlockList, Entry, FileFork};
-use crate::{BlockNumber, Fork, Heat, Oid, Record};
+use crate::{BlockNumber, Fork, Oid, Record, UsageCount};
 
 /// The most blocks of a chunk. What a worker that dies was at is lost, and must
 /// be little; what a worker claims should keep it busy for a while.
 pub const CHUNK_BLOCKS: u32 = 512;
 
-/// The heat that the hot tier begins at: of blocks that were used again after they
+/// The usage count that the hot tier begins at: of blocks that were used again after they
 /// had been read.
 const HOT: u32 = 2;
 
@@ -93,21 +93,21 @@ pub enum PlanError {
 }
 
 /// A block by which it is sorted: the place of its file's tier among all of these,
-/// its number, and (so that it is not lost) its heat.
+/// its number, and (so that it is not lost) its usage count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Key(u64);
 
 impl Key {
-    const HEAT_BITS: u32 = 3;
-    const HEAT: u64 = (1 << Self::HEAT_BITS) - 1;
-    const PLACE_SHIFT: u32 = 32 + Self::HEAT_BITS;
+    const USAGE_COUNT_BITS: u32 = 3;
+    const USAGE_COUNT: u64 = (1 << Self::USAGE_COUNT_BITS) - 1;
+    const PLACE_SHIFT: u32 = 32 + Self::USAGE_COUNT_BITS;
     const MAX_FILES: usize = (1 << (64 - Self::PLACE_SHIFT)) / TIERS;
 
-    fn new(place: u32, block: BlockNumber, heat: Heat) -> Self {
+    fn new(place: u32, block: BlockNumber, usage_count: UsageCount) -> Self {
         Self(
             u64::from(place) << Self::PLACE_SHIFT
-                | u64::from(block) << Self::HEAT_BITS
-                | u64::from(heat.usage_count()),
+                | u64::from(block) << Self::USAGE_COUNT_BITS
+                | u64::from(usage_count.get()),
         )
     }
 
@@ -116,24 +116,24 @@ impl Key {
     }
 
     fn block(self) -> BlockNumber {
-        (self.0 >> Self::HEAT_BITS) as BlockNumber
+        (self.0 >> Self::USAGE_COUNT_BITS) as BlockNumber
     }
 
-    fn heat(self) -> Heat {
-        Heat::from_usage_count((self.0 & Self::HEAT) as u32)
+    fn usage_count(self) -> UsageCount {
+        UsageCount::new((self.0 & Self::USAGE_COUNT) as u32)
     }
 
     fn is_same_block(self, other: Self) -> bool {
-        self.0 & !Self::HEAT == other.0 & !Self::HEAT
+        self.0 & !Self::USAGE_COUNT == other.0 & !Self::USAGE_COUNT
     }
 
-    /// Puts a mark in the place of the heat, which is never that high.
+    /// Puts a mark in the place of the usage count, which is never that high.
     fn mark_cached(&mut self) {
-        self.0 |= Self::HEAT;
+        self.0 |= Self::USAGE_COUNT;
     }
 
     fn is_marked_cached(self) -> bool {
-        self.0 & Self::HEAT == Self::HEAT
+        self.0 & Self::USAGE_COUNT == Self::USAGE_COUNT
     }
 }
 
@@ -175,8 +175,12 @@ impl Plan {
                     && Fork::from_number(file.fork).is_some()
             })
             .map(|entry| {
-                let heat = entry.heat();
-                Key::new(places.find(entry.file(), heat), entry.block(), heat)
+                let usage_count = entry.usage_count();
+                Key::new(
+                    places.find(entry.file(), usage_count),
+                    entry.block(),
+                    usage_count,
+                )
             })
             .collect();
         self.illegal = (total - keys.len()) as u64;
@@ -255,7 +259,7 @@ impl Plan {
     pub fn encode(&self, words: &mut [u32]) {
         let (header, rest) = words.split_at_mut(HEADER_WORDS);
         let (chunks, rest) = rest.split_at_mut(self.chunks.len() * CHUNK_WORDS);
-        let (blocks, heats) = rest.split_at_mut(self.keys.len());
+        let (blocks, usage_counts) = rest.split_at_mut(self.keys.len());
         header.copy_from_slice(&[self.chunks.len() as u32, self.keys.len() as u32]);
         for (chunk, words) in self.chunks.iter().zip(chunks.chunks_exact_mut(CHUNK_WORDS)) {
             words.copy_from_slice(&[
@@ -270,12 +274,12 @@ impl Plan {
         for (key, block) in self.keys.iter().zip(blocks) {
             *block = key.block();
         }
-        for (keys, heats) in self.keys.chunks(size_of::<u32>()).zip(heats) {
+        for (keys, usage_counts) in self.keys.chunks(size_of::<u32>()).zip(usage_counts) {
             let mut bytes = [0; size_of::<u32>()];
             for (key, byte) in keys.iter().zip(&mut bytes) {
-                *byte = key.heat().digit();
+                *byte = key.usage_count().digit();
             }
-            *heats = u32::from_le_bytes(bytes);
+            *usage_counts = u32::from_le_bytes(bytes);
         }
     }
 }
@@ -317,9 +321,9 @@ impl Places {
         Ok(order)
     }
 
-    /// The place of a file's blocks of that heat.
-    fn find(&self, file: usize, heat: Heat) -> u32 {
-        self.places[file][usize::from(heat.usage_count() < HOT)]
+    /// The place of a file's blocks of that usage count.
+    fn find(&self, file: usize, usage_count: UsageCount) -> u32 {
+        self.places[file][usize::from(usage_count.get() < HOT)]
     }
 }
 
@@ -338,7 +342,7 @@ fn remove_cached(
             continue;
         };
         for place in places.places[file] {
-            let block = Key::new(place, record.block, Heat::from_usage_count(0));
+            let block = Key::new(place, record.block, UsageCount::new(0));
             let start = keys.partition_point(|key| *key < block);
             // The same block may be listed more than once, and be seen in two buffers
             // when it moves from one to the other meanwhile.
@@ -363,19 +367,19 @@ fn keep_hottest(keys: &mut Vec<Key>, budget: u64) -> u64 {
     if total <= budget {
         return 0;
     }
-    let mut by_heat = [0u64; Heat::COUNT];
+    let mut by_usage_count = [0u64; UsageCount::COUNT];
     for key in keys.iter() {
-        by_heat[key.heat().usage_count() as usize] += 1;
+        by_usage_count[key.usage_count().get() as usize] += 1;
     }
-    // Each heat has what the hotter ones leave.
+    // Each usage count has what the hotter ones leave.
     let mut left = budget;
-    let mut quota = [0; Heat::COUNT];
-    for heat in (0..Heat::COUNT).rev() {
-        quota[heat] = by_heat[heat].min(left);
-        left -= quota[heat];
+    let mut quota = [0; UsageCount::COUNT];
+    for usage_count in (0..UsageCount::COUNT).rev() {
+        quota[usage_count] = by_usage_count[usage_count].min(left);
+        left -= quota[usage_count];
     }
     keys.retain(|key| {
-        let quota = &mut quota[key.heat().usage_count() as usize];
+        let quota = &mut quota[key.usage_count().get() as usize];
         let keep = *quota > 0;
         *quota -= u64::from(keep);
         keep
@@ -388,7 +392,7 @@ fn keep_hottest(keys: &mut Vec<Key>, budget: u64) -> u64 {
 pub struct PlanView<'a> {
     chunks: &'a [u32],
     blocks: &'a [BlockNumber],
-    heats: &'a [u32],
+    usage_counts: &'a [u32],
 }
 
 /// The blocks of a chunk.
@@ -404,11 +408,11 @@ impl<'a> PlanView<'a> {
     pub fn new(words: &'a [u32]) -> Self {
         let (header, rest) = words.split_at(HEADER_WORDS);
         let (chunks, rest) = rest.split_at(header[0] as usize * CHUNK_WORDS);
-        let (blocks, heats) = rest.split_at(header[1] as usize);
+        let (blocks, usage_counts) = rest.split_at(header[1] as usize);
         Self {
             chunks,
             blocks,
-            heats,
+            usage_counts,
         }
     }
 
@@ -442,10 +446,11 @@ impl<'a> ChunkBlocks<'a> {
     }
 
     /// How hot the block at that place is.
-    pub fn heat(self, index: usize) -> Heat {
+    pub fn usage_count(self, index: usize) -> UsageCount {
         let at = self.first + index;
-        let bytes = self.plan.heats[at / size_of::<u32>()].to_le_bytes();
-        Heat::from_digit(bytes[at % size_of::<u32>()]).expect("a plan has legal heats only")
+        let bytes = self.plan.usage_counts[at / size_of::<u32>()].to_le_bytes();
+        UsageCount::from_digit(bytes[at % size_of::<u32>()])
+            .expect("a plan has legal usage_counts only")
     }
 }
 

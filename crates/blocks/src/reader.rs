@@ -1,30 +1,30 @@
 //! Reading a block list record by record, without holding it in memory.
 //!
-//! What tells the heat of the first record stands behind the last, and is to be
+//! What tells the usage count of the first record stands behind the last, and is to be
 //! believed only if all of it fits. So the file is read twice: once to its end, to
 //! see what it is worth, and once to hand out the records, with a second place in
-//! it where the digits of their heat are read.
+//! it where the digits of their usage count are read.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::ops::Range;
 
 use crate::parser::{CHUNK, Parser, ReadError, SHORTEST_RECORD, Sink, fill, new_chunk, read_all};
-use crate::trailer::Heats;
-use crate::{Heat, Record};
+use crate::trailer::UsageCounts;
+use crate::{Record, UsageCount};
 
 /// How much of the trailer is read in one go, in bytes.
-const HEATS_CHUNK: usize = 8 * 1024;
+const USAGE_COUNTS_CHUNK: usize = 8 * 1024;
 
-/// The records of a list that parse, in the file's order, each with its heat.
+/// The records of a list that parse, in the file's order, each with its usage count.
 pub struct ListReader<R> {
     input: R,
     chunk: Vec<u8>,
     /// Reads one chunk at a time; its sink has those records of the last that
     /// were not handed out yet.
     parser: Parser<VecDeque<Record>>,
-    /// What is left of the trailer, if its heats are to be believed.
-    heats: Option<Bytes<R>>,
+    /// What is left of the trailer, if its usage_counts are to be believed.
+    usage_counts: Option<Bytes<R>>,
     first_bad_line: Option<u64>,
 }
 
@@ -55,10 +55,10 @@ impl<R: Read> ListReader<R> {
         let (_, summary) = read_all(from(0), chunk, Counter(0), |counter, index, _| {
             index < counter.0
         })?;
-        let heats = match summary.heats {
-            Heats::Saved => Some(Bytes {
+        let usage_counts = match summary.usage_counts {
+            UsageCounts::Saved => Some(Bytes {
                 input: from(summary.digits_at),
-                chunk: new_chunk(HEATS_CHUNK)?,
+                chunk: new_chunk(USAGE_COUNTS_CHUNK)?,
                 left: 0..0,
             }),
             _ => None,
@@ -69,7 +69,7 @@ impl<R: Read> ListReader<R> {
             input: from(0),
             chunk: new_chunk(chunk)?,
             parser: Parser::new(records),
-            heats,
+            usage_counts,
             first_bad_line: summary.first_bad_line,
         })
     }
@@ -89,15 +89,15 @@ impl<R: Read> ListReader<R> {
         Ok(())
     }
 
-    /// The heat of the next record.
-    fn heat(&mut self) -> io::Result<Heat> {
-        for byte in self.heats.iter_mut().flatten() {
+    /// The usage count of the next record.
+    fn usage_count(&mut self) -> io::Result<UsageCount> {
+        for byte in self.usage_counts.iter_mut().flatten() {
             // There are line breaks between the digits.
-            if let Some(heat) = Heat::from_digit(byte?) {
-                return Ok(heat);
+            if let Some(usage_count) = UsageCount::from_digit(byte?) {
+                return Ok(usage_count);
             }
         }
-        Ok(Heat::ONCE)
+        Ok(UsageCount::ONCE)
     }
 }
 
@@ -116,13 +116,13 @@ impl<R: Read> Iterator for Bytes<R> {
 }
 
 impl<R: Read> Iterator for ListReader<R> {
-    type Item = Result<(Record, Heat), ReadError>;
+    type Item = Result<(Record, UsageCount), ReadError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             if let Some(record) = self.parser.sink.pop_front() {
-                return Some(match self.heat() {
-                    Ok(heat) => Ok((record, heat)),
+                return Some(match self.usage_count() {
+                    Ok(usage_count) => Ok((record, usage_count)),
                     Err(error) => Err(error.into()),
                 });
             }

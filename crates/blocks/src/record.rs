@@ -66,24 +66,24 @@ impl Fork {
 /// server counts a buffer's uses up to 5, and takes one away each time it passes
 /// by in search of a buffer to evict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Heat(u8);
+pub struct UsageCount(u8);
 
-impl Heat {
+impl UsageCount {
     /// The hottest.
     pub const MAX: Self = Self(5);
 
-    /// How many heats there are.
+    /// How many usage_counts there are.
     pub const COUNT: usize = Self::MAX.0 as usize + 1;
 
     /// That of a block that was read once, which is taken where none is known.
     pub const ONCE: Self = Self(1);
 
-    /// The heat of that usage count; the hottest, for a higher one.
-    pub fn from_usage_count(count: u32) -> Self {
+    /// The usage count of that usage count; the hottest, for a higher one.
+    pub fn new(count: u32) -> Self {
         Self(count.min(u32::from(Self::MAX.0)) as u8)
     }
 
-    /// The heat that a decimal digit stands for in the file.
+    /// The usage count that a decimal digit stands for in the file.
     pub fn from_digit(digit: u8) -> Option<Self> {
         match digit {
             b'0'..=b'5' => Some(Self(digit - b'0')),
@@ -97,7 +97,7 @@ impl Heat {
     }
 
     /// The usage count that it stands for.
-    pub fn usage_count(self) -> u32 {
+    pub fn get(self) -> u32 {
         self.0.into()
     }
 }

@@ -26,16 +26,16 @@ pub(super) const DIGITS_PER_LINE: usize = 120;
 /// Why a trailer of another list is left aside.
 pub(super) const NOT_ONE_EACH: &str = "it has not one digit for each record";
 
-/// Where the heat of a list's records comes from.
+/// Where the usage count of a list's records comes from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Heats {
+pub enum UsageCounts {
     /// The list has no trailer: contrib wrote it, or there is nothing to say.
     #[default]
     Missing,
     /// The trailer's, which fits.
     Saved,
     /// The trailer does not fit, and was left aside for that reason.
-    LeftAside(&'static str),
+    Ignored(&'static str),
 }
 
 /// Reads a trailer, line by line, from what follows the records.
@@ -46,17 +46,17 @@ pub(super) struct TrailerReader {
     /// The digits so far, and the bytes before the line of the first.
     digits: u64,
     before_digits: u64,
-    outcome: Option<Heats>,
+    outcome: Option<UsageCounts>,
 }
 
 impl TrailerReader {
     /// Takes the next bytes; `checksum` is that of every byte before them, and is
-    /// kept up. `heat` is told each record's digit, and whether it has one.
+    /// kept up. `usage count` is told each record's digit, and whether it has one.
     pub fn read(
         &mut self,
         bytes: &[u8],
         checksum: &mut u32,
-        mut heat: impl FnMut(u64, u8) -> bool,
+        mut usage_count: impl FnMut(u64, u8) -> bool,
     ) -> Result<(), TryReserveError> {
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
             if self.outcome.is_some() {
@@ -70,7 +70,7 @@ impl TrailerReader {
             self.line.try_reserve(piece.len())?;
             self.line.extend_from_slice(piece);
             if piece.ends_with(b"\n") {
-                self.line(*checksum, &mut heat);
+                self.line(*checksum, &mut usage_count);
                 *checksum = crc32c::crc32c_append(*checksum, &self.line);
                 if self.digits == 0 {
                     self.before_digits += self.line.len() as u64;
@@ -92,15 +92,17 @@ impl TrailerReader {
     }
 
     /// What came of it, for a list of that many records.
-    pub fn finish(mut self, checksum: u32, records: u64) -> Heats {
+    pub fn finish(mut self, checksum: u32, records: u64) -> UsageCounts {
         // The last line needs no line break after it.
         if self.outcome.is_none() && !self.line.is_empty() {
             self.line(checksum, &mut |_, _| false);
         }
         match self.outcome {
-            None if self.lines == 0 => Heats::Missing,
-            None => Heats::LeftAside("it is cut short"),
-            Some(Heats::Saved) if self.digits != records => Heats::LeftAside(NOT_ONE_EACH),
+            None if self.lines == 0 => UsageCounts::Missing,
+            None => UsageCounts::Ignored("it is cut short"),
+            Some(UsageCounts::Saved) if self.digits != records => {
+                UsageCounts::Ignored(NOT_ONE_EACH)
+            }
             Some(outcome) => outcome,
         }
     }
@@ -108,15 +110,15 @@ impl TrailerReader {
     fn give_up(&mut self, reason: &'static str) {
         // What never began as a trailer is none.
         self.outcome = Some(if self.lines == 0 {
-            Heats::Missing
+            UsageCounts::Missing
         } else {
-            Heats::LeftAside(reason)
+            UsageCounts::Ignored(reason)
         });
     }
 
-    fn line(&mut self, checksum: u32, heat: &mut impl FnMut(u64, u8) -> bool) {
+    fn line(&mut self, checksum: u32, usage_count: &mut impl FnMut(u64, u8) -> bool) {
         let line = std::mem::take(&mut self.line);
-        if let Err(reason) = self.parse(line.trim_ascii_end(), checksum, heat) {
+        if let Err(reason) = self.parse(line.trim_ascii_end(), checksum, usage_count) {
             self.give_up(reason);
         }
         self.line = line;
@@ -126,7 +128,7 @@ impl TrailerReader {
         &mut self,
         line: &[u8],
         checksum: u32,
-        heat: &mut impl FnMut(u64, u8) -> bool,
+        usage_count: &mut impl FnMut(u64, u8) -> bool,
     ) -> Result<(), &'static str> {
         if let Some(expected) = FIRST_LINES.get(self.lines) {
             if line == expected.as_bytes() {
@@ -140,10 +142,10 @@ impl TrailerReader {
             if digits != expected {
                 return Err("its checksum differs");
             }
-            self.outcome = Some(Heats::Saved);
+            self.outcome = Some(UsageCounts::Saved);
         } else {
             for &digit in line {
-                if !heat(self.digits, digit) {
+                if !usage_count(self.digits, digit) {
                     return Err(NOT_ONE_EACH);
                 }
                 self.digits += 1;

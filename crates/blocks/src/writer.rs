@@ -3,22 +3,22 @@
 //! How many records there will be is known only at the end, and the header that
 //! says so comes first. Room for it is left, wide enough for the number that is
 //! expected; should there be fewer digits, blanks before the number fill it,
-//! which every reader skips. What is held is one byte for each record, its heat,
+//! which every reader skips. What is held is one byte for each record, its usage count,
 //! until the trailer is written.
 
 use std::collections::TryReserveError;
 use std::io::{self, Seek, SeekFrom, Write};
 
 use crate::trailer::{CHECKSUM, DIGITS_PER_LINE, FIRST_LINES};
-use crate::{Heat, Record};
+use crate::{Record, UsageCount};
 
 /// A list that is being written.
 pub struct ListWriter<W: Write + Seek> {
     out: Summing<W>,
     /// Digits that the header has room for.
     width: usize,
-    /// The heat of each record so far, as a digit.
-    heats: Vec<u8>,
+    /// The usage count of each record so far, as a digit.
+    usage_counts: Vec<u8>,
 }
 
 /// Why a list was not written.
@@ -42,12 +42,12 @@ impl<W: Write + Seek> ListWriter<W> {
     /// # Errors
     /// If `out` fails, or memory is refused.
     pub fn begin(out: W, expected: usize) -> Result<Self, WriteError> {
-        let mut heats = Vec::new();
-        heats.try_reserve_exact(expected)?;
+        let mut usage_counts = Vec::new();
+        usage_counts.try_reserve_exact(expected)?;
         let mut writer = Self {
             out: Summing::new(out)?,
             width: expected.max(1).ilog10() as usize + 1,
-            heats,
+            usage_counts,
         };
         let header = writer.header()?;
         writer.out.write_all(&header)?;
@@ -61,7 +61,7 @@ impl<W: Write + Seek> ListWriter<W> {
     ///
     /// # Errors
     /// If `out` fails, or memory is refused.
-    pub fn push(&mut self, record: &Record, heat: Heat) -> Result<(), WriteError> {
+    pub fn push(&mut self, record: &Record, usage_count: UsageCount) -> Result<(), WriteError> {
         let fields = [
             record.database,
             record.tablespace,
@@ -80,8 +80,8 @@ impl<W: Write + Seek> ListWriter<W> {
             line[length] = if index < 4 { b',' } else { b'\n' };
             length += 1;
         }
-        self.heats.try_reserve(1)?;
-        self.heats.push(heat.digit());
+        self.usage_counts.try_reserve(1)?;
+        self.usage_counts.push(usage_count.digit());
         Ok(self.out.write_all(&line[..length])?)
     }
 
@@ -97,12 +97,12 @@ impl<W: Write + Seek> ListWriter<W> {
         if header.len() > room {
             return Err(WriteError::TooMany);
         }
-        // An empty list has no heat to tell.
-        if !self.heats.is_empty() {
+        // An empty list has no usage count to tell.
+        if !self.usage_counts.is_empty() {
             for line in FIRST_LINES {
                 writeln!(self.out, "{line}")?;
             }
-            for digits in self.heats.chunks(DIGITS_PER_LINE) {
+            for digits in self.usage_counts.chunks(DIGITS_PER_LINE) {
                 self.out.write_all(digits)?;
                 self.out.write_all(b"\n")?;
             }
@@ -114,11 +114,11 @@ impl<W: Write + Seek> ListWriter<W> {
         let mut out = self.out.out;
         out.seek(SeekFrom::Start(0))?;
         out.write_all(&header)?;
-        Ok((self.heats.len() as u64, out))
+        Ok((self.usage_counts.len() as u64, out))
     }
 
     fn header(&self) -> Result<Vec<u8>, WriteError> {
-        let (number, width) = (self.heats.len(), self.width);
+        let (number, width) = (self.usage_counts.len(), self.width);
         let mut header = Vec::new();
         header.try_reserve_exact(MOST_DIGITS + "<<>>\n".len())?;
         writeln!(header, "<<{number:>width$}>>")?;
@@ -189,7 +189,7 @@ mod tests {
     use std::io::Cursor;
 
     use super::*;
-    use crate::{BlockList, Heats};
+    use crate::{BlockList, UsageCounts};
 
     fn record(block: u32) -> Record {
         Record {
@@ -204,7 +204,7 @@ mod tests {
     fn write(count: u32, expected: usize) -> Result<String, WriteError> {
         let mut writer = ListWriter::begin(Cursor::new(Vec::new()), expected)?;
         for block in 0..count {
-            writer.push(&record(block), Heat::from_usage_count(block % 6))?;
+            writer.push(&record(block), UsageCount::new(block % 6))?;
         }
         let (written, out) = writer.finish()?;
         assert_eq!(written, u64::from(count));
@@ -240,7 +240,7 @@ mod tests {
         assert!(text.starts_with("<<  9>>\n"), "{text}");
         let list = BlockList::read(text.as_bytes(), text.len() as u64).unwrap();
         assert_eq!((list.entries.len(), list.first_bad_line), (9, None));
-        assert_eq!(list.heats, Heats::Saved);
+        assert_eq!(list.usage_counts, UsageCounts::Saved);
     }
 
     #[test]

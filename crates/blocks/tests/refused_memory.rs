@@ -9,7 +9,7 @@ use std::io::Cursor;
 use std::ptr;
 
 use pg_prewarm_blocks::{
-    BlockList, Heat, ListReader, ListWriter, Plan, PlanError, ReadError, Record, WriteError,
+    BlockList, ListReader, ListWriter, Plan, PlanError, ReadError, Record, UsageCount, WriteError,
 };
 
 /// The system's allocator, which may refuse one of a thread's requests.
@@ -67,7 +67,7 @@ fn refuse_each_request<I, T, E: Debug>(
 }
 
 /// Blocks of many files, each with a usage count.
-fn records() -> impl Iterator<Item = (Record, Heat)> {
+fn records() -> impl Iterator<Item = (Record, UsageCount)> {
     (0..4000).map(|number| {
         let record = Record {
             database: number % 3,
@@ -76,14 +76,14 @@ fn records() -> impl Iterator<Item = (Record, Heat)> {
             fork: 0,
             block: number,
         };
-        (record, Heat::from_usage_count(number % 6))
+        (record, UsageCount::new(number % 6))
     })
 }
 
 fn write(out: &mut [u8], expected: usize) -> Result<u64, WriteError> {
     let mut writer = ListWriter::begin(Cursor::new(out), expected)?;
-    for (record, heat) in records() {
-        writer.push(&record, heat)?;
+    for (record, usage_count) in records() {
+        writer.push(&record, usage_count)?;
     }
     Ok(writer.finish()?.0)
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 
 use pgrx::pg_sys;
 
-use crate::blocks::{Heat, Record};
+use crate::blocks::{Record, UsageCount};
 use crate::pg::process::check_for_interrupts;
 use crate::pg::sys::buffer_state::{self, AtomicWord, Word};
 use crate::pg::sys::{ffi, version};
@@ -18,7 +18,7 @@ pub struct CachedBlock {
     pub record: Record,
     /// False for a block of an unlogged relation, which a crash would empty.
     pub permanent: bool,
-    pub heat: Heat,
+    pub usage_count: UsageCount,
 }
 
 /// How many shared buffers the server has.
@@ -85,7 +85,7 @@ fn cached_block(index: usize) -> Option<CachedBlock> {
     (locked & buffer_state::BM_TAG_VALID != 0).then(|| CachedBlock {
         record: version::record(&tag),
         permanent: locked & buffer_state::BM_PERMANENT != 0,
-        heat: heat(locked),
+        usage_count: usage_count(locked),
     })
 }
 
@@ -135,7 +135,7 @@ impl Pinned {
 
     /// Gives the block of a shared buffer the usage count that it once had, unless its
     /// own is higher.
-    pub fn restore_heat(&self, heat: Heat) {
+    pub fn restore_usage_count(&self, usage_count: UsageCount) {
         let state = state(self.index());
         let mut old = state.load(Relaxed);
         loop {
@@ -147,13 +147,13 @@ impl Pinned {
                 continue;
             }
             // This pin has counted as a use, unless the count was at its maximum.
-            let current = self::heat(old);
-            let before = if current == Heat::MAX {
-                current.usage_count()
+            let current = self::usage_count(old);
+            let before = if current == UsageCount::MAX {
+                current.get()
             } else {
-                current.usage_count().saturating_sub(1)
+                current.get().saturating_sub(1)
             };
-            let new = buffer_state::with_usage_count(old, heat.usage_count().max(before));
+            let new = buffer_state::with_usage_count(old, usage_count.get().max(before));
             match state.compare_exchange_weak(old, new, AcqRel, Relaxed) {
                 Ok(_) => return,
                 Err(now) => old = now,
@@ -171,8 +171,8 @@ impl Drop for Pinned {
     }
 }
 
-pub(super) fn heat(state: Word) -> Heat {
-    Heat::from_usage_count(buffer_state::usage_count(state))
+pub(super) fn usage_count(state: Word) -> UsageCount {
+    UsageCount::new(buffer_state::usage_count(state))
 }
 
 fn header(index: usize) -> *mut pg_sys::BufferDesc {

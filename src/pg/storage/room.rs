@@ -10,8 +10,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use pgrx::pg_sys;
 
-use super::buffer::{count, heat, state};
-use crate::blocks::Heat;
+use super::buffer::{count, state, usage_count};
+use crate::blocks::UsageCount;
 use crate::pg::sys::buffer_state::{self, Word};
 use crate::pg::sys::version::free_list_is_empty;
 
@@ -66,10 +66,10 @@ pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usiz
     let count = count();
     let next = ahead_of_clock_hand().take(LOOKED_AT);
     let mut evictable = 0;
-    for round in 0..=Heat::MAX.usage_count() {
+    for round in 0..=UsageCount::MAX.get() {
         for index in next.clone() {
             let state = state(index).load(Relaxed);
-            if state & buffer_state::BUF_REFCOUNT_MASK != 0 || heat(state).usage_count() != round {
+            if state & buffer_state::BUF_REFCOUNT_MASK != 0 || usage_count(state).get() != round {
                 continue;
             }
             if keep(index) {

@@ -201,7 +201,7 @@ fn an_error_of_the_input_is_passed_on() {
 #[test]
 fn an_error_at_the_second_reading_takes_the_place_of_a_record() {
     let text = write(&records_with(&[5, 0]));
-    // Opened once to be checked, then for the records and for their heat.
+    // Opened once to be checked, then for the records and for their usage count.
     for broken in [1, 2] {
         let opened = Cell::new(0);
         let from = |at| -> Box<dyn Read> {
@@ -217,12 +217,12 @@ fn an_error_at_the_second_reading_takes_the_place_of_a_record() {
 
 #[test]
 fn a_list_of_many_chunks_is_read_whole() {
-    let heats: Vec<_> = (0..100_000).map(|record| record % 6).collect();
-    let records = records_with(&heats);
+    let usage_counts: Vec<_> = (0..100_000).map(|record| record % 6).collect();
+    let records = records_with(&usage_counts);
     let text = write(&records);
     assert!(text.len() > 3 * CHUNK);
     let list = read(text);
-    assert_eq!(list.heats, Heats::Saved);
+    assert_eq!(list.usage_counts, UsageCounts::Saved);
     assert!(list.records().eq(records));
 }
 
@@ -239,97 +239,104 @@ impl Read for Trickle<'_> {
 }
 
 #[test]
-fn a_trailer_that_fits_gives_each_record_its_heat() {
-    let heats = [5, 0, 3, 1];
-    let text = String::from_utf8(write(&records_with(&heats))).unwrap();
+fn a_trailer_that_fits_gives_each_record_its_usage_count() {
+    let usage_counts = [5, 0, 3, 1];
+    let text = String::from_utf8(write(&records_with(&usage_counts))).unwrap();
     let list = read(&text);
-    assert_eq!(list.heats, Heats::Saved);
-    let read_heats: Vec<_> = list.records().map(|(_, heat)| heat.usage_count()).collect();
-    assert_eq!(read_heats, heats);
+    assert_eq!(list.usage_counts, UsageCounts::Saved);
+    let read_usage_counts: Vec<_> = list
+        .records()
+        .map(|(_, usage_count)| usage_count.get())
+        .collect();
+    assert_eq!(read_usage_counts, usage_counts);
     // The last line break may be missing.
-    assert_eq!(read(text.trim_end()).heats, Heats::Saved);
+    assert_eq!(read(text.trim_end()).usage_counts, UsageCounts::Saved);
 }
 
 #[test]
 fn a_trailer_that_does_not_fit_is_left_aside_as_a_whole() {
     let text = String::from_utf8(write(&records_with(&[5, 0, 3, 1]))).unwrap();
-    for (what, text, heats) in [
+    for (what, text, usage_counts) in [
         (
             "no trailer",
             text[..text.find('#').unwrap()].to_owned(),
-            Heats::Missing,
+            UsageCounts::Missing,
         ),
         (
             "another trailer",
             text.replace("# pg_prewarm 2.0", "# something else"),
-            Heats::Missing,
+            UsageCounts::Missing,
         ),
         (
             "a line after the records",
             text.replace("# pg_prewarm 2.0", "\n1,2,3,0,9\n# pg_prewarm 2.0"),
-            Heats::Missing,
+            UsageCounts::Missing,
         ),
         (
             "an edited record",
             text.replace("\n0,0,0,0,1\n", "\n0,0,0,0,7\n"),
-            Heats::LeftAside("its checksum differs"),
+            UsageCounts::Ignored("its checksum differs"),
         ),
         (
             "an edited digit",
             text.replace("\n5031\n", "\n5041\n"),
-            Heats::LeftAside("its checksum differs"),
+            UsageCounts::Ignored("its checksum differs"),
         ),
         (
             "no digit",
             text.replace("\n5031\n", "\n5061\n"),
-            Heats::LeftAside(NOT_ONE_EACH),
+            UsageCounts::Ignored(NOT_ONE_EACH),
         ),
         (
             "a digit too many",
             text.replace("\n5031\n", "\n50311\n"),
-            Heats::LeftAside(NOT_ONE_EACH),
+            UsageCounts::Ignored(NOT_ONE_EACH),
         ),
         (
             "a digit too few",
             sign(&text.replace("\n5031\n", "\n503\n")),
-            Heats::LeftAside(NOT_ONE_EACH),
+            UsageCounts::Ignored(NOT_ONE_EACH),
         ),
         (
             "a bad record",
             sign(&text.replace("\n0,0,0,0,1\n", "\nbad\n")),
-            Heats::LeftAside(NOT_ONE_EACH),
+            UsageCounts::Ignored(NOT_ONE_EACH),
         ),
         (
             "a list cut short",
             text[..text.find("# crc32c").unwrap()].to_owned(),
-            Heats::LeftAside("it is cut short"),
+            UsageCounts::Ignored("it is cut short"),
         ),
         (
-            "no heat",
+            "no usage count",
             text.replace("# usage counts", "# cold"),
-            Heats::LeftAside("it does not say what it holds"),
+            UsageCounts::Ignored("it does not say what it holds"),
         ),
         (
             "an odd checksum",
             text.replace("crc32c 0x", "crc32c 0xg"),
-            Heats::LeftAside("its checksum differs"),
+            UsageCounts::Ignored("its checksum differs"),
         ),
         (
             "a long line",
             text.replace("\n5031\n", &format!("\n{}\n", "5".repeat(200))),
-            Heats::LeftAside("it has a line that is too long"),
+            UsageCounts::Ignored("it has a line that is too long"),
         ),
     ] {
         let list = read(&text);
-        assert_eq!(list.heats, heats, "{what}");
-        assert!(list.records().all(|(_, heat)| heat == Heat::ONCE), "{what}");
+        assert_eq!(list.usage_counts, usage_counts, "{what}");
+        assert!(
+            list.records()
+                .all(|(_, usage_count)| usage_count == UsageCount::ONCE),
+            "{what}"
+        );
         assert!(list.entries.len() >= 3, "{what}");
     }
 }
 
-/// Records 0, 1, 2 … of that heat.
-fn records_with(heats: &[u32]) -> Vec<(Record, Heat)> {
-    let record = |(block, heat): (u32, &u32)| {
+/// Records 0, 1, 2 … of that usage count.
+fn records_with(usage_counts: &[u32]) -> Vec<(Record, UsageCount)> {
+    let record = |(block, usage_count): (u32, &u32)| {
         let record = Record {
             database: 0,
             tablespace: 0,
@@ -337,9 +344,9 @@ fn records_with(heats: &[u32]) -> Vec<(Record, Heat)> {
             fork: 0,
             block,
         };
-        (record, Heat::from_usage_count(*heat))
+        (record, UsageCount::new(*usage_count))
     };
-    (0..).zip(heats).map(record).collect()
+    (0..).zip(usage_counts).map(record).collect()
 }
 
 /// The text with the checksum that it should have.
@@ -351,8 +358,8 @@ fn sign(text: &str) -> String {
     )
 }
 
-fn records() -> impl Strategy<Value = Vec<(Record, Heat)>> {
-    let record = (any::<[u32; 5]>(), 0u32..6).prop_map(|(fields, heat)| {
+fn records() -> impl Strategy<Value = Vec<(Record, UsageCount)>> {
+    let record = (any::<[u32; 5]>(), 0u32..6).prop_map(|(fields, usage_count)| {
         let record = Record {
             database: fields[0] % 3,
             tablespace: fields[1],
@@ -360,15 +367,15 @@ fn records() -> impl Strategy<Value = Vec<(Record, Heat)>> {
             fork: fields[3] % 5,
             block: fields[4],
         };
-        (record, Heat::from_usage_count(heat))
+        (record, UsageCount::new(usage_count))
     });
     prop::collection::vec(record, 0..200)
 }
 
-fn write(records: &[(Record, Heat)]) -> Vec<u8> {
+fn write(records: &[(Record, UsageCount)]) -> Vec<u8> {
     let mut writer = ListWriter::begin(io::Cursor::new(Vec::new()), records.len()).unwrap();
-    for (record, heat) in records {
-        writer.push(record, *heat).unwrap();
+    for (record, usage_count) in records {
+        writer.push(record, *usage_count).unwrap();
     }
     writer.finish().unwrap().1.into_inner()
 }
@@ -396,7 +403,7 @@ proptest! {
         prop_assert!(list.entries.len() <= whole + 1);
         let read: Vec<_> = list.records().map(|(record, _)| record).take(whole).collect();
         prop_assert_eq!(&read[..], &records[..whole]);
-        prop_assert!(cut == text.len() - 1 || list.heats != Heats::Saved);
+        prop_assert!(cut == text.len() - 1 || list.usage_counts != UsageCounts::Saved);
     }
 
     #[test]
@@ -414,7 +421,7 @@ proptest! {
         let read: Vec<_> = list.records().map(|(record, _)| record).collect();
         prop_assert_eq!(read, rest);
         prop_assert_eq!(list.first_bad_line, Some(which as u64 + 2));
-        prop_assert_ne!(list.heats, Heats::Saved);
+        prop_assert_ne!(list.usage_counts, UsageCounts::Saved);
     }
 
     #[test]

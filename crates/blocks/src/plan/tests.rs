@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::ListWriter;
 
-type HotRecord = (Record, Heat);
+type HotRecord = (Record, UsageCount);
 
 fn record(database: Oid, filenumber: Oid, fork: u32, block: BlockNumber) -> Record {
     Record {
@@ -17,8 +17,8 @@ fn record(database: Oid, filenumber: Oid, fork: u32, block: BlockNumber) -> Reco
     }
 }
 
-fn hot(record: Record, heat: u32) -> HotRecord {
-    (record, Heat::from_usage_count(heat))
+fn hot(record: Record, usage_count: u32) -> HotRecord {
+    (record, UsageCount::new(usage_count))
 }
 
 fn plan_within(records: &[HotRecord], budget: u64) -> Plan {
@@ -27,8 +27,8 @@ fn plan_within(records: &[HotRecord], budget: u64) -> Plan {
 
 fn plan_without(records: &[HotRecord], cached: &[Record], budget: u64) -> Plan {
     let mut writer = ListWriter::begin(Cursor::new(Vec::new()), records.len()).unwrap();
-    for (record, heat) in records {
-        writer.push(record, *heat).unwrap();
+    for (record, usage_count) in records {
+        writer.push(record, *usage_count).unwrap();
     }
     let text = writer.finish().unwrap().1.into_inner();
     let list = BlockList::read(&text[..], text.len() as u64).unwrap();
@@ -58,7 +58,7 @@ fn decode(plan: &Plan) -> Vec<HotRecord> {
                 fork: chunk.fork as u32,
                 block,
             };
-            records.push((record, blocks.heat(index)));
+            records.push((record, blocks.usage_count(index)));
         }
     }
     records
@@ -119,7 +119,7 @@ fn what_is_cached_is_left_out_and_uses_up_no_budget() {
     let records: Vec<_> = blocks
         .iter()
         .zip(0..)
-        .map(|(&at, heat)| hot(at, heat))
+        .map(|(&at, usage_count)| hot(at, usage_count))
         .collect();
     let cached = [blocks[5], record(5, 2, 0, 0), blocks[0]];
     let plan = plan_without(&records, &cached, 2);
@@ -193,7 +193,7 @@ fn the_hottest_win_where_the_budget_does_not_suffice() {
     let records: Vec<_> = [0, 5, 1, 3, 5, 1, 2, 1]
         .into_iter()
         .zip(0..)
-        .map(|(heat, block)| hot(record(5, 1, 0, block), heat))
+        .map(|(usage_count, block)| hot(record(5, 1, 0, block), usage_count))
         .collect();
     let kept = |budget| {
         let plan = plan_within(&records, budget);
@@ -220,14 +220,14 @@ proptest! {
     ) {
         let records: Vec<_> = fields
             .into_iter()
-            .map(|(database, filenumber, fork, block, heat)| {
-                hot(record(database, filenumber, fork, block), heat)
+            .map(|(database, filenumber, fork, block, usage_count)| {
+                hot(record(database, filenumber, fork, block), usage_count)
             })
             .collect();
         let plan = plan_within(&records, u64::MAX);
         let mut legal: Vec<_> = records.iter().copied().filter(|(record, _)| record.fork < 4).collect();
-        legal.sort_by_key(|&(record, heat)| {
-            (record.database, heat < Heat::from_usage_count(HOT), record, heat)
+        legal.sort_by_key(|&(record, usage_count)| {
+            (record.database, usage_count < UsageCount::new(HOT), record, usage_count)
         });
         prop_assert_eq!(plan.illegal(), (records.len() - legal.len()) as u64);
         prop_assert_eq!(decode(&plan), legal);
@@ -236,16 +236,16 @@ proptest! {
 
     #[test]
     fn no_block_is_left_out_for_a_colder_one(
-        heats in prop::collection::vec(0u32..6, 0..300), budget in 0u64..300
+        usage_counts in prop::collection::vec(0u32..6, 0..300), budget in 0u64..300
     ) {
-        let records: Vec<_> = (0..).zip(&heats)
-            .map(|(block, &heat)| hot(record(5, 1, 0, block), heat))
+        let records: Vec<_> = (0..).zip(&usage_counts)
+            .map(|(block, &usage_count)| hot(record(5, 1, 0, block), usage_count))
             .collect();
         let plan = plan_within(&records, budget);
         let kept = decode(&plan);
         prop_assert_eq!(kept.len() as u64, budget.min(records.len() as u64));
-        let coldest = kept.iter().map(|(_, heat)| *heat).min();
-        let hottest = records.iter().filter(|record| !kept.contains(record)).map(|(_, heat)| *heat).max();
+        let coldest = kept.iter().map(|(_, usage_count)| *usage_count).min();
+        let hottest = records.iter().filter(|record| !kept.contains(record)).map(|(_, usage_count)| *usage_count).max();
         prop_assert!(coldest.is_none() || hottest.is_none() || coldest >= hottest);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::common::{Block, Cluster, LIST, LoadStats, Shutdown, list_of, list_with_heats};
+use crate::common::{Block, Cluster, LIST, LoadStats, Shutdown, list_of, list_with_usage_counts};
 
 /// A table of that many blocks, and the extensions that the tests use.
 fn table(cluster: &Cluster, blocks: u32) -> Block {
@@ -50,7 +50,7 @@ fn a_restart_restores_usage_counts() {
     cluster.restart();
     cluster.wait_for_load(mark);
     assert_eq!(usage_counts(&cluster), before);
-    assert!(!cluster.log_since(mark).contains("heat"));
+    assert!(!cluster.log_since(mark).contains("usage_count"));
 }
 
 #[test]
@@ -116,8 +116,8 @@ fn what_was_used_again_is_loaded_before_all_else() {
     let cluster = Cluster::build().start();
     let file = table(&cluster, 100);
     cluster.stop(Shutdown::Fast);
-    let heats = format!("{}{}", "1".repeat(60), "2".repeat(40));
-    cluster.write_list(list_with_heats(file.first(100), &heats));
+    let digits = format!("{}{}", "1".repeat(60), "2".repeat(40));
+    cluster.write_list(list_with_digits(file.first(100), &digits));
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 16");
     cluster.start();
     let mut client = cluster.connect("postgres");
@@ -133,7 +133,7 @@ fn what_was_used_again_is_loaded_before_all_else() {
 }
 
 #[test]
-fn a_list_whose_trailer_does_not_fit_is_loaded_without_heat() {
+fn a_list_whose_trailer_does_not_fit_is_loaded_without_usage_count() {
     let cluster = Cluster::build().start();
     table(&cluster, 100);
     cluster.sql("SELECT pg_prewarm('t'), pg_prewarm('t'), pg_prewarm('t')");

@@ -117,7 +117,7 @@ fn what_was_used_again_is_loaded_before_all_else() {
     let file = table(&cluster, 100);
     cluster.stop(Shutdown::Fast);
     let digits = format!("{}{}", "1".repeat(60), "2".repeat(40));
-    cluster.write_list(list_with_digits(file.first(100), &digits));
+    cluster.write_list(list_with_usage_counts(file.first(100), &digits));
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 16");
     cluster.start();
     let mut client = cluster.connect("postgres");

@@ -7,8 +7,8 @@ use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use crate::autoprewarm::DUMP_FILE;
 use crate::blocks::ReadError;
-use crate::pg::process::error::log_with_hint;
-use crate::pg::process::report;
+use crate::pg::process::error::log_message;
+use crate::pg::process::report::{Message, raise};
 use crate::pg::storage::file;
 
 /// An error, with what its message needs.
@@ -147,13 +147,22 @@ impl From<ReadError> for Error {
 impl Error {
     /// Raises the error as PostgreSQL's ERROR, which unwinds to the entry point.
     pub fn raise(self) -> ! {
-        report::raise(self.sqlstate(), &self.to_string(), self.hint());
+        let primary = self.to_string();
+        raise(self.message(&primary));
     }
 
-    /// Logs the error as a WARNING of a background worker, which continues. The hint
+    /// Logs the error as a WARNING of a background worker, which continues: the DETAIL
     /// tells how.
-    pub fn warn(self, hint: &str) {
-        let message = self.to_string();
-        log_with_hint(PgLogLevel::WARNING, self.sqlstate(), &message, Some(hint));
+    pub fn warn(self, detail: &str, hint: Option<&str>) {
+        let primary = self.to_string();
+        let message = self.message(&primary).detail(detail);
+        let hint = hint.or(message.hint);
+        log_message(PgLogLevel::WARNING, Message { hint, ..message });
+    }
+
+    fn message<'a>(&self, primary: &'a str) -> Message<'a> {
+        let message = Message::new(self.sqlstate(), primary);
+        let hint = self.hint();
+        Message { hint, ..message }
     }
 }

@@ -753,7 +753,7 @@ fn a_list_that_cannot_be_read_is_kept_and_loaded_once_it_can_be() {
                 unreadable.reason()
             );
             assert!(line.ends_with(&warning), "{line}");
-            cluster.wait_for_log(mark, "HINT:  The load is retried after");
+            cluster.wait_for_log(mark, "DETAIL:  The load is retried after");
             if start == 0 {
                 cluster.stop(Shutdown::Fast);
                 assert!(unreadable.is_there(&path), "{unreadable:?}");

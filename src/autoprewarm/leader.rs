@@ -13,9 +13,9 @@ use super::dump::{self, Unlogged};
 use super::load::{self, Outcome};
 use super::state::{Phase, State};
 use super::stats::LoadResult;
-use crate::pg::process::error::{log, log_with_hint};
+use crate::pg::process::error::{log, log_message};
 use crate::pg::process::latch::{self, WaitEvent};
-use crate::pg::process::report::SUCCESS;
+use crate::pg::process::report::{Message, SUCCESS};
 use crate::pg::process::{activity, background, transaction};
 use crate::settings;
 
@@ -115,13 +115,14 @@ fn try_dump(state: &State, unlogged: Unlogged) {
     match transaction::run(|_| dump::write(unlogged, state)) {
         Ok(Ok(written)) => {
             let message = dump::describe(written);
-            log_with_hint(PgLogLevel::DEBUG1, SUCCESS, &message, None);
+            log_message(PgLogLevel::DEBUG1, Message::new(SUCCESS, &message));
         }
         Ok(Err(error)) => {
             state.last_error.record(&error.to_string());
             error.warn(
                 "The previous block dump file is kept. The next dump is attempted after \
                  \"pg_prewarm.autoprewarm_interval\".",
+                None,
             );
         }
         Err(caught) => {

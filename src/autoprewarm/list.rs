@@ -14,7 +14,7 @@ use super::DUMP_FILE;
 use crate::blocks::ListReader;
 use crate::error::Error;
 use crate::pg::process::memory::{Infallible, fallible};
-use crate::pg::process::report::report;
+use crate::pg::process::report::{Message, report};
 use crate::pg::storage::file::{self, At, Interruptible};
 
 /// An `oid` of a row. pgrx's own type turns 0, the database of shared catalogs, into
@@ -42,14 +42,14 @@ fn autoprewarm_blocks() -> TableIterator<
 > {
     let mut reader = open().unwrap_or_else(|error| error.raise());
     if let Some(line) = reader.first_bad_line() {
+        let message = super::corrupted_at(line);
+        let detail = format!(
+            "All valid lines of \"{DUMP_FILE}\" are returned, and the next block dump replaces \
+             the file."
+        );
         report(
             PgLogLevel::WARNING,
-            PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-            &super::corrupted_at(line),
-            Some(&format!(
-                "All valid lines of \"{DUMP_FILE}\" are returned, and the next block dump \
-                 replaces the file."
-            )),
+            Message::new(PgSqlErrorCode::ERRCODE_DATA_CORRUPTED, &message).detail(&detail),
         );
     }
     let records = iter::from_fn(move || fallible(|| reader.next()));

@@ -18,9 +18,10 @@ use super::stats::LoadStats;
 use super::{DUMP_FILE, WORKER};
 use crate::blocks::{BlockList, Oid, Plan, PlanView, SkipReason, UsageCounts};
 use crate::error::Error;
-use crate::pg::process::error::{log, log_with_hint};
+use crate::pg::process::error::{log, log_message};
 use crate::pg::process::latch::{self, WaitEvent};
 use crate::pg::process::memory::{Infallible, fallible};
+use crate::pg::process::report::Message;
 use crate::pg::process::transaction::{self, Transaction};
 use crate::pg::process::{self, activity, background};
 use crate::pg::shared::segment::Segment;
@@ -47,7 +48,7 @@ const CANCEL_TIMEOUT: Duration = Duration::from_millis(100);
 /// free buffers; without a reserve, the last reads of a load could evict other blocks.
 const RESERVE: usize = 64;
 
-/// The part of a hint that tells when a failed load is retried.
+/// The DETAIL that tells when a failed load is retried.
 const RETRIED: &str = "The load is retried after \"pg_prewarm.autoprewarm_interval\" (five \
                        minutes if that is zero) and when the configuration is reloaded. The block \
                        dump file is kept until then.";
@@ -89,9 +90,7 @@ pub fn run(state: &'static State) -> Outcome {
         }
         Ok(Err(error)) => {
             state.last_error.record(&error.to_string());
-            error.warn(&format!(
-                "{RETRIED} To continue without the file, remove it."
-            ));
+            error.warn(RETRIED, Some("To continue without the file, remove it."));
             Outcome::StillDue
         }
         Err(caught) => {
@@ -225,13 +224,11 @@ impl Load {
                 if let Halt::NoProgress = halt {
                     let message = "could not load blocks: autoprewarm workers keep exiting before loading any block";
                     self.state.last_error.record(message);
-                    log_with_hint(
+                    log_message(
                         PgLogLevel::WARNING,
-                        PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
-                        message,
-                        Some(&format!(
-                            "More details may be available in the server log. {RETRIED}"
-                        )),
+                        Message::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES, message)
+                            .detail(RETRIED)
+                            .hint("More details may be available in the server log."),
                     );
                 }
                 Outcome::StillDue
@@ -279,11 +276,13 @@ impl Load {
                     return Ok(());
                 }
                 if slots_are_short && !std::mem::replace(&mut waiting_was_logged, true) {
-                    log_with_hint(
+                    log_message(
                         PgLogLevel::LOG,
-                        PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
-                        "autoprewarm is waiting for a background worker slot",
-                        Some("You may need to increase \"max_worker_processes\"."),
+                        Message::new(
+                            PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+                            "autoprewarm is waiting for a background worker slot",
+                        )
+                        .hint("You may need to increase \"max_worker_processes\"."),
                     );
                 }
             }
@@ -562,14 +561,13 @@ fn report_defects(list: &BlockList, state: &State) {
     if let Some(line) = list.first_bad_line {
         let message = super::corrupted_at(line);
         state.last_error.record(&message);
-        log_with_hint(
+        let detail = format!(
+            "All valid lines of \"{DUMP_FILE}\" are loaded, and the next block dump replaces the \
+             file."
+        );
+        log_message(
             PgLogLevel::WARNING,
-            PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
-            &message,
-            Some(&format!(
-                "All valid lines of \"{DUMP_FILE}\" are loaded, and the next block dump replaces \
-                 the file."
-            )),
+            Message::new(PgSqlErrorCode::ERRCODE_DATA_CORRUPTED, &message).detail(&detail),
         );
     }
     match list.usage_counts {

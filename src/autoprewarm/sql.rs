@@ -12,7 +12,7 @@ use super::state::{Phase, State};
 use super::{LEADER, dump};
 use crate::error::Error;
 use crate::pg::process::latch::{self, WaitEvent};
-use crate::pg::process::report::{SUCCESS, report};
+use crate::pg::process::report::{Message, SUCCESS, report};
 use crate::pg::shared::worker::Status;
 use crate::settings;
 
@@ -76,7 +76,8 @@ fn dump_now() -> Result<i64, Error> {
     let state = State::attach();
     let _in_use = state.use_dump_file().map_err(Error::DumpFileInUse)?;
     let written = dump::write(dump::Unlogged::Included, state)?;
-    report(PgLogLevel::DEBUG1, SUCCESS, &dump::describe(written), None);
+    let message = dump::describe(written);
+    report(PgLogLevel::DEBUG1, Message::new(SUCCESS, &message));
     // The number of buffers fits into 31 bits.
     Ok(written as i64)
 }

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, Location};
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgLogLevel, PgSqlErrorCode, PgTryBuilder, pg_guard, pg_sys};
 
-use super::report::{SUCCESS, ereport_unguarded, report};
+use super::report::{Message, SUCCESS, ereport_unguarded, report};
 use super::reserve;
 use crate::pg::sys::ffi;
 
@@ -16,6 +16,7 @@ use crate::pg::sys::ffi;
 pub struct Caught {
     pub sqlstate: PgSqlErrorCode,
     pub message: String,
+    pub detail: Option<String>,
     pub hint: Option<String>,
 }
 
@@ -29,6 +30,7 @@ impl From<CaughtError> for Caught {
         Self {
             sqlstate: report.sql_error_code(),
             message: report.message().to_owned(),
+            detail: report.detail().map(str::to_owned),
             hint: report.hint().map(str::to_owned),
         }
     }
@@ -51,8 +53,13 @@ impl Caught {
 
     /// Logs the error as a WARNING.
     pub fn warn(self) {
-        let hint = self.hint.as_deref();
-        log_with_hint(PgLogLevel::WARNING, self.sqlstate, &self.message, hint);
+        let message = Message {
+            sqlstate: self.sqlstate,
+            primary: &self.message,
+            detail: self.detail.as_deref(),
+            hint: self.hint.as_deref(),
+        };
+        log_message(PgLogLevel::WARNING, message);
     }
 }
 
@@ -63,6 +70,7 @@ pub fn catch<T>(body: impl FnOnce() -> T) -> Result<T, Caught> {
         return Err(Caught {
             sqlstate: PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
             message: "out of memory".to_owned(),
+            detail: None,
             hint: None,
         });
     }
@@ -75,18 +83,13 @@ pub fn catch<T>(body: impl FnOnce() -> T) -> Result<T, Caught> {
 /// Reports a message of a background worker, which goes on even if that fails: memory
 /// may be short, or a standby before 17 may raise a conflict with recovery after the
 /// transaction that it was meant for.
-pub fn log_with_hint(
-    level: PgLogLevel,
-    sqlstate: PgSqlErrorCode,
-    message: &str,
-    hint: Option<&str>,
-) {
-    let _ = catch(|| report(level, sqlstate, message, hint));
+pub fn log_message(level: PgLogLevel, message: Message) {
+    let _ = catch(|| report(level, message));
 }
 
-/// Writes a line to the server's log, as of [`log_with_hint`].
-pub fn log(message: &str) {
-    log_with_hint(PgLogLevel::LOG, SUCCESS, message, None);
+/// Writes a line to the server's log, as of [`log_message`].
+pub fn log(text: &str) {
+    log_message(PgLogLevel::LOG, Message::new(SUCCESS, text));
 }
 
 /// Runs the body of an SQL function, or the whole of a background process, with memory

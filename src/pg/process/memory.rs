@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pgrx::PgSqlErrorCode;
 
-use super::report::raise;
+use super::report::{Message, raise};
 
 static MAY_BE_REFUSED: AtomicBool = AtomicBool::new(false);
 
@@ -70,6 +70,9 @@ pub fn room_for<T>(count: usize) -> Vec<T> {
 /// Makes room for `count` more elements. Raises an ERROR if there is no memory.
 pub fn reserve<T>(vec: &mut Vec<T>, count: usize) {
     if fallible(|| vec.try_reserve_exact(count)).is_err() {
-        raise(PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY, "out of memory", None);
+        raise(Message::new(
+            PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
+            "out of memory",
+        ));
     }
 }

@@ -19,17 +19,54 @@ use crate::pg::sys::ffi;
 /// The SQLSTATE of messages that are no errors.
 pub const SUCCESS: PgSqlErrorCode = PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION;
 
-/// Reports a message, which ends nothing if its level is below ERROR.
+/// A message, by PostgreSQL's error message style guide.
+#[derive(Clone, Copy, Debug)]
+pub struct Message<'a> {
+    pub sqlstate: PgSqlErrorCode,
+    /// What happened, as a phrase.
+    pub primary: &'a str,
+    /// Facts, as sentences.
+    pub detail: Option<&'a str>,
+    /// What can be done about it, as sentences.
+    pub hint: Option<&'a str>,
+}
+
+impl<'a> Message<'a> {
+    pub fn new(sqlstate: PgSqlErrorCode, primary: &'a str) -> Self {
+        Self {
+            sqlstate,
+            primary,
+            detail: None,
+            hint: None,
+        }
+    }
+
+    pub fn detail(self, detail: &'a str) -> Self {
+        let detail = Some(detail);
+        Self { detail, ..self }
+    }
+
+    pub fn hint(self, hint: &'a str) -> Self {
+        let hint = Some(hint);
+        Self { hint, ..self }
+    }
+}
+
+/// Reports a message. Returns if the level is below ERROR.
 #[track_caller]
-pub fn report(level: PgLogLevel, sqlstate: PgSqlErrorCode, message: &str, hint: Option<&str>) {
+pub fn report(level: PgLogLevel, message: Message) {
     let c_string = |text: &str| CString::new(text).expect("a message has no NUL");
-    let (message, hint) = (c_string(message), hint.map(c_string));
-    let hint = hint.as_deref().map_or(std::ptr::null(), CStr::as_ptr);
-    let message = message.as_ptr();
-    // SAFETY: the formats have one string each, and both strings outlive the call.
+    let primary = c_string(message.primary);
+    let [detail, hint] = [message.detail, message.hint].map(|text| text.map(c_string));
+    let pointer = |text: &Option<CString>| text.as_deref().map_or(std::ptr::null(), CStr::as_ptr);
+    let (primary, detail, hint) = (primary.as_ptr(), pointer(&detail), pointer(&hint));
+    // SAFETY: the formats have one string each, and all strings outlive the call.
     unsafe {
-        ereport(level, sqlstate, || {
-            ffi::errmsg_internal(c"%s".as_ptr(), message);
+        ereport(level, message.sqlstate, || {
+            ffi::errmsg_internal(c"%s".as_ptr(), primary);
+            if !detail.is_null() {
+                ffi::errdetail_internal(c"%s".as_ptr(), detail);
+            }
             if !hint.is_null() {
                 ffi::errhint(c"%s".as_ptr(), hint);
             }
@@ -62,15 +99,15 @@ pub fn report_relation(
 
 /// Raises an ERROR, which unwinds to [`super::error::catch`] or to the entry point.
 #[track_caller]
-pub fn raise(sqlstate: PgSqlErrorCode, message: &str, hint: Option<&str>) -> ! {
-    report(PgLogLevel::ERROR, sqlstate, message, hint);
+pub fn raise(message: Message) -> ! {
+    report(PgLogLevel::ERROR, message);
     unreachable!("an ERROR does not return");
 }
 
 /// Sends a NOTICE to the client.
 #[track_caller]
 pub fn notice(message: &str) {
-    report(PgLogLevel::NOTICE, SUCCESS, message, None);
+    report(PgLogLevel::NOTICE, Message::new(SUCCESS, message));
 }
 
 /// Sends a NOTICE about a relation to the client, as of [`report_relation`].

@@ -6,7 +6,7 @@ use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
 use super::catalog::{self, take_oids};
 use crate::blocks::{BlockNumber, Fork, Oid};
-use crate::pg::process::report::{raise, report_relation};
+use crate::pg::process::report::{Message, raise, report_relation};
 use crate::pg::process::transaction::Transaction;
 pub use crate::pg::sys::version::Locator;
 use crate::pg::sys::{ffi, version};
@@ -151,11 +151,10 @@ impl<'t> Relation<'t> {
     /// Raises the server's ERROR if it is a temporary relation of another session.
     pub fn check_not_others(&self) {
         if self.is_others_temporary() {
-            raise(
+            raise(Message::new(
                 PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
                 "cannot access temporary tables of other sessions",
-                None,
-            );
+            ));
         }
     }
 

@@ -30,8 +30,6 @@ unsafe extern "C-unwind" {
     pub fn errcode(sqlstate: c_int) -> c_int;
     pub fn errmsg(format: *const c_char, ...) -> c_int;
     pub fn errmsg_internal(format: *const c_char, ...) -> c_int;
-    // Used by the allocator, which a test's own program does not have.
-    #[cfg(not(test))]
     pub fn errdetail_internal(format: *const c_char, ...) -> c_int;
     pub fn errhint(format: *const c_char, ...) -> c_int;
     pub fn errdetail_relkind_not_supported(relkind: c_char) -> c_int;

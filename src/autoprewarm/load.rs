@@ -1,48 +1,28 @@
 //! Loading the list: the leader's side.
 //!
-//! The leader reads the list, makes the plan, puts it into shared memory, and keeps
-//! starting workers until all chunks are claimed: as many at once as the settings and
-//! the free background worker slots allow, each in the database with the most chunks
-//! left for each worker. It also watches for workers that die, and reports the result.
+//! The leader reads the list, makes the plan and puts it into shared memory. It has the
+//! plan's chunks loaded by workers, which it [supervises](super::supervise), and logs the
+//! result.
 
 use std::collections::HashMap;
 use std::io;
-use std::ops::Range;
-use std::time::{Duration, Instant};
 
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
-use super::shared::{Claim, Cursor, Load as SharedLoad, MAX_WORKERS, Stage, WorkerArgument};
+use super::DUMP_FILE;
+use super::shared::{Cursor, Load};
 use super::state::State;
-use super::stats::LoadStats;
-use super::{DUMP_FILE, WORKER};
-use crate::blocks::{BlockList, Oid, Plan, PlanView, SkipReason, UsageCounts};
+use super::supervise::{Halt, Supervisor, reason_to_skip};
+use crate::blocks::{BlockList, Plan, SkipReason, UsageCounts};
 use crate::error::Error;
+use crate::pg::process::background;
 use crate::pg::process::error::{log, log_message};
-use crate::pg::process::latch::{self, WaitEvent};
 use crate::pg::process::memory::{Infallible, fallible};
 use crate::pg::process::report::Message;
 use crate::pg::process::transaction::{self, Transaction};
-use crate::pg::process::{self, activity, background};
 use crate::pg::shared::segment::Segment;
-use crate::pg::shared::worker::{Handle, Status};
 use crate::pg::storage::database::Database;
 use crate::pg::storage::{buffer, file, room};
-use crate::settings;
-
-/// How long to wait before another worker is started after one could not be started,
-/// or exited without loading anything.
-const RETRY: Duration = Duration::from_secs(1);
-
-/// How often workers may fail to connect to a database before it is skipped.
-const CONNECT_TRIES: u32 = 3;
-
-/// How many workers may die in a row without any block done in between before the load
-/// fails, in addition to the number of workers that may be terminated all at once.
-const FUTILE_EXITS: usize = 10;
-
-/// How long workers have to exit by themselves after a load was cancelled.
-const CANCEL_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Free buffers that are not used. Several blocks are read at once, after the check for
 /// free buffers; without a reserve, the last reads of a load could evict other blocks.
@@ -79,8 +59,8 @@ pub fn run(state: &'static State) -> Outcome {
             return Outcome::InUse;
         }
     };
-    match transaction::run(|transaction| Load::prepare(transaction, state)) {
-        Ok(Ok(Some(mut load))) => load.run(),
+    match transaction::run(|transaction| prepare(transaction, state)) {
+        Ok(Ok(Some(supervisor))) => load(supervisor, state),
         Ok(Ok(None)) => Outcome::Completed,
         // A request to stop was noticed while the list was being read.
         Ok(Err(_)) if background::shutdown_requested() => Outcome::StillDue,
@@ -101,459 +81,83 @@ pub fn run(state: &'static State) -> Outcome {
     }
 }
 
-/// A load in progress.
-struct Load {
-    state: &'static State,
-    segment: Segment<SharedLoad, Cursor>,
-    databases: Vec<LoadedDatabase>,
-    /// Chunks that dead workers have not completed, with the index of their database.
-    abandoned: Vec<(usize, Claim)>,
-    /// Where workers have died. After a second one has died at the same block, the
-    /// chunk is not handed out again.
-    died_at: Vec<Claim>,
-    workers: Vec<Worker>,
-    /// How many workers have died in a row without any block done in between.
-    futile_exits: usize,
-    /// How many blocks were left when the last worker died, or when the load began.
-    rest_at_last_exit: u64,
-    /// No worker is started before this time.
-    next_start: Instant,
-}
+/// Reads the list and puts its plan into shared memory. `None` if there is no list.
+fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Supervisor>, Error> {
+    let is_to_stop = || background::shutdown_requested() || state.cancel_is_requested();
+    let Some(list) = read_list(is_to_stop)? else {
+        return Ok(None);
+    };
+    report_defects(&list, state);
+    let stats = &state.load;
+    stats.set_total(list.entries.len() as u64);
+    let budget = room::count_free().saturating_sub(RESERVE);
+    let cached = Infallible(buffer::cached_blocks().map(|block| block.record));
+    let plan = fallible(|| Plan::new(list, cached, budget as u64))
+        .map_err(|error| Error::ListTooLarge(error.to_string()))?;
+    let number = stats.number();
+    let skip = |reason, blocks| stats.skip(number, reason, blocks);
+    stats.count(number, 0, plan.cached());
+    skip(SkipReason::Illegal, plan.illegal());
+    skip(SkipReason::NoFreeBuffer, plan.over_budget());
 
-/// A database of the plan.
-struct LoadedDatabase {
-    oid: Oid,
-    failed_connects: u32,
-    /// Set after a worker has died in this database, perhaps because a command such as
-    /// `DROP DATABASE` terminated it. No worker is started in it before this time, and
-    /// other databases come first until a worker has connected to it again.
-    set_aside_until: Option<Instant>,
-    /// Whether the rest of this database was skipped, so that no worker is started in it.
-    given_up: bool,
-}
-
-/// A worker that was started.
-struct Worker {
-    handle: Handle,
-    slot: usize,
-    database: usize,
-}
-
-/// Why a load stops before its end.
-enum Halt {
-    ShuttingDown,
-    /// Workers keep exiting before loading any block.
-    NoProgress,
-}
-
-impl Load {
-    /// Reads the list and puts its plan into shared memory. `None` if there is no list.
-    fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Self>, Error> {
-        let is_to_stop = || background::shutdown_requested() || state.cancel_is_requested();
-        let Some(list) = read_list(is_to_stop)? else {
-            return Ok(None);
-        };
-        report_defects(&list, state);
-        let stats = &state.load;
-        stats.set_total(list.entries.len() as u64);
-        let budget = room::count_free().saturating_sub(RESERVE);
-        let cached = Infallible(buffer::cached_blocks().map(|block| block.record));
-        let plan = fallible(|| Plan::new(list, cached, budget as u64))
-            .map_err(|error| Error::ListTooLarge(error.to_string()))?;
-        let number = stats.number();
-        let skip = |reason, blocks| stats.skip(number, reason, blocks);
-        stats.count(number, 0, plan.cached());
-        skip(SkipReason::Illegal, plan.illegal());
-        skip(SkipReason::NoFreeBuffer, plan.over_budget());
-
-        // For an empty list, pg_database is not read: that would put its blocks into
-        // shared buffers.
-        let any = plan.databases().next();
-        let existing = any.map_or_else(HashMap::new, |_| Database::all(transaction));
-        let mut shared = 0..0;
-        let mut databases = Vec::new();
-        for database in plan.databases() {
-            if database.database == 0 {
-                // Shared catalogs can be read from any database, so they need no worker of
-                // their own.
-                shared = database.chunks;
-            } else if let Some(reason) = reason_to_skip(existing.get(&database.database)) {
-                skip(reason, database.blocks);
-            } else {
-                databases.push(database);
-            }
-        }
-        let cursors: Vec<_> = databases
-            .iter()
-            .map(|database| Cursor::new(database.chunks.clone()))
-            .collect();
-        let load = SharedLoad::new(number, shared);
-        let segment = Segment::create(load, &cursors, plan.words(), |words| plan.encode(words));
-        Ok(Some(Self {
-            state,
-            segment,
-            databases: databases
-                .iter()
-                .map(|database| LoadedDatabase {
-                    oid: database.database,
-                    failed_connects: 0,
-                    set_aside_until: None,
-                    given_up: false,
-                })
-                .collect(),
-            abandoned: Vec::new(),
-            died_at: Vec::new(),
-            workers: Vec::new(),
-            futile_exits: 0,
-            rest_at_last_exit: state.load.counts().rest(),
-            next_start: Instant::now(),
-        }))
-    }
-
-    fn run(&mut self) -> Outcome {
-        match self.keep_workers_running() {
-            Ok(()) => {
-                self.report();
-                match self.segment.header().ended_for() {
-                    Some(SkipReason::Cancelled) => Outcome::Cancelled,
-                    _ => Outcome::Completed,
-                }
-            }
-            Err(halt) => {
-                self.terminate_workers();
-                if let Halt::NoProgress = halt {
-                    let message = "could not load blocks: autoprewarm workers keep exiting before loading any block";
-                    self.state.last_error.record(message);
-                    log_message(
-                        PgLogLevel::WARNING,
-                        Message::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES, message)
-                            .detail(RETRIED)
-                            .hint("More details may be available in the server log."),
-                    );
-                }
-                Outcome::StillDue
-            }
-        }
-    }
-
-    fn terminate_workers(&self) {
-        for worker in &self.workers {
-            worker.handle.terminate();
-        }
-    }
-
-    /// Starts workers, and restarts those that die, until no blocks are left to be
-    /// loaded.
-    fn keep_workers_running(&mut self) -> Result<(), Halt> {
-        let mut waiting_was_logged = false;
-        let mut cancelled_since: Option<Instant> = None;
-        loop {
-            let load = self.segment.header();
-            load.rate_limit.set(
-                settings::autoprewarm_max_rate(),
-                process::monotonic_micros(),
-            );
-            self.reap();
-            // At shutdown, workers are terminated, which is not a failure, and their
-            // chunks need not be handed out again.
-            if background::shutdown_requested() {
-                return Err(Halt::ShuttingDown);
-            }
-            if self.state.cancel_is_requested() {
-                self.segment.header().end_for(SkipReason::Cancelled);
-                let since = *cancelled_since.get_or_insert_with(Instant::now);
-                if since.elapsed() >= CANCEL_TIMEOUT {
-                    self.terminate_workers();
-                }
-            } else if self.futile_exits >= FUTILE_EXITS + most_workers() {
-                return Err(Halt::NoProgress);
-            }
-            let is_paused = Instant::now() < self.next_start;
-            let slots_are_short = !is_paused && self.start_workers();
-            if self.workers.is_empty() {
-                let is_waiting = is_paused || slots_are_short || self.has_set_aside();
-                if self.segment.header().has_ended() || !is_waiting {
-                    return Ok(());
-                }
-                if slots_are_short && !std::mem::replace(&mut waiting_was_logged, true) {
-                    log_message(
-                        PgLogLevel::LOG,
-                        Message::new(
-                            PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
-                            "autoprewarm is waiting for a background worker slot",
-                        )
-                        .hint("You may need to increase \"max_worker_processes\"."),
-                    );
-                }
-            }
-            self.show_progress();
-            // The latch is set when a worker starts, finishes or exits, when the load is
-            // cancelled, and when the configuration is reloaded.
-            let timeout = match cancelled_since {
-                Some(_) => CANCEL_TIMEOUT,
-                None if is_paused => self.next_start - Instant::now(),
-                None => RETRY,
-            };
-            latch::sleep_as_worker(Some(timeout), WaitEvent::Load);
-            background::reload_configuration_if_due();
-        }
-    }
-
-    /// Removes the workers that have finished or exited, and handles their chunks.
-    fn reap(&mut self) {
-        let mut unconnected = Vec::new();
-        let mut index = 0;
-        while index < self.workers.len() {
-            // The status is read before the slot, which a running worker still changes.
-            let stopped = self.workers[index].handle.status() == Status::Stopped;
-            let slot = &self.segment.header().workers[self.workers[index].slot];
-            let (stage, claim) = (slot.stage(), slot.claim());
-            // The exit of a finished worker is not waited for: releasing its memory takes
-            // a process some time.
-            if !stopped && stage != Stage::Finished {
-                let database = &mut self.databases[self.workers[index].database];
-                if stage == Stage::Connected && database.set_aside_until <= Some(Instant::now()) {
-                    database.set_aside_until = None;
-                }
-                index += 1;
-                continue;
-            }
-            let worker = self.workers.swap_remove(index);
-            match stage {
-                Stage::Finished => {}
-                Stage::Connected => {
-                    self.count_exit();
-                    self.requeue(worker.database, claim);
-                    self.databases[worker.database].set_aside_until = Some(Instant::now() + RETRY);
-                }
-                // It could not start or connect, most likely for a passing reason, so it is
-                // not held against the chunk.
-                Stage::NotStarted | Stage::Attached => {
-                    let claim = claim.map(|claim| (worker.database, claim));
-                    self.abandoned.extend(claim);
-                    self.pause();
-                    if stage == Stage::NotStarted {
-                        self.count_exit();
-                    } else if !unconnected.contains(&worker.database) {
-                        unconnected.push(worker.database);
-                    }
-                }
-            }
-        }
-        for database in unconnected {
-            self.could_not_connect(database);
-        }
-    }
-
-    /// Delays the start of the next worker.
-    fn pause(&mut self) {
-        self.next_start = Instant::now() + RETRY;
-    }
-
-    /// Counts a worker that died. The count starts over if a block was done since the
-    /// previous one died.
-    fn count_exit(&mut self) {
-        let rest = self.stats().counts().rest();
-        if rest == std::mem::replace(&mut self.rest_at_last_exit, rest) {
-            self.futile_exits += 1;
-            self.pause();
+    // For an empty list, pg_database is not read: that would put its blocks into
+    // shared buffers.
+    let any = plan.databases().next();
+    let existing = any.map_or_else(HashMap::new, |_| Database::all(transaction));
+    let mut shared = 0..0;
+    let mut databases = Vec::new();
+    for database in plan.databases() {
+        if database.database == 0 {
+            // Shared catalogs can be read from any database, so they need no worker of
+            // their own.
+            shared = database.chunks;
+        } else if let Some(reason) = reason_to_skip(existing.get(&database.database)) {
+            skip(reason, database.blocks);
         } else {
-            self.futile_exits = 0;
+            databases.push(database);
         }
     }
-
-    /// Hands out the rest of a dead worker's chunk again, unless an earlier worker died
-    /// at the same block.
-    fn requeue(&mut self, database: usize, claim: Option<Claim>) {
-        if let Some(claim) = claim
-            && !self.died_at.contains(&claim)
-        {
-            self.died_at.push(claim);
-            self.abandoned.push((database, claim));
-        }
-    }
-
-    /// Skips a database that no worker can connect to, after some tries.
-    fn could_not_connect(&mut self, index: usize) {
-        let reason = self.reason_to_skip_now(index);
-        let database = &mut self.databases[index];
-        database.failed_connects += 1;
-        let tried_enough = database.failed_connects >= CONNECT_TRIES;
-        if let Some(reason) = reason.or(tried_enough.then_some(SkipReason::NoDatabase)) {
-            if !database.given_up {
-                log(&format!(
-                    "autoprewarm worker could not connect to database with OID {}",
-                    database.oid
-                ));
-            }
-            self.give_up(index, reason);
-        }
-    }
-
-    /// Why no worker is to be started in a database any more, by what `pg_database` says
-    /// now. `None` if it can be loaded.
-    fn reason_to_skip_now(&self, index: usize) -> Option<SkipReason> {
-        match transaction::run(Database::all) {
-            Ok(existing) => reason_to_skip(existing.get(&self.databases[index].oid)),
-            Err(caught) => {
-                self.state.last_error.record(&caught.message);
-                caught.warn();
-                None
-            }
-        }
-    }
-
-    /// Skips all blocks of a database that are left.
-    fn give_up(&mut self, index: usize, reason: SkipReason) {
-        self.databases[index].given_up = true;
-        self.databases[index].set_aside_until = None;
-        let unclaimed = self.blocks_of(self.segment.cells()[index].close());
-        self.skip(reason, unclaimed);
-        let abandoned: Vec<_> = self
-            .abandoned
-            .extract_if(.., |(database, _)| *database == index)
-            .collect();
-        let plan = PlanView::new(self.segment.words());
-        for (_, claim) in abandoned {
-            self.skip(reason, claim.blocks_left(plan) as u64);
-        }
-    }
-
-    /// Starts as many workers as are allowed. Returns true if there are too few
-    /// background worker slots.
-    fn start_workers(&mut self) -> bool {
-        while self.workers.len() < most_workers() {
-            if room::count_free_ahead(1) == 0 {
-                self.segment.header().end_for(SkipReason::NoFreeBuffer);
-            }
-            let Some((database, first)) = self.next_database() else {
-                return false;
-            };
-            if self.databases[database].set_aside_until.is_some()
-                && let Some(reason) = self.reason_to_skip_now(database)
-            {
-                self.give_up(database, reason);
-                continue;
-            }
-            let taken: Vec<_> = self.workers.iter().map(|worker| worker.slot).collect();
-            let slot = (0..MAX_WORKERS)
-                .find(|slot| !taken.contains(slot))
-                .expect("there are as many slots as workers");
-            self.segment.header().workers[slot].assign(
-                self.databases[database].oid,
-                database,
-                first,
-            );
-            let argument = WorkerArgument {
-                segment: self.segment.handle(),
-                slot,
-            };
-            let Some(handle) = WORKER.start(argument.into()) else {
-                return true;
-            };
-            self.abandoned.retain(|(_, claim)| Some(*claim) != first);
-            self.workers.push(Worker {
-                handle,
-                slot,
-                database,
-            });
-        }
-        false
-    }
-
-    /// The index of the database for the next worker, and the abandoned chunk that it
-    /// begins with, if any. `None` if another worker would have nothing to do now.
-    fn next_database(&self) -> Option<(usize, Option<Claim>)> {
-        if self.segment.header().has_ended() {
-            return None;
-        }
-        let is_set_aside = |&index: &usize| self.databases[index].set_aside_until.is_some();
-        let (set_aside, others): (Vec<_>, Vec<_>) =
-            (0..self.databases.len()).partition(is_set_aside);
-        let is_due = |&index: &usize| self.databases[index].set_aside_until <= Some(Instant::now());
-        let due = set_aside.into_iter().filter(is_due).collect();
-        self.next_of(others).or_else(|| self.next_of(due))
-    }
-
-    /// Like [`Self::next_database`], but chooses among the given databases.
-    fn next_of(&self, databases: Vec<usize>) -> Option<(usize, Option<Claim>)> {
-        let mut abandoned = self.abandoned.iter().rev();
-        if let Some(&(database, claim)) = abandoned.find(|(of, _)| databases.contains(of)) {
-            return Some((database, Some(claim)));
-        }
-        let chunks_for_each = |&index: &usize| {
-            let cursor: &Cursor = &self.segment.cells()[index];
-            cursor.unclaimed().len() / (self.workers_in(index) + 1)
-        };
-        databases
-            .into_iter()
-            .max_by_key(chunks_for_each)
-            .filter(|index| chunks_for_each(index) > 0)
-            .map(|index| (index, None))
-    }
-
-    fn workers_in(&self, index: usize) -> usize {
-        let workers = self.workers.iter();
-        workers.filter(|worker| worker.database == index).count()
-    }
-
-    /// Whether a database that is set aside has blocks left.
-    fn has_set_aside(&self) -> bool {
-        self.databases.iter().enumerate().any(|(index, database)| {
-            database.set_aside_until.is_some()
-                && (!self.segment.cells()[index].unclaimed().is_empty()
-                    || self.abandoned.iter().any(|(of, _)| *of == index))
-        })
-    }
-
-    fn blocks_of(&self, chunks: Range<u32>) -> u64 {
-        let plan = PlanView::new(self.segment.words());
-        chunks
-            .map(|index| plan.chunk(index).1.numbers().len() as u64)
-            .sum()
-    }
-
-    fn stats(&self) -> &LoadStats {
-        &self.state.load
-    }
-
-    fn skip(&self, reason: SkipReason, blocks: u64) {
-        self.stats()
-            .skip(self.segment.header().number(), reason, blocks);
-    }
-
-    fn show_progress(&self) {
-        let counts = self.stats().counts();
-        let done = counts.total - counts.rest();
-        activity::report(format!("loading, {done} of {} blocks", counts.total).into_bytes());
-    }
-
-    /// Counts the blocks that are left as skipped, and logs the result of the load.
-    fn report(&self) {
-        let load = self.segment.header();
-        let rest = self.stats().counts().rest();
-        if let Some(reason) = load.ended_for() {
-            self.skip(reason, rest);
-        } else {
-            let shared = self.blocks_of(load.shared_unclaimed()).min(rest);
-            self.skip(SkipReason::NoDatabase, shared);
-            self.skip(SkipReason::Interrupted, rest - shared);
-        }
-        let counts = self.stats().counts();
-        log(&format!(
-            "autoprewarm successfully prewarmed {} of {} previously-loaded blocks",
-            counts.loaded + counts.cached,
-            counts.total
-        ));
-        if counts.skipped.total() > 0 {
-            log(&format!("autoprewarm skipped {}", counts.skipped));
-        }
-    }
+    let cursors: Vec<_> = databases
+        .iter()
+        .map(|database| Cursor::new(database.chunks.clone()))
+        .collect();
+    let load = Load::new(number, shared);
+    let segment = Segment::create(load, &cursors, plan.words(), |words| plan.encode(words));
+    let databases = databases.iter().map(|database| database.database);
+    Ok(Some(Supervisor::new(state, segment, databases)))
 }
 
-/// The maximum number of workers at once.
-fn most_workers() -> usize {
-    settings::autoprewarm_workers().min(MAX_WORKERS)
+/// Has workers load the plan, and logs the result.
+fn load(mut supervisor: Supervisor, state: &State) -> Outcome {
+    if let Err(halt) = supervisor.keep_workers_running() {
+        supervisor.terminate_workers();
+        if halt == Halt::NoProgress {
+            let message =
+                "could not load blocks: autoprewarm workers keep exiting before loading any block";
+            state.last_error.record(message);
+            log_message(
+                PgLogLevel::WARNING,
+                Message::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES, message)
+                    .detail(RETRIED)
+                    .hint("More details may be available in the server log."),
+            );
+        }
+        return Outcome::StillDue;
+    }
+    supervisor.skip_rest();
+    let counts = state.load.counts();
+    log(&format!(
+        "autoprewarm successfully prewarmed {} of {} previously-loaded blocks",
+        counts.loaded + counts.cached,
+        counts.total
+    ));
+    if counts.skipped.total() > 0 {
+        log(&format!("autoprewarm skipped {}", counts.skipped));
+    }
+    match supervisor.ended_for() {
+        Some(SkipReason::Cancelled) => Outcome::Cancelled,
+        _ => Outcome::Completed,
+    }
 }
 
 /// Logs what is invalid or missing in a list that is loaded nevertheless.
@@ -598,15 +202,5 @@ fn read_list(is_to_stop: impl Fn() -> bool) -> Result<Option<BlockList>, Error> 
             path: DUMP_FILE,
             source,
         }),
-    }
-}
-
-/// Why no worker is to be started in a database, given its row in `pg_database`. `None`
-/// if it can be loaded.
-fn reason_to_skip(database: Option<&Database>) -> Option<SkipReason> {
-    match database {
-        Some(database) if database.is_template => Some(SkipReason::TemplateDatabase),
-        Some(database) if database.accepts_connections => None,
-        _ => Some(SkipReason::NoDatabase),
     }
 }

@@ -2,7 +2,7 @@
 //! when the server starts.
 //!
 //! One background worker, the [`leader`], runs as long as the server. It
-//! [`load`]s the list with the help of [`worker`]s, each connected to one
+//! [`load`]s the list by [`worker`]s that it [`supervise`]s, each connected to one
 //! database, since a process can read relations of one database only. After that
 //! it [`dump`]s the list at intervals, and once more at shutdown. [`sql`] has the
 //! control functions, [`list`] the function that returns the list as rows, and
@@ -18,6 +18,7 @@ mod shared;
 pub mod sql;
 mod state;
 mod stats;
+mod supervise;
 pub mod views;
 pub mod worker;
 

@@ -13,7 +13,8 @@ use rustc_hash::FxHashSet;
 
 use super::Mode;
 use super::collect::{Collection, Wanted};
-use super::job::{Filled, FilledLocal, Full, Header, Share, Target, WORKER_ENTRY};
+use super::filled::{Filled, FilledLocal, Full};
+use super::job::{Header, Share, Target, WORKER_ENTRY};
 use super::upper;
 use crate::blocks::Fork;
 use crate::error::Error;
@@ -184,7 +185,7 @@ fn run(
     let mut full = None;
     if let Mode::Buffer = request.mode {
         let header = Header::new(request.mode, 1, 0);
-        let filled = Filled::new(&header, &words, &local);
+        let filled = Filled::new(&header.free, &words, &local);
         let share = Share::new(transaction, &header, &filled, kind, total, start);
         let mut done = Vec::new();
         for (part, target) in parts.iter().zip(&mut targets) {
@@ -227,7 +228,7 @@ fn run(
         &words,
         |job, workers| {
             job.header.set_workers(workers);
-            let filled = Filled::new(job.header, job.words, &local);
+            let filled = Filled::new(&job.header.free, job.words, &local);
             let share = Share::new(transaction, job.header, &filled, kind, total, start);
             share.work(job.cells, job.words);
         },

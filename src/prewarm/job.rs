@@ -7,17 +7,14 @@
 //! beforehand. All processes go through the targets and claim runs of blocks until none
 //! are left. Memory orderings follow the rule in `crate::autoprewarm`'s `state`.
 
-use std::cell::{Cell, RefCell};
 use std::ffi::CStr;
-use std::ops::ControlFlow::{self, Break, Continue};
+use std::ops::ControlFlow::{Break, Continue};
 use std::ops::Range;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
-use std::time::Instant;
-
-use rustc_hash::FxHashSet;
 
 use super::Mode;
+use super::filled::{Filled, FilledLocal, Free, Full};
 use super::gate::Gate;
 use super::read::{Change, Count, End, Part, Reader, Work};
 use crate::blocks::{BlockNumber, Fork};
@@ -27,9 +24,8 @@ use crate::pg::process::now;
 use crate::pg::process::transaction::Transaction;
 use crate::pg::shared::contents::Shared;
 use crate::pg::shared::parallel;
-use crate::pg::storage::buffer::{self, Pinned, Place};
+use crate::pg::storage::buffer::Pinned;
 use crate::pg::storage::prefault::{Prefaulted, Prefaulter};
-use crate::pg::storage::room;
 
 /// The name of the library's entry point for parallel workers.
 pub const WORKER_ENTRY: &CStr = c"pg_prewarm_parallel_main";
@@ -44,7 +40,7 @@ pub struct Header {
     /// Which buffers are full, so that no more blocks are to be read into them: each
     /// [`Full`] is a bit.
     full: AtomicU32,
-    free: Free,
+    pub free: Free,
     gate: Gate,
     prefaulted: Prefaulted,
 }
@@ -60,7 +56,7 @@ impl Header {
             processes: AtomicU32::new(processes),
             done: AtomicU64::new(done),
             full: AtomicU32::new(0),
-            free: Free(AtomicU64::new(u64::MAX)),
+            free: Free::new(),
             gate: Gate::new(),
             prefaulted: Prefaulted::new(),
         }
@@ -220,117 +216,6 @@ impl Target {
     }
 }
 
-/// Which buffers hold only blocks that the call has read, so that another read would
-/// evict one of these.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Full {
-    Shared = 1,
-    /// The buffers for this session's temporary relations.
-    Local = 2,
-}
-
-/// The local buffers that a call has read blocks into.
-pub type FilledLocal = RefCell<FxHashSet<i32>>;
-
-/// How many buffers were free at the last count, less the blocks that the call has read
-/// since; [`u64::MAX`] before the first count.
-struct Free(AtomicU64);
-
-impl Free {
-    fn take(&self, blocks: u64) {
-        let less = |free: u64| (free != u64::MAX).then(|| free.saturating_sub(blocks));
-        let _ = self.0.fetch_update(Relaxed, Relaxed, less);
-    }
-}
-
-/// The buffers that a call has read blocks into. When a block is read into one of these
-/// again, one of the call's blocks has been evicted, by the call or by others: then all
-/// buffers that could be evicted are the call's own. The bits are hints: they decide
-/// only whether the call stops a few blocks earlier or later.
-pub struct Filled<'a> {
-    shared: &'a [AtomicU32],
-    local: &'a FilledLocal,
-    free: &'a Free,
-    /// When this process may count the free buffers again.
-    next_count: Cell<Option<Instant>>,
-}
-
-impl<'a> Filled<'a> {
-    /// How many words hold one bit for each shared buffer.
-    pub fn words() -> usize {
-        buffer::count().div_ceil(32)
-    }
-
-    pub fn new(header: &'a Header, words: &'a [AtomicU32], local: &'a FilledLocal) -> Self {
-        Self {
-            shared: &words[..Self::words()],
-            local,
-            free: &header.free,
-            next_count: Cell::new(None),
-        }
-    }
-
-    /// How many blocks can be read, at most `most`, before one of the call's blocks would
-    /// be evicted. This is an estimate, since other sessions use buffers as well.
-    fn room(&self, is_temporary: bool, most: usize) -> usize {
-        if is_temporary {
-            let all = match buffer::count_local() {
-                0 => most,
-                all => all,
-            };
-            return all.saturating_sub(self.local.borrow().len()).min(most);
-        }
-        let is_filled =
-            |index: usize| self.shared[index / 32].load(Relaxed) & (1 << (index % 32)) != 0;
-        let free = self.count_free(most);
-        match free >= most {
-            true => most,
-            false => free + room::count_evictable_before(most - free, is_filled),
-        }
-    }
-
-    /// How many buffers are free, if the server uses these before it evicts blocks, and 0
-    /// if not. They are counted only if the number may matter, and for at most a tenth of
-    /// the time.
-    fn count_free(&self, most: usize) -> usize {
-        if !room::free_list_has_any() {
-            return 0;
-        }
-        let known = self.free.0.load(Relaxed);
-        let start = Instant::now();
-        let is_due = self.next_count.get().is_none_or(|next| start >= next);
-        if known != u64::MAX && (known >= 2 * most as u64 || !is_due) {
-            return known as usize;
-        }
-        let free = room::count_free();
-        self.free.0.store(free as u64, Relaxed);
-        self.next_count
-            .set(Some(Instant::now() + 9 * start.elapsed()));
-        free
-    }
-
-    /// Marks a buffer that a block was read into. `Break` if it was marked before.
-    fn mark(&self, buffer: &Pinned) -> ControlFlow<Full> {
-        match buffer.place() {
-            Place::Shared(index) => {
-                let bit = 1 << (index % 32);
-                let before = self.shared[index / 32].fetch_or(bit, Relaxed);
-                // If the server uses free buffers first and there are some, the buffer's
-                // former block was dropped, not evicted.
-                if before & bit != 0 && !room::free_list_has_any() {
-                    return Break(Full::Shared);
-                }
-            }
-            Place::Local(number) => {
-                if !self.local.borrow_mut().insert(number) {
-                    return Break(Full::Local);
-                }
-            }
-        }
-        Continue(())
-    }
-}
-
 /// One process's part in the job.
 pub struct Share<'a> {
     pub header: &'a Header,
@@ -440,7 +325,7 @@ impl<'a> Share<'a> {
             &mut |count| {
                 target.count(count);
                 if !target.is_temporary {
-                    self.filled.free.take(count.blocks - count.cached);
+                    self.header.free.take(count.blocks - count.cached);
                 }
                 let all = self.header.done.fetch_add(count.blocks, Relaxed) + count.blocks;
                 self.progress.change(|progress| match self.is_caller {
@@ -472,7 +357,7 @@ pub unsafe fn worker_main(toc: *mut pgrx::pg_sys::shm_toc) {
     // SAFETY: the server calls the entry point of a parallel worker in a transaction.
     let transaction = unsafe { Transaction::of_call() };
     let local = FilledLocal::default();
-    let filled = Filled::new(job.header, job.words, &local);
+    let filled = Filled::new(&job.header.free, job.words, &local);
     let share = Share::new(
         transaction,
         job.header,

@@ -6,6 +6,7 @@
 //! together. All blocks are read in turns by [`read`].
 
 mod collect;
+mod filled;
 mod functions;
 mod gate;
 pub mod job;

@@ -1,0 +1,440 @@
+//! The leader's supervision of a load: which worker is started when and where, and what
+//! becomes of the chunks of those that die.
+//!
+//! As many workers run at once as the settings and the free background worker slots
+//! allow. Each is started in the database with the most chunks left for each worker. The
+//! rest of a dead worker's chunk is handed out again, and its database is set aside for a
+//! moment. If workers keep exiting before any block is done, the load fails.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use pgrx::{PgLogLevel, PgSqlErrorCode};
+
+use super::WORKER;
+use super::shared::{Claim, Cursor, Load, MAX_WORKERS, Stage, WorkerArgument};
+use super::state::State;
+use super::stats::LoadStats;
+use crate::blocks::{Oid, PlanView, SkipReason};
+use crate::pg::process::error::{log, log_message};
+use crate::pg::process::latch::{self, WaitEvent};
+use crate::pg::process::report::Message;
+use crate::pg::process::{self, activity, background, transaction};
+use crate::pg::shared::segment::Segment;
+use crate::pg::shared::worker::{Handle, Status};
+use crate::pg::storage::database::Database;
+use crate::pg::storage::room;
+use crate::settings;
+
+/// How long to wait before another worker is started after one could not be started,
+/// or exited without loading anything.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// How often workers may fail to connect to a database before it is skipped.
+const CONNECT_TRIES: u32 = 3;
+
+/// How many workers may die in a row without any block done in between before the load
+/// fails, in addition to the number of workers that may be terminated all at once.
+const FUTILE_EXITS: usize = 10;
+
+/// How long workers have to exit by themselves after a load was cancelled.
+const CANCEL_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// The supervision of a load in progress.
+pub struct Supervisor {
+    state: &'static State,
+    segment: Segment<Load, Cursor>,
+    databases: Vec<LoadedDatabase>,
+    /// Chunks that dead workers have not completed, with the index of their database.
+    abandoned: Vec<(usize, Claim)>,
+    /// Where workers have died. After a second one has died at the same block, the
+    /// chunk is not handed out again.
+    died_at: Vec<Claim>,
+    workers: Vec<Worker>,
+    /// How many workers have died in a row without any block done in between.
+    futile_exits: usize,
+    /// How many blocks were left when the last worker died, or when the load began.
+    rest_at_last_exit: u64,
+    /// No worker is started before this time.
+    next_start: Instant,
+}
+
+/// A database of the plan.
+struct LoadedDatabase {
+    oid: Oid,
+    failed_connects: u32,
+    /// Set after a worker has died in this database, perhaps because a command such as
+    /// `DROP DATABASE` terminated it. No worker is started in it before this time, and
+    /// other databases come first until a worker has connected to it again.
+    set_aside_until: Option<Instant>,
+    /// Whether the rest of this database was skipped, so that no worker is started in it.
+    given_up: bool,
+}
+
+/// A worker that was started.
+struct Worker {
+    handle: Handle,
+    slot: usize,
+    database: usize,
+}
+
+/// Why a load stops before its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Halt {
+    ShuttingDown,
+    /// Workers keep exiting before loading any block.
+    NoProgress,
+}
+
+impl Supervisor {
+    /// Supervises the load in that segment, whose cursors are of these databases.
+    pub fn new(
+        state: &'static State,
+        segment: Segment<Load, Cursor>,
+        databases: impl Iterator<Item = Oid>,
+    ) -> Self {
+        Self {
+            state,
+            segment,
+            databases: databases
+                .map(|oid| LoadedDatabase {
+                    oid,
+                    failed_connects: 0,
+                    set_aside_until: None,
+                    given_up: false,
+                })
+                .collect(),
+            abandoned: Vec::new(),
+            died_at: Vec::new(),
+            workers: Vec::new(),
+            futile_exits: 0,
+            rest_at_last_exit: state.load.counts().rest(),
+            next_start: Instant::now(),
+        }
+    }
+
+    pub fn terminate_workers(&self) {
+        for worker in &self.workers {
+            worker.handle.terminate();
+        }
+    }
+
+    /// Starts workers, and restarts those that die, until no blocks are left to be
+    /// loaded.
+    pub fn keep_workers_running(&mut self) -> Result<(), Halt> {
+        let mut waiting_was_logged = false;
+        let mut cancelled_since: Option<Instant> = None;
+        loop {
+            let load = self.segment.header();
+            load.rate_limit.set(
+                settings::autoprewarm_max_rate(),
+                process::monotonic_micros(),
+            );
+            self.reap();
+            // At shutdown, workers are terminated, which is not a failure, and their
+            // chunks need not be handed out again.
+            if background::shutdown_requested() {
+                return Err(Halt::ShuttingDown);
+            }
+            if self.state.cancel_is_requested() {
+                self.segment.header().end_for(SkipReason::Cancelled);
+                let since = *cancelled_since.get_or_insert_with(Instant::now);
+                if since.elapsed() >= CANCEL_TIMEOUT {
+                    self.terminate_workers();
+                }
+            } else if self.futile_exits >= FUTILE_EXITS + most_workers() {
+                return Err(Halt::NoProgress);
+            }
+            let is_paused = Instant::now() < self.next_start;
+            let slots_are_short = !is_paused && self.start_workers();
+            if self.workers.is_empty() {
+                let is_waiting = is_paused || slots_are_short || self.has_set_aside();
+                if self.segment.header().has_ended() || !is_waiting {
+                    return Ok(());
+                }
+                if slots_are_short && !std::mem::replace(&mut waiting_was_logged, true) {
+                    log_message(
+                        PgLogLevel::LOG,
+                        Message::new(
+                            PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+                            "autoprewarm is waiting for a background worker slot",
+                        )
+                        .hint("You may need to increase \"max_worker_processes\"."),
+                    );
+                }
+            }
+            self.show_progress();
+            // The latch is set when a worker starts, finishes or exits, when the load is
+            // cancelled, and when the configuration is reloaded.
+            let timeout = match cancelled_since {
+                Some(_) => CANCEL_TIMEOUT,
+                None if is_paused => self.next_start - Instant::now(),
+                None => RETRY,
+            };
+            latch::sleep_as_worker(Some(timeout), WaitEvent::Load);
+            background::reload_configuration_if_due();
+        }
+    }
+
+    /// Removes the workers that have finished or exited, and handles their chunks.
+    fn reap(&mut self) {
+        let mut unconnected = Vec::new();
+        let mut index = 0;
+        while index < self.workers.len() {
+            // The status is read before the slot, which a running worker still changes.
+            let stopped = self.workers[index].handle.status() == Status::Stopped;
+            let slot = &self.segment.header().workers[self.workers[index].slot];
+            let (stage, claim) = (slot.stage(), slot.claim());
+            // The exit of a finished worker is not waited for: releasing its memory takes
+            // a process some time.
+            if !stopped && stage != Stage::Finished {
+                let database = &mut self.databases[self.workers[index].database];
+                if stage == Stage::Connected && database.set_aside_until <= Some(Instant::now()) {
+                    database.set_aside_until = None;
+                }
+                index += 1;
+                continue;
+            }
+            let worker = self.workers.swap_remove(index);
+            match stage {
+                Stage::Finished => {}
+                Stage::Connected => {
+                    self.count_exit();
+                    self.requeue(worker.database, claim);
+                    self.databases[worker.database].set_aside_until = Some(Instant::now() + RETRY);
+                }
+                // It could not start or connect, most likely for a passing reason, so it is
+                // not held against the chunk.
+                Stage::NotStarted | Stage::Attached => {
+                    let claim = claim.map(|claim| (worker.database, claim));
+                    self.abandoned.extend(claim);
+                    self.pause();
+                    if stage == Stage::NotStarted {
+                        self.count_exit();
+                    } else if !unconnected.contains(&worker.database) {
+                        unconnected.push(worker.database);
+                    }
+                }
+            }
+        }
+        for database in unconnected {
+            self.could_not_connect(database);
+        }
+    }
+
+    /// Delays the start of the next worker.
+    fn pause(&mut self) {
+        self.next_start = Instant::now() + RETRY;
+    }
+
+    /// Counts a worker that died. The count starts over if a block was done since the
+    /// previous one died.
+    fn count_exit(&mut self) {
+        let rest = self.stats().counts().rest();
+        if rest == std::mem::replace(&mut self.rest_at_last_exit, rest) {
+            self.futile_exits += 1;
+            self.pause();
+        } else {
+            self.futile_exits = 0;
+        }
+    }
+
+    /// Hands out the rest of a dead worker's chunk again, unless an earlier worker died
+    /// at the same block.
+    fn requeue(&mut self, database: usize, claim: Option<Claim>) {
+        if let Some(claim) = claim
+            && !self.died_at.contains(&claim)
+        {
+            self.died_at.push(claim);
+            self.abandoned.push((database, claim));
+        }
+    }
+
+    /// Skips a database that no worker can connect to, after some tries.
+    fn could_not_connect(&mut self, index: usize) {
+        let reason = self.reason_to_skip_now(index);
+        let database = &mut self.databases[index];
+        database.failed_connects += 1;
+        let tried_enough = database.failed_connects >= CONNECT_TRIES;
+        if let Some(reason) = reason.or(tried_enough.then_some(SkipReason::NoDatabase)) {
+            if !database.given_up {
+                log(&format!(
+                    "autoprewarm worker could not connect to database with OID {}",
+                    database.oid
+                ));
+            }
+            self.give_up(index, reason);
+        }
+    }
+
+    /// Why no worker is to be started in a database any more, by what `pg_database` says
+    /// now. `None` if it can be loaded.
+    fn reason_to_skip_now(&self, index: usize) -> Option<SkipReason> {
+        match transaction::run(Database::all) {
+            Ok(existing) => reason_to_skip(existing.get(&self.databases[index].oid)),
+            Err(caught) => {
+                self.state.last_error.record(&caught.message);
+                caught.warn();
+                None
+            }
+        }
+    }
+
+    /// Skips all blocks of a database that are left.
+    fn give_up(&mut self, index: usize, reason: SkipReason) {
+        self.databases[index].given_up = true;
+        self.databases[index].set_aside_until = None;
+        let unclaimed = self.blocks_of(self.segment.cells()[index].close());
+        self.skip(reason, unclaimed);
+        let abandoned: Vec<_> = self
+            .abandoned
+            .extract_if(.., |(database, _)| *database == index)
+            .collect();
+        let plan = PlanView::new(self.segment.words());
+        for (_, claim) in abandoned {
+            self.skip(reason, claim.blocks_left(plan) as u64);
+        }
+    }
+
+    /// Starts as many workers as are allowed. Returns true if there are too few
+    /// background worker slots.
+    fn start_workers(&mut self) -> bool {
+        while self.workers.len() < most_workers() {
+            if room::count_free_ahead(1) == 0 {
+                self.segment.header().end_for(SkipReason::NoFreeBuffer);
+            }
+            let Some((database, first)) = self.next_database() else {
+                return false;
+            };
+            if self.databases[database].set_aside_until.is_some()
+                && let Some(reason) = self.reason_to_skip_now(database)
+            {
+                self.give_up(database, reason);
+                continue;
+            }
+            let taken: Vec<_> = self.workers.iter().map(|worker| worker.slot).collect();
+            let slot = (0..MAX_WORKERS)
+                .find(|slot| !taken.contains(slot))
+                .expect("there are as many slots as workers");
+            self.segment.header().workers[slot].assign(
+                self.databases[database].oid,
+                database,
+                first,
+            );
+            let argument = WorkerArgument {
+                segment: self.segment.handle(),
+                slot,
+            };
+            let Some(handle) = WORKER.start(argument.into()) else {
+                return true;
+            };
+            self.abandoned.retain(|(_, claim)| Some(*claim) != first);
+            self.workers.push(Worker {
+                handle,
+                slot,
+                database,
+            });
+        }
+        false
+    }
+
+    /// The index of the database for the next worker, and the abandoned chunk that it
+    /// begins with, if any. `None` if another worker would have nothing to do now.
+    fn next_database(&self) -> Option<(usize, Option<Claim>)> {
+        if self.segment.header().has_ended() {
+            return None;
+        }
+        let is_set_aside = |&index: &usize| self.databases[index].set_aside_until.is_some();
+        let (set_aside, others): (Vec<_>, Vec<_>) =
+            (0..self.databases.len()).partition(is_set_aside);
+        let is_due = |&index: &usize| self.databases[index].set_aside_until <= Some(Instant::now());
+        let due = set_aside.into_iter().filter(is_due).collect();
+        self.next_of(others).or_else(|| self.next_of(due))
+    }
+
+    /// Like [`Self::next_database`], but chooses among the given databases.
+    fn next_of(&self, databases: Vec<usize>) -> Option<(usize, Option<Claim>)> {
+        let mut abandoned = self.abandoned.iter().rev();
+        if let Some(&(database, claim)) = abandoned.find(|(of, _)| databases.contains(of)) {
+            return Some((database, Some(claim)));
+        }
+        let chunks_for_each = |&index: &usize| {
+            let cursor: &Cursor = &self.segment.cells()[index];
+            cursor.unclaimed().len() / (self.workers_in(index) + 1)
+        };
+        databases
+            .into_iter()
+            .max_by_key(chunks_for_each)
+            .filter(|index| chunks_for_each(index) > 0)
+            .map(|index| (index, None))
+    }
+
+    fn workers_in(&self, index: usize) -> usize {
+        let workers = self.workers.iter();
+        workers.filter(|worker| worker.database == index).count()
+    }
+
+    /// Whether a database that is set aside has blocks left.
+    fn has_set_aside(&self) -> bool {
+        self.databases.iter().enumerate().any(|(index, database)| {
+            database.set_aside_until.is_some()
+                && (!self.segment.cells()[index].unclaimed().is_empty()
+                    || self.abandoned.iter().any(|(of, _)| *of == index))
+        })
+    }
+
+    fn blocks_of(&self, chunks: Range<u32>) -> u64 {
+        let plan = PlanView::new(self.segment.words());
+        chunks
+            .map(|index| plan.chunk(index).1.numbers().len() as u64)
+            .sum()
+    }
+
+    fn stats(&self) -> &LoadStats {
+        &self.state.load
+    }
+
+    fn skip(&self, reason: SkipReason, blocks: u64) {
+        self.stats()
+            .skip(self.segment.header().number(), reason, blocks);
+    }
+
+    fn show_progress(&self) {
+        let counts = self.stats().counts();
+        let done = counts.total - counts.rest();
+        activity::report(format!("loading, {done} of {} blocks", counts.total).into_bytes());
+    }
+
+    /// Why the load was ended before all blocks were loaded, if it was.
+    pub fn ended_for(&self) -> Option<SkipReason> {
+        self.segment.header().ended_for()
+    }
+
+    /// Counts the blocks that are left as skipped.
+    pub fn skip_rest(&self) {
+        let rest = self.stats().counts().rest();
+        if let Some(reason) = self.ended_for() {
+            self.skip(reason, rest);
+        } else {
+            let shared = self.segment.header().shared_unclaimed();
+            let shared = self.blocks_of(shared).min(rest);
+            self.skip(SkipReason::NoDatabase, shared);
+            self.skip(SkipReason::Interrupted, rest - shared);
+        }
+    }
+}
+
+/// The maximum number of workers at once.
+fn most_workers() -> usize {
+    settings::autoprewarm_workers().min(MAX_WORKERS)
+}
+
+/// Why no worker is to be started in a database, given its row in `pg_database`. `None`
+/// if it can be loaded.
+pub fn reason_to_skip(database: Option<&Database>) -> Option<SkipReason> {
+    match database {
+        Some(database) if database.is_template => Some(SkipReason::TemplateDatabase),
+        Some(database) if database.accepts_connections => None,
+        _ => Some(SkipReason::NoDatabase),
+    }
+}

@@ -78,9 +78,9 @@ pub struct Progress {
     pub start: i64,
 }
 
-/// The number of our progress among that of the server's own commands, none of which
-/// has it. Progress is kept where theirs is: so other processes read a row as a whole,
-/// it goes if the process or its transaction fails, and there is none if
+/// The command number of our progress, which no command of the server has. Progress is
+/// kept where the server keeps that of its own commands. So other processes read a row as
+/// a whole, a row is removed if the process or its transaction fails, and there is none if
 /// `track_activities` is off.
 const COMMAND: pg_sys::ProgressCommandType::Type = 0x5057;
 
@@ -173,8 +173,7 @@ fn shown_command() -> Option<pg_sys::ProgressCommandType::Type> {
     }
 }
 
-/// The progress of every process that shows some of ours, with its process ID and its
-/// database.
+/// All rows of `pg_stat_progress_prewarm`: process ID, database and progress.
 pub fn all_progress() -> Vec<(i32, Oid, Progress)> {
     // SAFETY: as many entries as were counted. They are the server's copies, which stay
     // the same until the end of the transaction.

@@ -42,8 +42,8 @@ impl Caught {
         self.sqlstate == PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE
     }
 
-    /// Whether memory, room in the lock table or open files were short, of which there
-    /// may be enough in a moment.
+    /// Whether memory, room in the lock table or open files were short. A retry may
+    /// succeed.
     pub fn is_shortage(&self) -> bool {
         matches!(
             self.sqlstate,

@@ -124,7 +124,7 @@ impl Pinned {
 
     /// A consistent copy of the page.
     pub fn copy_page(&self) -> Box<Page> {
-        // SAFETY: the buffer is pinned, and nobody writes to it while it is locked.
+        // SAFETY: the buffer is pinned, and no process writes to it while it is share-locked.
         unsafe {
             version::share_lock_buffer(self.0);
             let page = Box::new(pg_sys::BufferGetBlock(self.0).cast::<Page>().read());

@@ -1,7 +1,7 @@
 //! Prefaulting the memory of buffers that are about to be filled.
 //!
 //! With the blocks in the operating system's cache, most of the time of a load would be
-//! spent on faults on memory that nobody has touched yet. One system call for a
+//! spent on faults on memory that no process has touched yet. One system call for a
 //! megabyte costs far less than a fault for each page. Processes that fill buffers
 //! together also divide the work: two that fault on neighbouring pages wait for each
 //! other.

@@ -1,6 +1,6 @@
 //! Reading the blocks of a relation.
 //!
-//! There are four ways, and each is best for somebody:
+//! There are four ways:
 //!
 //! 1. **Through a read stream**: a process that reads into shared buffers alone, from 17
 //!    on. The server decides how far to read ahead. With the default `io_method` of 18

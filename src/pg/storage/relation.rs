@@ -35,9 +35,9 @@ pub struct Relation<'t> {
 }
 
 impl<'t> Relation<'t> {
-    /// Opens the relation of that OID to be read for a caller. The table of an index is
-    /// locked first, as the server's own commands do. Raises the server's ERROR if there
-    /// is no such relation, and one of ours if an index has no table.
+    /// Opens the relation of that OID. The table of an index is locked first, as the
+    /// server's own commands do. Raises an ERROR if there is no such relation, or if an
+    /// index has no table.
     pub fn open_with_table(transaction: &'t Transaction, oid: pg_sys::Oid) -> Self {
         let table = lock_table_of(oid);
         let relation = Self {
@@ -273,7 +273,7 @@ impl<'t> Relation<'t> {
                     locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
                 };
                 // It counts holders as well, but not those by the fast path, whose locks
-                // are weak and keep nobody waiting.
+                // are weak and keep no process waiting.
                 pg_sys::LockWaiterCount(&tag) > 0
             })
         }

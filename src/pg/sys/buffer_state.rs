@@ -1,9 +1,9 @@
-//! The state word in a buffer's header: its type, and what its bits mean.
+//! The state word of a buffer's header: its type, and the meaning of its bits.
 //!
-//! It is changed by atomic operations only. Up to 18 it has 32 bits, and nobody changes it
-//! while the header is locked. On 19 it has 64, and others may unpin the buffer, by
-//! an atomic subtraction, while the header is locked: so unlocking it must
-//! leave the other bits as they are at that moment.
+//! It is changed by atomic operations only. Up to 18 it has 32 bits, and only the process
+//! that has locked the header changes it. On 19 it has 64 bits, and other processes may
+//! unpin the buffer while the header is locked, by an atomic subtraction. So unlocking
+//! must not store a whole word.
 
 use pgrx::pg_sys;
 
@@ -23,7 +23,7 @@ mod word {
     pub type AtomicWord = std::sync::atomic::AtomicU32;
 }
 
-/// As `buf_internals.h` of 19 defines them by macros that pgrx does not bind.
+/// Macros of 19's `buf_internals.h`, which pgrx does not bind.
 #[cfg(feature = "pg19")]
 mod word {
     use pgrx::pg_sys;
@@ -45,7 +45,7 @@ mod word {
     }
 }
 
-/// How often the buffer was used, as the server counts it, up to `BM_MAX_USAGE_COUNT`.
+/// The usage count, at most `BM_MAX_USAGE_COUNT`.
 #[allow(clippy::unnecessary_cast)] // The word is larger on 19.
 pub fn usage_count(state: Word) -> u32 {
     ((state & BUF_USAGECOUNT_MASK) >> pg_sys::BUF_USAGECOUNT_SHIFT) as u32
@@ -59,9 +59,9 @@ pub fn with_usage_count(state: Word, usage_count: u32) -> Word {
 /// The state word of a buffer's header.
 ///
 /// # Safety
-/// `header` is a shared buffer's, which is there for as long as the server is.
+/// `header` is that of a shared buffer.
 pub unsafe fn state<'a>(header: *mut pg_sys::BufferDesc) -> &'a AtomicWord {
-    // SAFETY: the header outlives this process, and every process changes the word
-    // atomically.
+    // SAFETY: headers of shared buffers outlive this process, and all processes access the
+    // word by atomic operations.
     unsafe { AtomicWord::from_ptr(&raw mut (*header).state.value) }
 }

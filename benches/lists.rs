@@ -47,7 +47,7 @@ fn in_this_process(records: u64, report: &mut Report, options: &Options) {
     let size = file.metadata().unwrap().len();
     let list = BlockList::read(file, size).unwrap();
     let read = start.elapsed();
-    let plan = Plan::new(list, std::iter::empty(), u64::MAX).unwrap();
+    let plan = Plan::new(list, std::iter::empty(), |_| u64::MAX).unwrap();
     let planned = start.elapsed();
     let peak = machine::status_kb(std::process::id() as i32, "VmRSS").unwrap();
     let words = plan.words();

@@ -7,7 +7,7 @@ use std::fs;
 use postgres::Client;
 
 use crate::common::{
-    Block, Cluster, Fault, LoadStats, Shutdown, list_of, list_with_usage_counts, signal, value,
+    Block, Cluster, Fault, LoadStats, Shutdown, list_of, signal, value,
     wait_until,
 };
 
@@ -204,41 +204,6 @@ fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these
     let cached = cluster.cached();
     let lost = before.iter().filter(|block| !cached.contains(block));
     assert_eq!(lost.count(), 0);
-}
-
-#[test]
-fn from_19_on_a_load_ends_where_the_clock_hand_would_evict_a_block() {
-    let Some(cluster) = cluster_without_free_list() else {
-        return;
-    };
-    let idle = cluster.table("idle", 800);
-    let missing = cluster.table("missing", 600);
-    cluster.table("last", 700);
-    cluster.stop(Shutdown::Fast);
-    // The first buffers get blocks that may be evicted at any time; then come some
-    // that are emptied again; and with the last, the hand is back at the first.
-    let mark = cluster.log_end();
-    cluster.write_list(list_with_usage_counts(idle.first(800), &"0".repeat(800)));
-    cluster.start();
-    assert_eq!(cluster.wait_for_load(mark), (800, 800));
-    let mut client = cluster.connect("postgres");
-    for call in ["pg_prewarm('missing')", "pg_prewarm('last')"] {
-        value::<i64>(&mut client, &format!("SELECT {call}"));
-    }
-    client
-        .batch_execute("SELECT pg_buffercache_evict_relation('missing')")
-        .unwrap();
-    let is_idle = |block: &Block| block.same_relation(&idle) && block.fork == 0;
-    let before: Vec<_> = cluster.cached().into_iter().filter(is_idle).collect();
-    assert!(before.len() > 300, "{}", before.len());
-
-    let stats = load_now(&cluster, &mut client, missing.first(600));
-    assert!(stats.loaded < 100, "{stats:?}");
-    let cached = cluster.cached();
-    let lost = before.iter().filter(|block| !cached.contains(block));
-    // Those who ask need some buffers themselves.
-    let lost = lost.count();
-    assert!(lost < 100, "{lost}");
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod neighbour;
 mod relations;
 mod resources;
 mod restart;
+mod room;
 mod security;
 mod settings;
 mod slow_disk;

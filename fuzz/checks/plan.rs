@@ -32,7 +32,7 @@ pub fn check(input: &[u8]) {
     let list = list::read_at_once(&text);
     let limit = BYTES_FOR_A_RECORD * (listed.len() + cached.len()) + BYTES_BESIDE;
     let plan = memory::within(limit, || {
-        Plan::new(list, cached.iter().copied(), budget).unwrap()
+        Plan::new(list, cached.iter().copied(), |_| budget).unwrap()
     });
     let planned = decode(&plan);
 

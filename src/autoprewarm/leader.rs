@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use pgrx::PgLogLevel;
 
 use super::dump::{self, Unlogged};
-use super::load::{self, Outcome};
+use super::load::{self, Outcome, Reason};
 use super::state::{Phase, State};
 use super::stats::LoadResult;
 use crate::pg::process::error::{log, log_message};
@@ -76,9 +76,13 @@ pub fn main() {
 
 fn load(state: &'static State) {
     let before = state.phase();
+    let reason = match state.load_is_requested() {
+        true => Reason::OnDemand,
+        false => Reason::Start,
+    };
     state.begin_load();
     activity::report(b"loading".to_vec());
-    let (phase, result) = match load::run(state) {
+    let (phase, result) = match load::run(state, reason) {
         Outcome::Completed => (Phase::Ended, LoadResult::Completed),
         Outcome::Cancelled => (Phase::Cancelled, LoadResult::Cancelled),
         // Unless the list was loaded before, the load is retried: the dump in progress

@@ -22,16 +22,22 @@ use crate::pg::process::report::Message;
 use crate::pg::process::transaction::{self, Transaction};
 use crate::pg::shared::segment::Segment;
 use crate::pg::storage::database::Database;
-use crate::pg::storage::{buffer, file, room};
-
-/// Free buffers that are not used. Several blocks are read at once, after the check for
-/// free buffers; without a reserve, the last reads of a load could evict other blocks.
-const RESERVE: usize = 64;
+use crate::pg::storage::room::{self, LoadRoom};
+use crate::pg::storage::{buffer, file};
 
 /// The DETAIL that tells when a failed load is retried.
 const RETRIED: &str = "The load is retried after \"pg_prewarm.autoprewarm_interval\" (five \
                        minutes if that is zero) and when the configuration is reloaded. The block \
                        dump file is kept until then.";
+
+/// Why the list is loaded, which decides what may be replaced in shared buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The server has started. Only what it would evict next is replaced.
+    Start,
+    /// `autoprewarm_load_now()` was called. Colder blocks are replaced as well.
+    OnDemand,
+}
 
 /// How a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +54,7 @@ pub enum Outcome {
 }
 
 /// Loads the list. The caller has recorded in the state that a load has begun.
-pub fn run(state: &'static State) -> Outcome {
+pub fn run(state: &'static State, reason: Reason) -> Outcome {
     let _in_use = match state.use_dump_file() {
         Ok(in_use) => in_use,
         Err(pid) => {
@@ -59,7 +65,7 @@ pub fn run(state: &'static State) -> Outcome {
             return Outcome::InUse;
         }
     };
-    match transaction::run(|transaction| prepare(transaction, state)) {
+    match transaction::run(|transaction| prepare(transaction, state, reason)) {
         Ok(Ok(Some(supervisor))) => load(supervisor, state),
         Ok(Ok(None)) => Outcome::Completed,
         // A request to stop was noticed while the list was being read.
@@ -82,7 +88,11 @@ pub fn run(state: &'static State) -> Outcome {
 }
 
 /// Reads the list and puts its plan into shared memory. `None` if there is no list.
-fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Supervisor>, Error> {
+fn prepare(
+    transaction: &Transaction,
+    state: &'static State,
+    reason: Reason,
+) -> Result<Option<Supervisor>, Error> {
     let is_to_stop = || background::shutdown_requested() || state.cancel_is_requested();
     let Some(list) = read_list(is_to_stop)? else {
         return Ok(None);
@@ -90,10 +100,18 @@ fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Su
     report_defects(&list, state);
     let stats = &state.load;
     stats.set_total(list.entries.len() as u64);
-    let budget = room::count_free().saturating_sub(RESERVE);
+    let buffers = room::survey();
+    let mut budget = buffers.at_start();
     let cached = Infallible(buffer::cached_blocks().map(|block| block.record));
-    let plan = fallible(|| Plan::new(list, cached, budget as u64))
-        .map_err(|error| Error::ListTooLarge(error.to_string()))?;
+    let plan = fallible(|| {
+        Plan::new(list, cached, |listed| {
+            if reason == Reason::OnDemand {
+                budget = buffers.on_demand(listed);
+            }
+            budget.blocks
+        })
+    })
+    .map_err(|error| Error::ListTooLarge(error.to_string()))?;
     let number = stats.number();
     let skip = |reason, blocks| stats.skip(number, reason, blocks);
     stats.count(number, 0, plan.cached());
@@ -121,7 +139,7 @@ fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Su
         .iter()
         .map(|database| Cursor::new(database.chunks.clone()))
         .collect();
-    let load = Load::new(number, shared);
+    let load = Load::new(number, shared, LoadRoom::new(budget));
     let segment = Segment::create(load, &cursors, plan.words(), |words| plan.encode(words));
     let databases = databases.iter().map(|database| database.database);
     Ok(Some(Supervisor::new(state, segment, databases)))

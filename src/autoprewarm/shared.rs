@@ -25,6 +25,7 @@ use super::rate::RateLimit;
 use crate::blocks::{Oid, PlanView, SkipReason};
 use crate::pg::shared::contents::Shared;
 use crate::pg::storage::prefault::Prefaulted;
+use crate::pg::storage::room::LoadRoom;
 
 /// The most workers of a load.
 pub const MAX_WORKERS: usize = 64;
@@ -43,12 +44,15 @@ pub struct Load {
     ended_for: AtomicU32,
     pub rate_limit: RateLimit,
     pub prefaulted: Prefaulted,
+    /// Which buffers may be filled.
+    pub room: LoadRoom,
 }
 
 /// The load has not been ended.
 const NO_REASON: u32 = u32::MAX;
 
-// SAFETY: it consists of atomic integers, for which every bit pattern is valid.
+// SAFETY: it consists of atomic integers, for which every bit pattern is valid, and of
+// the room, which has no pointers and does not change.
 unsafe impl Shared for Load {}
 
 /// The chunks of one database: the first, the next to be claimed, and the end.
@@ -203,7 +207,7 @@ impl Slot {
 
 impl Load {
     /// The load of that number, with the chunks of shared catalogs.
-    pub fn new(number: u32, shared: Range<u32>) -> Self {
+    pub fn new(number: u32, shared: Range<u32>, room: LoadRoom) -> Self {
         Self {
             number: AtomicU32::new(number),
             shared: Cursor::new(shared),
@@ -211,6 +215,7 @@ impl Load {
             ended_for: AtomicU32::new(NO_REASON),
             rate_limit: RateLimit::new(),
             prefaulted: Prefaulted::new(),
+            room,
         }
     }
 

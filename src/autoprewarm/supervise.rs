@@ -23,7 +23,6 @@ use crate::pg::process::{self, activity, background, transaction};
 use crate::pg::shared::segment::Segment;
 use crate::pg::shared::worker::{Handle, Status};
 use crate::pg::storage::database::Database;
-use crate::pg::storage::room;
 use crate::settings;
 
 /// How long to wait before another worker is started after one could not be started,
@@ -300,8 +299,9 @@ impl Supervisor {
     /// background worker slots.
     fn start_workers(&mut self) -> bool {
         while self.workers.len() < most_workers() {
-            if room::count_free_ahead(1) == 0 {
-                self.segment.header().end_for(SkipReason::NoFreeBuffer);
+            let load = self.segment.header();
+            if load.room.ahead(1) == 0 {
+                load.end_for(SkipReason::NoFreeBuffer);
             }
             let Some((database, first)) = self.next_database() else {
                 return false;

@@ -303,8 +303,11 @@ impl Worker<'_> {
         let wanted = existing.min(turn.most).min(self.pace.most_blocks());
         relation.look_up_tablespace();
         let tally = Tally::begin(self, turn);
-        let end =
-            relation.read_into_free_buffers(chunk.fork, &numbers[..wanted], |index, buffer| {
+        let end = relation.read_as_load(
+            chunk.fork,
+            &numbers[..wanted],
+            &self.load.room,
+            |index, buffer| {
                 buffer.restore_usage_count(blocks.usage_count(first + index));
                 self.prefaulter.prefault_after(buffer.index());
                 turn.done.set(turn.done.get() + 1);
@@ -313,7 +316,8 @@ impl Worker<'_> {
                 } else {
                     Break(())
                 }
-            });
+            },
+        );
         drop(tally);
         self.pace.adapt(start.elapsed(), turn.done.get() - first);
         match end {

@@ -24,7 +24,7 @@ use std::ops::Range;
 use rustc_hash::FxHashMap;
 
 use crate::list::{BlockList, Entry, FileFork};
-use crate::{BlockNumber, Fork, Oid, Record, UsageCount};
+use crate::{BlockNumber, ByUsageCount, Fork, Oid, Record, UsageCount};
 
 /// The most blocks of a chunk. What a worker that dies was at is lost, and must
 /// be little; what a worker claims should keep it busy for a while.
@@ -138,15 +138,16 @@ impl Key {
 }
 
 impl Plan {
-    /// Plans to load the hottest `budget` blocks of the list, but for those that
-    /// are cached already.
+    /// Plans to load the hottest blocks of the list, without those that are cached
+    /// already. `budget` is told how many blocks of each usage count these are, and
+    /// returns how many may be loaded.
     ///
     /// # Errors
     /// If memory is refused, or the list names too many files.
     pub fn new(
         list: BlockList,
         cached: impl Iterator<Item = Record>,
-        budget: u64,
+        budget: impl FnOnce(&ByUsageCount) -> u64,
     ) -> Result<Self, PlanError> {
         let BlockList { files, entries, .. } = list;
         let places = Places::of(&files)?;
@@ -359,17 +360,18 @@ fn remove_cached(
     Ok((total - keys.len()) as u64)
 }
 
-/// Keeps the hottest `budget` keys, without changing their order, and returns how
-/// many were left out. Of those that are as hot as the coldest kept, the first
+/// Keeps the hottest keys, as many as `budget` says, without changing their order, and
+/// returns how many were left out. Of those that are as hot as the coldest kept, the first
 /// are kept.
-fn keep_hottest(keys: &mut Vec<Key>, budget: u64) -> u64 {
+fn keep_hottest(keys: &mut Vec<Key>, budget: impl FnOnce(&ByUsageCount) -> u64) -> u64 {
     let total = keys.len() as u64;
-    if total <= budget {
-        return 0;
-    }
-    let mut by_usage_count = [0u64; UsageCount::COUNT];
+    let mut by_usage_count = ByUsageCount::default();
     for key in keys.iter() {
         by_usage_count[key.usage_count().get() as usize] += 1;
+    }
+    let budget = budget(&by_usage_count);
+    if total <= budget {
+        return 0;
     }
     // Each usage count has what the hotter ones leave.
     let mut left = budget;

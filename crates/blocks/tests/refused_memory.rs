@@ -139,7 +139,7 @@ fn a_plan() {
         || BlockList::read(&text[..], text.len() as u64).unwrap(),
         |list| {
             let cached = records().map(|(record, _)| record).step_by(7);
-            Plan::new(list, cached, 3000)
+            Plan::new(list, cached, |_| 3000)
         },
         |error| matches!(error, PlanError::OutOfMemory(_)),
     );

@@ -10,8 +10,8 @@
 //!    as the server can, and makes requests to the operating system ahead of them
 //!    ([`ReadAhead`]). Several processes that used read streams would compete for the
 //!    same I/O workers.
-//! 3. **In runs, into free buffers only**: a load. As 2., but before each run it looks
-//!    whether there is room, and ends if there is none ([`room`]).
+//! 3. **In runs, as long as there is room**: a load. As 2., but before each run it looks
+//!    for buffers that it may fill, and ends if there are none ([`LoadRoom`]).
 //! 4. **Not into shared buffers**: the modes `read` and `prefetch`, for the operating
 //!    system's cache.
 //!
@@ -26,18 +26,18 @@ use pgrx::pg_sys;
 use super::buffer::{self, Pinned};
 use super::read_ahead::{ReadAhead, run_length};
 use super::relation::Relation;
-use super::room;
+use super::room::LoadRoom;
 use super::segments::{REQUEST_BLOCKS, SEGMENT_BLOCKS, Segments};
 use crate::blocks::{BlockNumber, Fork};
 use crate::pg::process::{check_for_interrupts, memory};
 use crate::pg::sys::read::{READ_BLOCKS_MAX, most_buffers_at_once, read_buffers, read_stream};
 
-/// How reading into free buffers ended.
+/// How the reading of a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadEnd {
     /// All blocks are read, or as many as were wanted.
     Over,
-    /// There is no free buffer.
+    /// There is no buffer that may be filled.
     Full,
 }
 
@@ -54,20 +54,21 @@ impl Relation<'_> {
         mut each: impl FnMut(usize, &Pinned) -> ControlFlow<()>,
     ) {
         if !is_alone || !self.read_through_stream(fork, blocks, &mut each) {
-            self.read_in_runs(fork, blocks, false, &mut each);
+            self.read_in_runs(fork, blocks, None, &mut each);
         }
     }
 
-    /// Reads blocks of a permanent relation, which are in ascending order, into free
-    /// shared buffers, and hands each to `each` with its place among `blocks`. After a
+    /// Reads blocks of a permanent relation, which are in ascending order, into shared
+    /// buffers that a load may fill, and hands each to `each` with its place among `blocks`. After a
     /// break, only what is being read already is still handed over.
-    pub fn read_into_free_buffers(
+    pub fn read_as_load(
         &self,
         fork: Fork,
         blocks: &[BlockNumber],
+        room: &LoadRoom,
         mut each: impl FnMut(usize, &Pinned) -> ControlFlow<()>,
     ) -> ReadEnd {
-        self.read_in_runs(fork, blocks, true, &mut each)
+        self.read_in_runs(fork, blocks, Some(room), &mut each)
     }
 
     /// Returns false, and reads nothing, if the server has no read streams.
@@ -96,7 +97,7 @@ impl Relation<'_> {
         &self,
         fork: Fork,
         blocks: &[BlockNumber],
-        only_free: bool,
+        room: Option<&LoadRoom>,
         each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
     ) -> ReadEnd {
         // SAFETY: the relation is open while `self` lives.
@@ -104,7 +105,7 @@ impl Relation<'_> {
         // A load's blocks are in no buffer, as far as the leader knows. Those of a call
         // may all be in buffers, and then need no requests: a block is expected to be
         // there if the one before was.
-        let mut is_cached = !only_free && ahead.is_enabled() && self.is_cached(fork, blocks[0]);
+        let mut is_cached = room.is_none() && ahead.is_enabled() && self.is_cached(fork, blocks[0]);
         // Requests need the tablespace's setting, which was read from a catalog.
         self.transaction.release_catalog_snapshot();
         let most = most_buffers_at_once();
@@ -112,8 +113,8 @@ impl Relation<'_> {
         while index < blocks.len() {
             check_for_interrupts();
             let mut run = run_length(&blocks[index..], most);
-            if only_free {
-                run = room::count_free_ahead(run);
+            if let Some(room) = room {
+                run = room.ahead(run);
             }
             if run == 0 {
                 return ReadEnd::Full;
@@ -129,7 +130,7 @@ impl Relation<'_> {
                 }
                 index += 1;
             });
-            is_cached = !only_free && buffer::hits() - hits >= run as u64;
+            is_cached = room.is_none() && buffer::hits() - hits >= run as u64;
             if flow.is_break() {
                 break;
             }

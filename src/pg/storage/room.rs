@@ -1,54 +1,136 @@
-//! Room: how many blocks can be read before the server evicts a block that is to stay.
+//! Room: how many blocks may be read without losing one that is to stay.
 //!
-//! Up to 18 the server takes empty buffers from a list, and evicts nothing while that is
+//! Up to 18 the server takes free buffers from a list, and evicts nothing while that is
 //! not empty. After that, and always on 19, it takes the first buffer with usage count 0
 //! that its clock hand comes to, and decrements the usage counts of those that it
-//! passes. So the functions here look ahead of the hand. What they find is a guess, since
-//! other processes use buffers as well.
+//! passes. There is no way to choose a victim. So the functions here look ahead of the
+//! hand. What they find is a guess, since other processes use buffers as well.
+//!
+//! - A **load** may fill empty buffers and replace clean blocks that are cold enough
+//!   ([`LoadRoom`]). It reads no further than the hand can go without a block that must
+//!   stay. If such a block would be the victim, because it is dirty and has usage count 0,
+//!   its usage count is raised to 1, which the hand takes back when it passes. A clean block
+//!   that is cold enough gets usage count 0, so that the hand takes it. The hand goes round
+//!   once for a load: then all blocks that were there have been passed, and the load ends.
+//! - A **call** may evict any block but those that it has read itself
+//!   ([`count_evictable_before`]).
 
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 
 use pgrx::pg_sys;
 
 use super::buffer::{count, state, usage_count};
-use crate::blocks::UsageCount;
+use crate::blocks::{Budget, Room, UsageCount};
+use crate::pg::process::check_for_interrupts;
 use crate::pg::sys::buffer_state::{self, Word};
 use crate::pg::sys::version::free_list_is_empty;
 
-/// How many blocks can be read without evicting any, at most `most`.
-pub fn count_free_ahead(most: usize) -> usize {
-    /// Other processes see the same empty buffers ahead of the hand, and may take them
-    /// at the same time.
-    const LEFT_TO_OTHERS: usize = 64;
-    match free_list_is_empty() {
-        Some(true) => 0,
-        Some(false) => most,
-        None => {
-            let is_victim = |state: Word| {
-                state & (buffer_state::BM_TAG_VALID | buffer_state::BUF_REFCOUNT_MASK)
-                    == buffer_state::BM_TAG_VALID
-                    && buffer_state::usage_count(state) == 0
-            };
-            ahead_of_clock_hand()
-                .map(|index| state(index).load(Relaxed))
-                .take_while(|&state| !is_victim(state))
-                .filter(|&state| is_empty(state))
-                .take(most + LEFT_TO_OTHERS)
-                .count()
-                .saturating_sub(LEFT_TO_OTHERS)
+/// After how many headers interrupts are served.
+const INTERRUPT_INTERVAL: usize = 1 << 16;
+
+/// How many buffers a load leaves to others. Several blocks are read at once, after the
+/// look for room, and several workers find the same buffers.
+fn reserve() -> usize {
+    (count() / 16).min(64)
+}
+
+/// What a load may replace now. Serves interrupts.
+pub fn survey() -> Room {
+    let mut room = Room::default();
+    for index in 0..count() {
+        if index % INTERRUPT_INTERVAL == 0 {
+            check_for_interrupts();
         }
+        let state = state(index).load(Relaxed);
+        if state & buffer_state::BUF_REFCOUNT_MASK != 0 {
+            continue;
+        }
+        if is_empty(state) {
+            room.empty += 1;
+        } else if state & buffer_state::BM_DIRTY == 0 {
+            room.clean[usage_count(state).get() as usize] += 1;
+        }
+    }
+    room.less(reserve() as u64)
+}
+
+/// The room of one load, which its workers share.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadRoom {
+    /// Clean blocks with a lower usage count are replaced.
+    replaced_below: u32,
+    /// Where the clock hand was when the load began, see [`clock_hand`].
+    start: u64,
+}
+
+impl LoadRoom {
+    /// The room of a load that begins now.
+    pub fn new(budget: Budget) -> Self {
+        Self {
+            replaced_below: budget.replaced_below,
+            start: clock_hand().0,
+        }
+    }
+
+    /// How many blocks may be read now, at most `most`. Serves interrupts.
+    pub fn ahead(&self, most: usize) -> usize {
+        if free_list_is_empty() == Some(false) {
+            return most;
+        }
+        let (turned, next) = clock_hand();
+        let passed = usize::try_from(turned.wrapping_sub(self.start)).unwrap_or(usize::MAX);
+        let not_passed = count().saturating_sub(passed);
+        let reserve = reserve();
+        let mut found = 0;
+        for (looked, index) in ahead_of(next).take(not_passed).enumerate() {
+            if looked % INTERRUPT_INTERVAL == INTERRUPT_INTERVAL - 1 {
+                check_for_interrupts();
+            }
+            found += usize::from(self.prepare(index));
+            if found >= most + reserve {
+                break;
+            }
+        }
+        found.saturating_sub(reserve).min(most)
+    }
+
+    /// Whether the hand will take this buffer, and may. If it would take it and must not,
+    /// or may take it and would not, the usage count is changed.
+    fn prepare(&self, index: usize) -> bool {
+        let word = state(index);
+        let old = word.load(Relaxed);
+        if old & (buffer_state::BUF_REFCOUNT_MASK | buffer_state::BM_LOCKED) != 0 {
+            return false;
+        }
+        let count = usage_count(old).get();
+        let may_be_taken = is_empty(old)
+            || old & buffer_state::BM_DIRTY == 0 && (count == 0 || count < self.replaced_below);
+        let wanted = match (may_be_taken, count) {
+            (true, 0) => return true,
+            (true, _) => 0,
+            (false, 0) => 1,
+            (false, _) => return false,
+        };
+        let new = buffer_state::with_usage_count(old, wanted);
+        let changed = word.compare_exchange(old, new, AcqRel, Relaxed).is_ok();
+        changed && may_be_taken
     }
 }
 
-/// Whether the server has empty buffers that it takes before it evicts any block,
+/// Whether the server has free buffers that it takes before it evicts any block,
 /// wherever the clock hand is.
 pub fn free_list_has_any() -> bool {
     free_list_is_empty() == Some(false)
 }
 
-/// How many buffers are empty and not pinned.
+/// How many buffers are empty and not pinned. Serves interrupts.
 pub fn count_free() -> usize {
-    let states = (0..count()).map(|index| state(index).load(Relaxed));
+    let states = (0..count()).map(|index| {
+        if index % INTERRUPT_INTERVAL == 0 {
+            check_for_interrupts();
+        }
+        state(index).load(Relaxed)
+    });
     states.filter(|&state| is_empty(state)).count()
 }
 
@@ -64,7 +146,7 @@ pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usiz
     /// How many are allowed if those looked at do not tell.
     const A_FEW: usize = 128;
     let count = count();
-    let next = ahead_of_clock_hand().take(LOOKED_AT);
+    let next = ahead_of(clock_hand().1).take(LOOKED_AT);
     let mut evictable = 0;
     for round in 0..=UsageCount::MAX.get() {
         for index in next.clone() {
@@ -87,11 +169,18 @@ pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usiz
     evictable
 }
 
-/// All buffers, in the order in which the clock hand comes to them next.
-fn ahead_of_clock_hand() -> impl Iterator<Item = usize> + Clone {
+/// How far the clock hand has gone since the server started, in buffers, and the buffer
+/// that it comes to next.
+fn clock_hand() -> (u64, usize) {
+    let mut rounds = 0;
     // A second argument would reset a counter that the background writer needs.
-    // SAFETY: nulls ask for the position of the hand only.
-    let start = unsafe { pg_sys::StrategySyncStart(std::ptr::null_mut(), std::ptr::null_mut()) };
-    let start = usize::try_from(start).unwrap_or(0);
-    (start..count()).chain(0..start)
+    // SAFETY: a place for the number of rounds, and a null.
+    let next = unsafe { pg_sys::StrategySyncStart(&mut rounds, std::ptr::null_mut()) };
+    let next = usize::try_from(next).unwrap_or(0);
+    (u64::from(rounds) * count() as u64 + next as u64, next)
+}
+
+/// All buffers, in the order in which the clock hand comes to them, from that one on.
+fn ahead_of(next: usize) -> impl Iterator<Item = usize> + Clone {
+    (next..count()).chain(0..next)
 }

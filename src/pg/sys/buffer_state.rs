@@ -8,14 +8,14 @@
 use pgrx::pg_sys;
 
 pub use word::{
-    AtomicWord, BM_LOCKED, BM_PERMANENT, BM_TAG_VALID, BUF_REFCOUNT_MASK, BUF_USAGECOUNT_MASK,
-    BUF_USAGECOUNT_ONE, Word,
+    AtomicWord, BM_DIRTY, BM_LOCKED, BM_PERMANENT, BM_TAG_VALID, BUF_REFCOUNT_MASK,
+    BUF_USAGECOUNT_MASK, BUF_USAGECOUNT_ONE, Word,
 };
 
 #[cfg(not(feature = "pg19"))]
 mod word {
     pub use pgrx::pg_sys::{
-        BM_LOCKED, BM_PERMANENT, BM_TAG_VALID, BUF_REFCOUNT_MASK, BUF_USAGECOUNT_MASK,
+        BM_DIRTY, BM_LOCKED, BM_PERMANENT, BM_TAG_VALID, BUF_REFCOUNT_MASK, BUF_USAGECOUNT_MASK,
         BUF_USAGECOUNT_ONE,
     };
 
@@ -37,6 +37,7 @@ mod word {
         ((1 << pg_sys::BUF_USAGECOUNT_BITS) - 1) << pg_sys::BUF_USAGECOUNT_SHIFT;
 
     pub const BM_LOCKED: Word = flag(0);
+    pub const BM_DIRTY: Word = flag(1);
     pub const BM_TAG_VALID: Word = flag(3);
     pub const BM_PERMANENT: Word = flag(9);
 

@@ -32,7 +32,7 @@ fn plan_without(records: &[HotRecord], cached: &[Record], budget: u64) -> Plan {
     }
     let text = writer.finish().unwrap().1.into_inner();
     let list = BlockList::read(&text[..], text.len() as u64).unwrap();
-    Plan::new(list, cached.iter().copied(), budget).unwrap()
+    Plan::new(list, cached.iter().copied(), |_| budget).unwrap()
 }
 
 fn plan(records: &[Record]) -> Plan {

@@ -1,0 +1,151 @@
+//! What a load may replace in shared buffers, and what not.
+
+use std::collections::BTreeMap;
+
+use postgres::Client;
+
+use crate::common::{Block, Cluster, LoadStats, Shutdown, list_of, list_with_usage_counts, value};
+
+/// A running cluster whose pages become clean only by `CHECKPOINT`.
+fn start() -> Cluster {
+    let cluster = Cluster::build()
+        .setting("shared_buffers = 16MB")
+        .setting("bgwriter_lru_maxpages = 0")
+        .setting("checkpoint_timeout = 1h")
+        .setting("autovacuum = off")
+        .setting("pg_prewarm.autoprewarm_interval = 0")
+        .start();
+    cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
+    cluster
+}
+
+/// The blocks in shared buffers by their file, fork and number, with their usage counts,
+/// and whether they are dirty.
+fn buffers(client: &mut Client) -> BTreeMap<(u32, u32, i16, i64), (i16, bool)> {
+    client
+        .query(
+            "SELECT reldatabase, relfilenode, relforknumber, relblocknumber, usagecount, isdirty \
+             FROM pg_buffercache WHERE relfilenode IS NOT NULL",
+            &[],
+        )
+        .unwrap()
+        .iter()
+        .map(|row| {
+            let block = (row.get(0), row.get(1), row.get(2), row.get(3));
+            (block, (row.get(4), row.get(5)))
+        })
+        .collect()
+}
+
+/// Fills all buffers: with blocks of the table `warm`, which are used again and again; some
+/// of `dirty`, which are that as well; and the others with blocks of `cold`.
+fn fill(cluster: &Cluster) -> Client {
+    cluster.table("warm", 400);
+    cluster.table("cold", 2500);
+    cluster.table("dirty", 50);
+    cluster.stop(Shutdown::Fast);
+    cluster.write_list("<<0>>\n");
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    client
+        .batch_execute("UPDATE dirty SET id = id; SELECT pg_prewarm('cold')")
+        .unwrap();
+    for _ in 0..4 {
+        client.batch_execute("SELECT pg_prewarm('warm')").unwrap();
+    }
+    client
+}
+
+fn load_now(cluster: &Cluster, client: &mut Client, list: String) -> LoadStats {
+    cluster.write_list(list);
+    client
+        .batch_execute("SELECT autoprewarm_load_now()")
+        .unwrap();
+    let stats = LoadStats::wait_for_end(client);
+    assert_eq!(stats.result(), "completed");
+    stats
+}
+
+#[test]
+fn a_load_on_demand_replaces_colder_blocks_and_neither_warmer_nor_dirty_ones() {
+    let cluster = start();
+    let listed = cluster.table("listed", 300);
+    let mut client = fill(&cluster);
+    let before = buffers(&mut client);
+    assert!(before.len() > 2000, "{}", before.len());
+
+    let list = list_with_usage_counts(listed.first(300), &"3".repeat(300));
+    let stats = load_now(&cluster, &mut client, list);
+    assert_eq!((stats.total, stats.loaded), (300, 300));
+    let after = buffers(&mut client);
+    let lost: Vec<_> = before
+        .iter()
+        .filter(|(block, (usage_count, is_dirty))| {
+            (*usage_count >= 3 || *is_dirty) && !after.contains_key(block)
+        })
+        .collect();
+    assert!(lost.is_empty(), "{lost:?}");
+}
+
+#[test]
+fn a_load_on_demand_of_blocks_that_are_as_cold_as_all_others_replaces_none() {
+    let cluster = start();
+    let listed = cluster.table("listed", 300);
+    let mut client = fill(&cluster);
+    // All that the clock hand would take at once is used once more.
+    client
+        .batch_execute(
+            "SELECT pg_prewarm('cold', 'buffer', 'main', n, n) FROM generate_series(0, 2499) n",
+        )
+        .unwrap();
+    client.batch_execute("SELECT pg_prewarm('warm')").unwrap();
+    let before = buffers(&mut client);
+    let zero = before.values().filter(|(usage_count, _)| *usage_count == 0);
+    let zero = zero.count() as u64;
+
+    let stats = load_now(&cluster, &mut client, list_of(listed.first(300)));
+    assert!(stats.loaded <= zero, "{stats:?}, {zero}");
+    let after = buffers(&mut client);
+    let lost = before
+        .iter()
+        .filter(|(block, (usage_count, _))| *usage_count > 0 && !after.contains_key(block));
+    assert_eq!(lost.count(), 0);
+}
+
+#[test]
+fn buffers_that_were_emptied_are_filled_though_no_list_has_them() {
+    let cluster = start();
+    if cluster.major() < 17 {
+        println!("before 17 no function empties buffers: not run");
+        return;
+    }
+    let listed: Vec<Block> = cluster.table("listed", 1500).first(1500).collect();
+    let mut client = fill(&cluster);
+    client
+        .batch_execute(
+            "SELECT count(pg_buffercache_evict(bufferid)) FROM pg_buffercache \
+             WHERE relfilenode IS NOT NULL",
+        )
+        .unwrap();
+    let stats = load_now(&cluster, &mut client, list_of(listed));
+    assert_eq!((stats.total, stats.loaded), (1500, 1500));
+}
+
+#[test]
+fn a_cache_of_one_megabyte_is_filled() {
+    let cluster = Cluster::build().setting("shared_buffers = 1MB").start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    let table = cluster.table("t", 100);
+    cluster.stop(Shutdown::Fast);
+    cluster.write_list(list_of(table.first(100)));
+    let mark = cluster.log_end();
+    cluster.start();
+    let (loaded, total) = cluster.wait_for_load(mark);
+    assert_eq!(total, 100);
+    assert!(loaded >= 80, "{loaded}");
+    let buffers: i64 = value(
+        &mut cluster.connect("postgres"),
+        "SELECT setting::bigint FROM pg_settings WHERE name = 'shared_buffers'",
+    );
+    assert_eq!(buffers, 128);
+}

@@ -148,7 +148,7 @@ fn a_list_whose_trailer_does_not_fit_is_loaded_without_usage_count() {
         ),
         (
             edited,
-            format!("ignoring usage counts in \"{LIST}\": its checksum differs"),
+            format!("ignoring usage counts in \"{LIST}\": the checksum does not match"),
         ),
     ] {
         cluster.write_list(list);

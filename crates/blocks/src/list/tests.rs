@@ -92,7 +92,7 @@ fn every_variant_of_a_good_file_is_read_completely() {
 }
 
 #[test]
-fn a_bad_line_costs_that_line_alone() {
+fn a_bad_line_costs_only_that_line() {
     for (text, blocks, line) in [
         ("<<3>>\n1,2,3,0,4\nbad\n1,2,3,0,6\n", vec![4, 6], 3),
         ("<<3>>\nbad\n1,2,3,0,5\n1,2,3,0,6\n", vec![5, 6], 2),

@@ -7,6 +7,8 @@
 //! (`on`), and `OUT`, the directory for the results as JSON and SVG. They are also
 //! printed as tables.
 
+#![allow(clippy::cast_possible_truncation)]
+
 #[allow(dead_code)]
 #[path = "../tests/common/mod.rs"]
 mod common;

@@ -1,5 +1,7 @@
 //! Runs the checks of the fuzz targets on their corpus.
 
+#![allow(clippy::cast_possible_truncation)]
+
 use std::fs;
 use std::path::Path;
 

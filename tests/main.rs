@@ -3,6 +3,8 @@
 //! They need an installation of PostgreSQL with this extension, which `make test`
 //! prepares. There is one file for each feature; `common` has what they share.
 
+#![allow(clippy::cast_possible_truncation)]
+
 mod common;
 
 mod bad_files;

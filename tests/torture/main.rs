@@ -32,6 +32,8 @@
 //! is printed with the server's log, and the next round has a new cluster. The exit
 //! status is 1 if any check has failed.
 
+#![allow(clippy::cast_possible_truncation)]
+
 #[allow(dead_code)]
 #[path = "../common/mod.rs"]
 mod common;

@@ -58,6 +58,10 @@ impl Entry {
     }
 
     /// The block number within that file.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the lower 32 bits are the block number"
+    )]
     pub fn block(self) -> BlockNumber {
         self.0 as BlockNumber
     }
@@ -175,15 +179,19 @@ impl ListBuilder {
             self.last = match self.indexes.get(&file) {
                 Some(index) => *index,
                 None => {
-                    let index = self.files.len();
-                    if index == Entry::MAX_FILES {
+                    if self.files.len() == Entry::MAX_FILES {
                         return Err(ReadError::TooManyFiles);
                     }
+                    #[expect(
+                        clippy::cast_possible_truncation,
+                        reason = "it is less than MAX_FILES"
+                    )]
+                    let index = self.files.len() as u32;
                     reserve(&mut self.files, self.most)?;
                     self.indexes.try_reserve(1)?;
                     self.files.push(file);
-                    self.indexes.insert(file, index as u32);
-                    index as u32
+                    self.indexes.insert(file, index);
+                    index
                 }
             };
         }

@@ -115,6 +115,10 @@ impl Key {
         (self.0 >> Self::PLACE_SHIFT) as usize
     }
 
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the 32 bits above the usage count are the block number"
+    )]
     fn block(self) -> BlockNumber {
         (self.0 >> Self::USAGE_COUNT_BITS) as BlockNumber
     }
@@ -150,6 +154,8 @@ impl Plan {
         budget: u64,
     ) -> Result<Self, PlanError> {
         let BlockList { files, entries, .. } = list;
+        // A plan's indexes have 32 bits.
+        let budget = budget.min(u32::MAX.into());
         let places = Places::of(&files)?;
         let mut plan = Self::default();
         let mut keys = plan.keys_of(entries, &files, &places);
@@ -193,7 +199,7 @@ impl Plan {
         places: &Places,
     ) -> Result<(), TryReserveError> {
         let mut last_place = usize::MAX;
-        for (index, key) in self.keys.iter().enumerate() {
+        for (key, index) in self.keys.iter().zip(0..) {
             if let Some(last) = self.chunks.last_mut()
                 && last_place == key.place()
                 && last.count < CHUNK_BLOCKS
@@ -209,7 +215,7 @@ impl Plan {
                 tablespace: file.tablespace,
                 filenumber: file.filenumber,
                 fork: Fork::from_number(file.fork).expect("invalid forks were left out"),
-                first: index as u32,
+                first: index,
                 count: 1,
             });
         }
@@ -233,6 +239,10 @@ impl Plan {
 
     /// The databases, in the order of their OIDs. If there are shared catalogs, their
     /// OID 0 is the first.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "there are no more chunks than blocks, at most u32::MAX"
+    )]
     pub fn databases(&self) -> impl Iterator<Item = DatabasePlan> {
         let mut next = 0;
         self.chunks
@@ -257,6 +267,10 @@ impl Plan {
     }
 
     /// Lays the plan out in `words`, which must have the length [`Plan::words`].
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "there are at most u32::MAX blocks, and no more chunks"
+    )]
     pub fn encode(&self, words: &mut [u32]) {
         let (header, rest) = words.split_at_mut(HEADER_WORDS);
         let (chunks, rest) = rest.split_at_mut(self.chunks.len() * CHUNK_WORDS);
@@ -295,6 +309,10 @@ struct Places {
 }
 
 impl Places {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "there are at most MAX_FILES * TIERS places, which is 2^29"
+    )]
     fn of(files: &[FileFork]) -> Result<Self, PlanError> {
         if files.len() > Key::MAX_FILES {
             return Err(PlanError::TooManyFiles);

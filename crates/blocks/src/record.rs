@@ -81,7 +81,7 @@ impl UsageCount {
 
     /// The usage count `count`, or [`Self::MAX`] if `count` is higher.
     pub fn new(count: u32) -> Self {
-        Self(count.min(u32::from(Self::MAX.0)) as u8)
+        Self(u8::try_from(count).map_or(Self::MAX.0, |count| count.min(Self::MAX.0)))
     }
 
     /// The usage count of a decimal digit in the file. `None` if the byte is not a digit

@@ -1,6 +1,8 @@
 //! If the allocator refuses memory, the core returns an error, whichever request that
 //! was. (If it requested memory in a way that cannot fail, Rust would abort this test.)
 
+#![allow(clippy::cast_possible_truncation)]
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::fmt::Debug;

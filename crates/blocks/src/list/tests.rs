@@ -16,7 +16,8 @@ fn read(text: impl AsRef<[u8]>) -> BlockList {
 /// by record, and checks that both give the same.
 fn read_in_steps(text: &[u8], step: usize) -> BlockList {
     let list = BlockList::read(Trickle(text, step), text.len() as u64).unwrap();
-    let reader = ListReader::new(|at| Trickle(&text[at as usize..], step)).unwrap();
+    let reader =
+        ListReader::new(|at| Trickle(&text[usize::try_from(at).unwrap()..], step)).unwrap();
     assert_eq!(reader.first_bad_line(), list.first_bad_line);
     let one_by_one: Vec<_> = reader.map(|record| record.unwrap()).collect();
     assert!(one_by_one.into_iter().eq(list.records()));
@@ -208,7 +209,7 @@ fn an_error_while_the_file_is_read_again_is_returned_in_place_of_a_record() {
         let from = |at| -> Box<dyn Read> {
             match opened.replace(opened.get() + 1) {
                 number if number == broken => Box::new(Broken),
-                _ => Box::new(&text[at as usize..]),
+                _ => Box::new(&text[usize::try_from(at).unwrap()..]),
             }
         };
         let mut reader = ListReader::new(from).unwrap();

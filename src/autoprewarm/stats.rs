@@ -244,7 +244,9 @@ impl LastError {
         for (to, from) in self.bytes.iter().zip(&message.as_bytes()[..length]) {
             to.store(*from, SeqCst);
         }
-        self.length.store(length as u32, SeqCst);
+        #[expect(clippy::cast_possible_truncation, reason = "it is at most ROOM")]
+        let length = length as u32;
+        self.length.store(length, SeqCst);
         self.time.store(process::now(), SeqCst);
         self.version.store(version.wrapping_add(2), SeqCst);
     }

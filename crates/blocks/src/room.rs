@@ -20,7 +20,7 @@ pub struct Budget {
     /// How many blocks, the hottest of the list.
     pub blocks: u64,
     /// Clean blocks with a lower usage count than this are replaced.
-    pub replaced_below: u32,
+    pub replaced_below: usize,
 }
 
 impl Room {
@@ -62,7 +62,7 @@ impl Room {
                 coldest += 1;
                 free = self.clean[coldest];
                 if free > 0 {
-                    budget.replaced_below = coldest as u32 + 1;
+                    budget.replaced_below = coldest + 1;
                 }
             }
         }
@@ -115,7 +115,7 @@ mod tests {
                 };
                 assert_eq!(budget.blocks, expected, "{listed} over {buffered}");
                 if expected > 0 {
-                    assert_eq!(budget.replaced_below as usize, buffered + 1);
+                    assert_eq!(budget.replaced_below, buffered + 1);
                 }
             }
         }

@@ -58,7 +58,7 @@ pub fn survey() -> Room {
 #[derive(Clone, Copy, Debug)]
 pub struct LoadRoom {
     /// Clean blocks with a lower usage count are replaced.
-    replaced_below: u32,
+    replaced_below: usize,
     /// Where the clock hand was when the load began, see [`clock_hand`].
     start: u64,
 }
@@ -102,7 +102,7 @@ impl LoadRoom {
         if old & (buffer_state::BUF_REFCOUNT_MASK | buffer_state::BM_LOCKED) != 0 {
             return false;
         }
-        let count = usage_count(old).get();
+        let count = usage_count(old).get() as usize;
         let may_be_taken = is_empty(old)
             || old & buffer_state::BM_DIRTY == 0 && (count == 0 || count < self.replaced_below);
         let wanted = match (may_be_taken, count) {

@@ -101,7 +101,7 @@ fn a_load_on_demand_of_blocks_that_are_as_cold_as_all_others_replaces_none() {
     client.batch_execute("SELECT pg_prewarm('warm')").unwrap();
     let before = buffers(&mut client);
     let zero = before.values().filter(|(usage_count, _)| *usage_count == 0);
-    let zero = zero.count() as u64;
+    let zero = i64::try_from(zero.count()).unwrap();
 
     let stats = load_now(&cluster, &mut client, list_of(listed.first(300)));
     assert!(stats.loaded <= zero, "{stats:?}, {zero}");

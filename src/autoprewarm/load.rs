@@ -15,11 +15,11 @@ use super::state::State;
 use super::supervise::{Halt, Supervisor, reason_to_skip};
 use crate::blocks::{BlockList, Plan, SkipReason, UsageCounts};
 use crate::error::Error;
-use crate::pg::process::background;
 use crate::pg::process::error::{log, log_message};
-use crate::pg::process::memory::{Infallible, fallible};
+use crate::pg::process::memory::{Infallible, fallible, infallible};
 use crate::pg::process::report::Message;
 use crate::pg::process::transaction::{self, Transaction};
+use crate::pg::process::{background, check_for_interrupts};
 use crate::pg::shared::segment::Segment;
 use crate::pg::storage::database::Database;
 use crate::pg::storage::{buffer, file, room};
@@ -92,7 +92,8 @@ fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Su
     stats.set_total(list.entries.len() as u64);
     let budget = room::count_free().saturating_sub(RESERVE);
     let cached = Infallible(buffer::cached_blocks().map(|block| block.record));
-    let plan = fallible(|| Plan::new(list, cached, budget as u64))
+    let mut tick = || infallible(check_for_interrupts);
+    let plan = fallible(|| Plan::new_with_ticks(list, cached, budget as u64, &mut tick))
         .map_err(|error| Error::ListTooLarge(error.to_string()))?;
     let number = stats.number();
     let skip = |reason, blocks| stats.skip(number, reason, blocks);

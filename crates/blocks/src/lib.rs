@@ -19,6 +19,7 @@ mod plan;
 mod reader;
 mod record;
 mod skip;
+mod sort;
 mod trailer;
 mod writer;
 

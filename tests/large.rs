@@ -4,7 +4,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use postgres::Client;
+use postgres::{Client, NoTls};
 
 use crate::common::{Cluster, Fault, Shutdown, SqlError, error, limit, signal, value, wait_until};
 
@@ -135,25 +135,45 @@ fn a_session_keeps_no_reserve_of_memory_after_a_call() {
     assert!(grown < KEPT, "{grown} kB");
 }
 
-#[test]
-fn a_dump_that_is_being_written_can_be_cancelled() {
+/// A cluster whose lists are written in steps that take half a second each, from
+/// [`write_slowly`] on: what is written at once takes as many as the number of its bytes
+/// has binary digits.
+fn cluster_that_writes() -> Cluster {
     let cluster = Cluster::build().create();
     cluster.set_fault(Fault::ListDelay, 0);
     cluster.start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.sql("CREATE DATABASE other");
     cluster.wait_for_leader();
     cluster.sql("SELECT autoprewarm_dump_now()");
+    cluster
+}
+
+fn write_slowly(cluster: &Cluster) {
+    cluster.set_fault(Fault::ListDelay, 500);
+}
+
+/// Waits until a list is being written that was composed before.
+fn wait_for_writing(cluster: &Cluster) {
+    wait_until("a list that is being written", || {
+        fs::metadata(cluster.data("autoprewarm.blocks.tmp")).is_ok_and(|file| file.len() > 1000)
+    });
+}
+
+#[test]
+fn a_dump_that_is_being_written_can_be_cancelled() {
+    let cluster = cluster_that_writes();
     let list = cluster.list();
     let mut client = cluster.connect("postgres");
-    client
-        .batch_execute("SET statement_timeout = '300ms'")
-        .unwrap();
-    // All of the list is written at once, but in more than ten steps.
-    cluster.set_fault(Fault::ListDelay, 250);
+    let cancel = client.cancel_token();
+    write_slowly(&cluster);
+    let dump = std::thread::spawn(move || error(&mut client, "SELECT autoprewarm_dump_now()"));
+    wait_for_writing(&cluster);
     let start = Instant::now();
+    cancel.cancel_query(NoTls).unwrap();
     assert_eq!(
-        error(&mut client, "SELECT autoprewarm_dump_now()"),
-        SqlError::new("57014", "canceling statement due to statement timeout")
+        dump.join().unwrap(),
+        SqlError::new("57014", "canceling statement due to user request")
     );
     assert!(
         start.elapsed() < Duration::from_secs(2),
@@ -162,36 +182,29 @@ fn a_dump_that_is_being_written_can_be_cancelled() {
     );
     cluster.set_fault(Fault::ListDelay, 0);
     assert_eq!(cluster.list(), list);
-    assert!(!cluster.data("autoprewarm.blocks.tmp").exists());
-    client
-        .batch_execute("RESET statement_timeout; SELECT autoprewarm_dump_now()")
-        .unwrap();
+    wait_until("the removal of the new list", || {
+        !cluster.data("autoprewarm.blocks.tmp").exists()
+    });
+    cluster.sql("SELECT autoprewarm_dump_now()");
 }
 
 #[test]
-fn a_leader_that_writes_a_list_ends_when_it_is_told_to() {
-    let cluster = Cluster::build().create();
-    cluster.set_fault(Fault::ListDelay, 0);
-    cluster.start();
-    cluster.sql("CREATE EXTENSION pg_prewarm");
-    let leader = cluster.wait_for_leader();
-    cluster.sql("SELECT autoprewarm_dump_now()");
-    cluster.set_fault(Fault::ListDelay, 250);
+fn a_command_that_waits_for_all_processes_does_not_wait_for_a_list_to_be_written() {
+    let cluster = cluster_that_writes();
+    let leader = cluster.leader();
+    write_slowly(&cluster);
     cluster.configure("pg_prewarm.autoprewarm_interval = 1");
     cluster.reload();
-    wait_until("a list that is being written", || {
-        cluster.data("autoprewarm.blocks.tmp").exists()
-    });
-    // It serves barriers of the server, as this command needs it to.
+    wait_for_writing(&cluster);
     let start = Instant::now();
-    cluster.sql("CREATE DATABASE other");
+    // It has all processes close the files of the database.
     cluster.sql("DROP DATABASE other");
     assert!(
         start.elapsed() < Duration::from_secs(3),
         "{:?}",
         start.elapsed()
     );
-    assert_eq!(cluster.leader(), Some(leader));
+    assert_eq!(cluster.leader(), leader);
     cluster.set_fault(Fault::ListDelay, 0);
     cluster.stop(Shutdown::Fast);
     assert!(!cluster.listed().is_empty());

@@ -1,24 +1,24 @@
-# What there is to do here; each goal says what it needs by calling
-# scripts/prepare, so that every one works on a fresh machine.
+# The tasks of this project. Each calls scripts/prepare for what it needs, so all of them
+# work on a fresh machine.
 #
-#   make demo              watch a server come back warm
+#   make demo              restart a server with a warm cache
 #   make test [PG=16]      all tests, on one major version (default 15)
 #   make test-all          all tests, on every supported version
-#   make torture [PG=18]   one fault after another, with a check after each: 100
-#                          (ROUNDS=n), or as many as fit (SECONDS=n); SEED=n for
-#                          the same again, ROUND=n for one of them, ONLY=kill for
-#                          faults with that in their name
+#   make torture [PG=18]   faults, with a check after each: 100 rounds (ROUNDS=n), or
+#                          for some time (SECONDS=n); SEED=n repeats a run, ROUND=n
+#                          runs one round, ONLY=kill only faults with that in their
+#                          name
 #   make restarts [PG=18]  1000 restarts with a changing workload (ROUNDS=n)
 #   make bench [PG=18]     contrib and this, side by side (SIZE=smoke: a minute)
-#   make test-scripts      what the scripts say where something is wrong
+#   make test-scripts      the scripts' error handling
 #   make check             formatting, lints, documentation, dependencies
-#   make fuzz [TIME=60]    inputs that a fuzzer makes up, so many seconds each
+#   make fuzz [TIME=60]    fuzzing, so many seconds for each target
 #   make valgrind [PG=18]  a load, a dump and every function under valgrind
 #   make install PG_CONFIG=/path/to/pg_config
-#                          install into a PostgreSQL of yours
-#   make clean             remove what was built here
+#                          install into that PostgreSQL
+#   make clean             remove all build results
 #
-# TESTS=name runs the tests with that in their name only.
+# TESTS=name runs only the tests with that in their name.
 
 PG ?= 15
 PG_CONFIG ?= pg_config
@@ -37,7 +37,7 @@ test-all:
 test-scripts:
 	@tests/scripts.sh
 
-# The shell has a SECONDS of its own.
+# SECONDS is a variable of the shell.
 torture:
 	@ROUNDS=$(ROUNDS) ROUND=$(ROUND) DURATION=$(SECONDS) SEED=$(SEED) ONLY=$(ONLY) scripts/torture $(PG) torture
 

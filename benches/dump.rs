@@ -1,4 +1,4 @@
-//! Writing the list of a full cache: how long it takes, and what memory.
+//! The time and memory that writing the list of full shared buffers takes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};

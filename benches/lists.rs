@@ -1,4 +1,4 @@
-//! Long lists: how long it takes, and what memory, from the file to the plan.
+//! The time and memory that long lists take, from the file to the plan.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -21,7 +21,7 @@ pub fn run(options: &Options, report: &mut Report) {
     in_a_server(options, report);
 }
 
-/// Writes a list of that many records, of 200 relations that are not there.
+/// Writes a list of that many records, of 200 relations that do not exist.
 fn write(path: &Path, records: u64, database: u32) {
     let mut random = StdRng::seed_from_u64(7);
     let mut writer = ListWriter::begin(File::create(path).unwrap(), records as usize).unwrap();
@@ -54,11 +54,7 @@ fn in_this_process(records: u64, report: &mut Report, options: &Options) {
     let what = |of: &str| format!("list of {records} records: {of}");
     report.figure(&what("read"), read.as_secs_f64(), "s");
     report.figure(&what("read and planned"), planned.as_secs_f64(), "s");
-    report.figure(
-        &what("memory of the process then"),
-        peak as f64 / 1024.0,
-        "MB",
-    );
+    report.figure(&what("memory of the process"), peak as f64 / 1024.0, "MB");
     report.figure(
         &what("shared memory a block"),
         words as f64 * 4.0 / records as f64,
@@ -68,7 +64,7 @@ fn in_this_process(records: u64, report: &mut Report, options: &Options) {
     std::fs::remove_file(path).unwrap();
 }
 
-/// From the server's start to the end of a load that finds none of the blocks.
+/// The time from the start of the server to the end of a load that finds no block.
 fn in_a_server(options: &Options, report: &mut Report) {
     let mut cluster = side::cluster(options.size.buffers, &[]);
     let database = cluster.value("SELECT oid FROM pg_database WHERE datname = 'postgres'");

@@ -1,4 +1,4 @@
-//! How long a load takes: dense, sparse, many relations, many databases; with the
+//! The time of a load: dense, sparse, of many relations, of many databases; with the
 //! operating system's cache cold and warm.
 
 use std::time::Duration;
@@ -17,7 +17,7 @@ pub fn run(options: &Options, report: &mut Report) {
     let mut cluster = side::cluster(size.buffers, &[]);
     let mut random = StdRng::seed_from_u64(1);
     let shuffled = |mut blocks: Vec<Block>, random: &mut StdRng| {
-        // Buffers are in no order that a disk would like.
+        // The order of buffers, and so of the list, is not the order on disk.
         blocks.shuffle(random);
         list_of(blocks)
     };
@@ -104,7 +104,8 @@ pub fn run(options: &Options, report: &mut Report) {
     }
 }
 
-/// Reports what part ours was of the random reads that the disk can do.
+/// Reports the blocks read per second relative to the random reads that the disk can
+/// do.
 fn compare_with_disk(report: &mut Report, cluster: &Cluster, table: &Block, ours: f64) {
     let first = cluster.data(&format!("base/{}/{}", table.database, table.filenumber));
     let segments = (1..).map(|number| first.with_extension(number.to_string()));
@@ -115,7 +116,7 @@ fn compare_with_disk(report: &mut Report, cluster: &Cluster, table: &Block, ours
     match machine::random_reads_per_second(&files) {
         Some(disk) => {
             report.figure("load: sparse, cold: fio, blocks", disk, "/s");
-            report.figure("load: sparse, cold: ours, of fio", ours / disk, "");
+            report.figure("load: sparse, cold: ours, relative to fio", ours / disk, "");
         }
         None => eprintln!("   no fio to compare with"),
     }

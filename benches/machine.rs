@@ -1,21 +1,21 @@
-//! The machine that is measured on: its caches, and what is known of it.
+//! The machine that is measured: its caches, and its description.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The disk's read-ahead that most servers have. Some virtual disks come with
-/// far more, which helps whoever reads block by block.
+/// The read-ahead that most servers' disks have. Some virtual disks have far more by
+/// default, which helps a module that reads one block at a time.
 const READ_AHEAD_KB: &str = "128";
 
-/// Puts the disks' read-ahead to what most servers have, where that is allowed.
-/// Returns what it is.
+/// Sets the disks' read-ahead to that of most servers, if permitted, and returns its
+/// value.
 pub fn set_read_ahead() -> String {
     let mut found = Vec::new();
     for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let path = device.path().join("queue/read_ahead_kb");
         let _ = fs::write(&path, READ_AHEAD_KB);
-        // Not those that are no disks.
+        // Devices that are not disks are skipped.
         let name = device.file_name();
         if ["loop", "ram", "zram"]
             .iter()
@@ -30,16 +30,16 @@ pub fn set_read_ahead() -> String {
     found.join(", ")
 }
 
-/// Drops the operating system's cache; false where that is not allowed.
+/// Drops the operating system's cache. Returns false if that is not permitted.
 pub fn drop_caches() -> bool {
-    // SAFETY: flushes what is not written yet.
+    // SAFETY: `sync` has no preconditions.
     unsafe { libc::sync() };
     fs::write("/proc/sys/vm/drop_caches", "3").is_ok()
 }
 
-/// Reads every file below a folder, so that the operating system has them cached.
-pub fn cache_files(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+/// Reads all files in a directory, so that they are in the operating system's cache.
+pub fn cache_files(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
         if path.is_dir() {
             cache_files(&path);
@@ -49,9 +49,9 @@ pub fn cache_files(folder: &Path) {
     }
 }
 
-/// Touches and gives back as much memory as the server is going to use. A virtual
-/// machine may have returned it to its host, and getting it back costs more than
-/// all that is to be measured; whichever side came first would pay.
+/// Touches and frees as much memory as the server will use. A virtual machine may have
+/// returned it to its host, and getting it back can take longer than what is measured,
+/// at the expense of the side that is measured first.
 pub fn touch_memory(megabytes: u32) {
     let mut memory = vec![0u8; megabytes as usize * 1024 * 1024];
     for page in memory.iter_mut().step_by(4096) {
@@ -60,8 +60,8 @@ pub fn touch_memory(megabytes: u32) {
     std::hint::black_box(&memory);
 }
 
-/// Whether servers are to have their shared memory in huge pages, as large ones
-/// should: `HUGE_PAGES=on` says so.
+/// Whether servers use huge pages for shared memory, as large ones should:
+/// `HUGE_PAGES=on`.
 pub fn huge_pages() -> bool {
     match std::env::var("HUGE_PAGES").as_deref() {
         Ok("on") => true,
@@ -70,18 +70,18 @@ pub fn huge_pages() -> bool {
     }
 }
 
-/// Has the system keep that much memory in huge pages of 2 MB.
+/// Makes the system reserve that much memory as huge pages of 2 MB.
 pub fn keep_huge_pages(megabytes: u32) {
     let pages = megabytes.div_ceil(2).to_string();
     let path = "/proc/sys/vm/nr_hugepages";
-    fs::write(path, &pages).expect("huge pages are for root to keep");
+    fs::write(path, &pages).expect("only root can reserve huge pages");
     let kept = fs::read_to_string(path).unwrap();
-    assert_eq!(kept.trim(), pages, "there is no memory for huge pages");
+    assert_eq!(kept.trim(), pages, "not enough memory for huge pages");
 }
 
-/// How many random blocks of these files the disk can read in a second, by fio
-/// with 32 requests at a time from each of two processes, past the operating
-/// system's cache; nothing where there is no fio.
+/// How many random blocks of these files the disk can read per second, measured by fio
+/// with 32 requests at a time from each of two processes, without the operating
+/// system's cache. `None` if fio is not installed.
 pub fn random_reads_per_second(files: &[PathBuf]) -> Option<f64> {
     let names: Vec<_> = files
         .iter()

@@ -1,10 +1,13 @@
-//! What `make bench` runs: contrib's module and ours, side by side.
+//! `make bench`: contrib's module and ours, side by side.
 //!
-//! For each scenario both load the same list into the same cluster, in turn (A B
-//! A B …), on the same machine in the same run; what counts is the ratio of the
-//! medians. Scenarios are chosen by their names as arguments; without any, all
-//! are run. The environment says how large (`SIZE=smoke` or `full`), how often
-//! (`RUNS`), and whether in huge pages (`HUGE_PAGES=on`). Results go to `$OUT` as JSON and SVG, and as tables to the output.
+//! In each scenario both load the same list into the same cluster, alternately (A B A B
+//! …), on the same machine in the same run; what matters is the ratio of the medians.
+//! The arguments name the scenarios to run; without any, all are run. The environment
+//! variables are `SIZE` (`smoke` or `full`), `RUNS` (how many times), `HUGE_PAGES`
+//! (`on`), and `OUT`, the directory for the results as JSON and SVG. They are also
+//! printed as tables.
+
+#![allow(clippy::cast_possible_truncation)]
 
 #[allow(dead_code)]
 #[path = "../tests/common/mod.rs"]
@@ -25,18 +28,18 @@ use std::path::PathBuf;
 
 use report::Report;
 
-/// How large everything is.
+/// The size of everything.
 #[derive(Clone, Copy, Debug)]
 pub struct Size {
-    /// Of shared_buffers, in MB.
+    /// `shared_buffers`, in MB.
     buffers: u32,
     dense_blocks: u32,
-    /// Of the table, and of those in the list.
+    /// The blocks of the table, and how many of them are listed.
     sparse_blocks: (u32, u32),
     small_tables: u32,
-    /// Of each of the eight databases.
+    /// The blocks of each of the eight databases.
     database_blocks: u32,
-    /// Records of the synthetic lists.
+    /// The records of the generated lists.
     long_list: u64,
     longer_list: u64,
     /// Seconds of a warm-up curve.
@@ -65,7 +68,7 @@ const SMOKE: Size = Size {
     warmup: 4,
 };
 
-/// What a run is to be like.
+/// The options of a run.
 pub struct Options {
     size: Size,
     runs: usize,

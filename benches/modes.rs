@@ -1,4 +1,4 @@
-//! What `pg_prewarm()` takes for a table in each of its modes; and
+//! The time of `pg_prewarm()` for a table in each of its modes, and of
 //! `pg_prewarm_relation()` with parallel workers.
 
 use std::time::Instant;
@@ -13,7 +13,7 @@ const ALL_ALONE: &str = "SELECT sum(blocks)::int8 FROM pg_prewarm_relation('t', 
 const WITH_WORKERS: &str =
     "SELECT sum(blocks)::int8 FROM pg_prewarm_relation('t', $mode, workers => 2)";
 
-/// What both sides call, contrib's first; and for which caches.
+/// The calls of both sides, contrib's first, and for which caches.
 struct Case {
     name: &'static str,
     mode: &'static str,
@@ -74,7 +74,7 @@ pub fn run(options: &Options, report: &mut Report) {
             }
             let mut samples = Samples::default();
             for _ in 0..options.runs {
-                // The sides of a report are contrib's and ours.
+                // The sides in the report are contrib's module and ours.
                 for ((side, call), column) in case.calls.into_iter().zip(Side::BOTH) {
                     let call = call.replace("$mode", &format!("'{}'", case.mode));
                     side::prepare(&mut cluster, side, None, cache, size.buffers);
@@ -91,7 +91,7 @@ pub fn run(options: &Options, report: &mut Report) {
     }
 }
 
-/// How long a call takes in a session that has the library.
+/// The time of a call in a session that has loaded the library.
 fn time(cluster: &Cluster, call: &str, blocks: u32) -> f64 {
     let mut client = cluster.connect("postgres");
     client

@@ -1,4 +1,4 @@
-//! What came out: as tables, as JSON, and as plots.
+//! The results, as tables, JSON and plots.
 
 use std::fs;
 use std::path::PathBuf;
@@ -59,7 +59,7 @@ pub struct Report {
 
 impl Report {
     pub fn new(options: &Options) -> Self {
-        fs::create_dir_all(&options.out).expect("the folder for results can be made");
+        fs::create_dir_all(&options.out).expect("cannot create the directory for results");
         let postgres = Side::Ours.installation().major();
         let read_ahead = machine::set_read_ahead();
         let title = format!(
@@ -75,7 +75,7 @@ impl Report {
         }
     }
 
-    /// Reports what both sides did, where less is better.
+    /// Reports the samples of both sides. Lower is better.
     pub fn compare(&mut self, what: &str, unit: &str, samples: &Samples) {
         let [contrib, ours] = [&samples.contrib, &samples.ours];
         let [(contrib_least, contrib_most), (ours_least, ours_most)] =
@@ -92,7 +92,7 @@ impl Report {
         }));
     }
 
-    /// Reports a figure that stands for itself.
+    /// Reports a single figure.
     pub fn figure(&mut self, what: &str, value: f64, unit: &str) {
         self.line(format!("| {what} | | {value:.3} {unit} | |"));
         self.results
@@ -142,7 +142,7 @@ impl Report {
         self.lines.push(line);
     }
 
-    /// Writes everything down.
+    /// Writes the files.
     pub fn finish(self) {
         let json = serde_json::to_string_pretty(&self.results).unwrap();
         fs::write(self.out.join("results.json"), json).unwrap();

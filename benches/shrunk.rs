@@ -1,5 +1,5 @@
-//! A list four times the size of shared buffers: how much of a skewed workload is
-//! served from them right after the load, compared with the best choice of blocks.
+//! A list of four times the size of shared buffers: the hit ratio of a skewed workload
+//! right after the load, compared with the best choice of blocks.
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -9,13 +9,14 @@ use crate::common::{Shutdown, value};
 use crate::report::Report;
 use crate::side::{self, Side, SystemCache};
 
-/// Reads of the workload that are counted.
+/// How many reads of the workload are counted.
 const READS: usize = 20_000;
 
 pub fn run(options: &Options, report: &mut Report) {
     let size = options.size;
     let small = size.buffers / 4;
-    // As many blocks as the large cache has buffers, less what the server needs.
+    // As many blocks as the larger shared buffers have, except those that the server
+    // needs.
     let blocks = size.buffers * 128 - 2000;
     let mut cluster = side::cluster(size.buffers, &[]);
     side::table(&cluster, "postgres", "t", blocks);
@@ -70,7 +71,7 @@ pub fn run(options: &Options, report: &mut Report) {
     }
 }
 
-/// The workload: a fifth of the blocks is read nine times in ten.
+/// The workload: a fifth of the blocks gets nine tenths of the reads.
 fn block(random: &mut StdRng, blocks: u32) -> u32 {
     let hot = blocks / 5;
     let rank = if random.random_bool(0.9) {
@@ -81,7 +82,7 @@ fn block(random: &mut StdRng, blocks: u32) -> u32 {
     (u64::from(rank) * 2_147_483_647 % u64::from(blocks)) as u32
 }
 
-/// The share of reads that the best choice of so many blocks would serve.
+/// The hit ratio of the best choice of so many blocks.
 fn best_ratio(blocks: u32, buffers: u32) -> f64 {
     let hot = f64::from(blocks / 5);
     let [blocks, buffers] = [blocks, buffers].map(f64::from);

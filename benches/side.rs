@@ -1,11 +1,11 @@
-//! The two sides of a comparison, and starting a server with one of them.
+//! The two sides of a comparison, and how to start a server with one of them.
 
 use std::time::{Duration, Instant};
 
 use crate::common::{Cluster, Installation, LIST, Shutdown};
 use crate::machine;
 
-/// Whose module is measured.
+/// Which module is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     Contrib,
@@ -24,8 +24,9 @@ impl Side {
 
     pub fn installation(self) -> Installation {
         match self {
-            Self::Contrib => Installation::contrib()
-                .expect("there is no contrib module of this version to compare with"),
+            Self::Contrib => {
+                Installation::contrib().expect("no contrib module of this version is installed")
+            }
             Self::Ours => Installation::ours(),
         }
     }
@@ -47,9 +48,9 @@ impl SystemCache {
     }
 }
 
-/// Starts the stopped cluster with that side's module and that list, and returns
-/// how long it took from "ready to accept connections" to the end of the load,
-/// by the server's own clock. The cluster is left running.
+/// Starts the stopped cluster with that side's module and that list. Returns the time
+/// from "ready to accept connections" to the end of the load, by the timestamps in the
+/// log. The cluster keeps running.
 pub fn start_and_load(
     cluster: &mut Cluster,
     side: Side,
@@ -61,7 +62,7 @@ pub fn start_and_load(
     start_and_wait(cluster)
 }
 
-/// The same for a cluster that is ready to be started.
+/// The same for a cluster that has been prepared.
 pub fn start_and_wait(cluster: &Cluster) -> Duration {
     let mark = cluster.log_end();
     cluster.start();
@@ -76,8 +77,8 @@ pub fn start_and_wait(cluster: &Cluster) -> Duration {
     Duration::from_secs_f64(took.max(0.0))
 }
 
-/// Gets the stopped cluster, and the machine, ready to be started with that side's
-/// module and that list.
+/// Prepares the stopped cluster and the machine for a start with that side's module and
+/// that list.
 pub fn prepare(
     cluster: &mut Cluster,
     side: Side,
@@ -115,7 +116,7 @@ pub fn cluster(buffers: u32, settings: &[&str]) -> Cluster {
         .setting("max_locks_per_transaction = 5000")
         .setting("pg_prewarm.autoprewarm_interval = 0");
     if machine::huge_pages() {
-        // Beside the buffers there are locks, and what belongs to each buffer.
+        // Locks and buffer headers need memory besides the buffers.
         machine::keep_huge_pages(buffers + buffers / 8 + 256);
         builder = builder.setting("huge_pages = on");
     }
@@ -125,7 +126,7 @@ pub fn cluster(buffers: u32, settings: &[&str]) -> Cluster {
     builder.start()
 }
 
-/// Makes a table of that many full blocks, quickly, one row in each.
+/// Creates a table of that many full blocks with one row each, quickly.
 pub fn table(cluster: &Cluster, database: &str, name: &str, blocks: u32) -> crate::common::Block {
     let start = Instant::now();
     cluster.sql_in(

@@ -1,6 +1,6 @@
-//! Time to warm: how soon a restarted server serves a skewed read-only workload at
-//! nine tenths of its warm throughput, and how long clients wait until then;
-//! without prewarming, with contrib's, with ours.
+//! Warm-up: the time until a restarted server has reached nine tenths of its warm
+//! throughput in a skewed read-only workload, and the latency until then; without
+//! prewarming, with contrib's module, and with ours.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -16,10 +16,10 @@ use crate::side::{self, Side, SystemCache};
 
 const CLIENTS: u64 = 4;
 
-/// The curve's steps.
+/// The steps of the curve.
 const STEP: Duration = Duration::from_millis(500);
 
-/// When each transaction ended, after the start, and how long it took.
+/// The end of each transaction after the start, and its latency.
 type Transactions = Vec<(Duration, Duration)>;
 
 pub fn run(options: &Options, report: &mut Report) {
@@ -69,8 +69,8 @@ pub fn run(options: &Options, report: &mut Report) {
             let transactions = work(&cluster, blocks, seconds);
             side::stop(&cluster);
             let curve = curve(&transactions, seconds);
-            // A shared machine is not as fast at one time as at another, so what is
-            // warm is told by the run itself, if it comes to be.
+            // A shared machine is faster at one time than at another, so each run
+            // determines its own warm throughput, if it reaches one.
             let warm = if side.is_some() {
                 plateau(&curve)
             } else {
@@ -136,7 +136,8 @@ fn work(cluster: &Cluster, blocks: u32, time: Duration) -> Transactions {
     all.into_inner().unwrap()
 }
 
-/// Rows, of which a tenth is asked for nine times in ten; scattered over the table.
+/// Rows of which a tenth gets nine tenths of the reads. They are scattered over the
+/// table.
 struct Skewed {
     rows: u32,
 }
@@ -155,7 +156,8 @@ impl Distribution<i32> for Skewed {
         } else {
             random.random_range(0..self.rows)
         };
-        // A step that shares no factor with the number of rows visits each once.
+        // A step that has no common factor with the number of rows visits each row
+        // once.
         (u64::from(rank) * 2_147_483_647 % u64::from(self.rows)) as i32 + 1
     }
 }
@@ -164,7 +166,7 @@ fn throughput(transactions: &Transactions, time: Duration) -> f64 {
     transactions.len() as f64 / time.as_secs_f64()
 }
 
-/// Transactions a second in each step, at the step's end.
+/// Transactions per second in each step, at the end of the step.
 fn curve(transactions: &Transactions, time: Duration) -> Vec<(f64, f64)> {
     let steps = (time.as_secs_f64() / STEP.as_secs_f64()) as usize;
     let mut counts = vec![0u32; steps];
@@ -181,7 +183,7 @@ fn curve(transactions: &Transactions, time: Duration) -> Vec<(f64, f64)> {
         .collect()
 }
 
-/// The throughput of the curve's last third.
+/// The throughput of the last third of the curve.
 fn plateau(curve: &[(f64, f64)]) -> f64 {
     let rates: Vec<f64> = curve.iter().map(|(_, rate)| *rate).collect();
     median(&rates[rates.len() * 2 / 3..])

@@ -1,4 +1,6 @@
-//! What the fuzz targets once found worth keeping, gone through again.
+//! Runs the checks of the fuzz targets on their corpus.
+
+#![allow(clippy::cast_possible_truncation)]
 
 use std::fs;
 use std::path::Path;
@@ -19,11 +21,11 @@ fn replay(target: &str, check: impl Fn(&[u8])) {
 }
 
 #[test]
-fn every_list_of_the_corpus_is_read_in_the_same_way_however_it_comes() {
+fn every_list_of_the_corpus_is_read_the_same_in_pieces_of_any_size() {
     replay("list", checks::list::check);
 }
 
 #[test]
-fn every_plan_of_the_corpus_holds_what_it_should() {
+fn every_plan_of_the_corpus_has_the_right_blocks_in_the_right_order() {
     replay("plan", checks::plan::check);
 }

@@ -1,13 +1,13 @@
-# Shared by the scripts in this folder: where the cache lies, who runs the
-# servers, and how to say what is going on. Sourced, never run.
+# Shared by the scripts in this directory: the cache, the server's user, messages. Sourced,
+# never run.
 
 set -euo pipefail
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# The private PostgreSQL installations, throw-away clusters and sockets live
-# here, never in the checkout: the checkout may lie in a folder that the
-# server's user cannot enter, and a Unix socket's path is limited to 107 bytes.
+# The cache has the private PostgreSQL installations, temporary clusters and sockets. It is
+# not in the checkout, since the server's user may not be able to enter that, and the path
+# of a Unix socket is limited to 107 bytes.
 if [ -n "${PG_PREWARM_CACHE:-}" ]; then
     cache=$PG_PREWARM_CACHE
 elif [ "$(id -u)" = 0 ]; then
@@ -17,44 +17,43 @@ else
 fi
 export PG_PREWARM_CACHE=$cache
 
-# PostgreSQL's makefiles generate headers only if no other make has called them.
+# PostgreSQL's makefiles do not generate headers if another make has called them.
 unset MAKELEVEL MAKEFLAGS MFLAGS
 
 cargo_pgrx_version=0.19.3
 cargo_deny_version=0.20.2
 cargo_fuzz_version=0.13.2
 
-# The folders that tell whose machine a library was built on.
-build_folders() {
-    local folder
-    for folder in "${HOME:-/}" "${CARGO_HOME:-${HOME:-}/.cargo}" "$project"; do
-        [ "$folder" = / ] || printf '%s\n' "$folder"
+# The directories by which a library would identify the machine it was built on.
+build_directories() {
+    local directory
+    for directory in "${HOME:-/}" "${CARGO_HOME:-${HOME:-}/.cargo}" "$project"; do
+        [ "$directory" = / ] || printf '%s\n' "$directory"
     done
 }
 
-# Panics name the source file that they come from. What is built names neither
-# the checkout nor the folder of the crates, but /build in their place; of
-# several that fit, the last counts. (Cargo then leaves aside the flags of its own
-# configuration files, though not those in RUSTFLAGS.)
-hide_build_folders() {
-    local flags=() folder separator=$'\x1f'
+# Panic messages have the path of the source file. In builds, /build replaces the paths of
+# the checkout and of the crates; if several prefixes match, the last counts. (Cargo then
+# ignores the flags in its configuration files, but not those in RUSTFLAGS.)
+hide_build_directories() {
+    local flags=() directory separator=$'\x1f'
     read -r -a flags <<<"${RUSTFLAGS:-}"
-    while read -r folder; do
-        flags+=("--remap-path-prefix=$folder=/build")
-    done < <(build_folders)
+    while read -r directory; do
+        flags+=("--remap-path-prefix=$directory=/build")
+    done < <(build_directories)
     CARGO_ENCODED_RUSTFLAGS=$(IFS=$separator; printf '%s' "${flags[*]}")
     export CARGO_ENCODED_RUSTFLAGS
 }
-[ -n "${CARGO_ENCODED_RUSTFLAGS:-}" ] || hide_build_folders
+[ -n "${CARGO_ENCODED_RUSTFLAGS:-}" ] || hide_build_directories
 
-# A backtrace in every error's DETAIL helps nobody who compares messages.
+# A backtrace in the DETAIL of errors would break comparisons of messages.
 unset RUST_BACKTRACE
 
 say() { printf '==> %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# PostgreSQL refuses to run as root: there, servers run as the distribution's
-# user postgres; elsewhere as whoever calls.
+# PostgreSQL refuses to run as root, so root runs servers as the distribution's user
+# postgres, and other users run them as themselves.
 as_server_user() {
     if [ "$(id -u)" = 0 ]; then
         setpriv --reuid=postgres --regid=postgres --init-groups -- "$@"
@@ -69,9 +68,8 @@ supported_majors=(15 16 17 18 19)
 is_supported() { case " ${supported_majors[*]} " in *" $1 "*) ;; *) return 1 ;; esac; }
 not_supported() { die "PostgreSQL $1 is not supported: ${supported_majors[*]} are${2:+; $2}"; }
 
-# Has what is named made ready, and the Rust in PATH that is to be used then. Fails,
-# with status 3, if a PostgreSQL cannot be had; ends the script if anything else
-# is wrong.
+# Prepares what is named, and puts the right Rust into PATH. Fails with status 3 if a
+# PostgreSQL is not available, and ends the script if anything else is wrong.
 prepare() {
     local status=0
     "$project/scripts/prepare" "$@" || status=$?
@@ -80,11 +78,11 @@ prepare() {
     return "$status"
 }
 
-# Why that flavour cannot be had, as prepare has just found; fails if it can.
-cannot_be_had() { cat "$cache/missing/$1" 2>/dev/null; }
+# Why that flavour is not available, as prepare has found. Fails if it is.
+is_unavailable() { cat "$cache/missing/$1" 2>/dev/null; }
 
-# The folder of the private PostgreSQL of that flavour (15 to 19, or 17-test to
-# 19-test), and its pg_config.
+# The directory of the private PostgreSQL of a flavour (15 to 19, or 17-test to 19-test),
+# and its pg_config.
 pg_root() { printf '%s/pg%s' "$cache" "$1"; }
 pg_config_of() {
     case $1 in
@@ -94,12 +92,12 @@ pg_config_of() {
     esac
 }
 
-# What it was made of: the way, the version, and if it has assertions.
+# What it was made from, its version, and whether it has assertions.
 origin_of() { cat "$(pg_root "$1")/.origin"; }
 has_assertions() { case $(origin_of "$1") in *", with assertions") ;; *) return 1 ;; esac; }
 
-# The pg_config of an untouched installation with contrib's own module: none
-# for 16, whose wheel has no contrib modules.
+# The pg_config of an unchanged installation with contrib's module. Empty for 16, whose
+# wheel has no contrib modules.
 contrib_pg_config_of() {
     case $1 in
         15) printf '/usr/lib/postgresql/15/bin/pg_config' ;;
@@ -108,7 +106,7 @@ contrib_pg_config_of() {
     esac
 }
 
-# Tests of 17 and later run against builds with assertions where they can be had.
+# Tests of 17 and later run on builds with assertions if these are available.
 tested_flavour() {
     is_supported "$1" || not_supported "$1"
     case $1 in
@@ -117,8 +115,8 @@ tested_flavour() {
     esac
 }
 
-# The last line of all tests, of the major versions $1, and of $2, which were not
-# tested, with their reasons. Fails if that is not enough to let a change pass.
+# Prints the last line of all tests: the major versions $1 were tested, and $2 were not,
+# with reasons. Fails if a change must not pass with so few.
 sum_up() {
     local tested major
     read -r -a tested <<<"$1"
@@ -132,8 +130,8 @@ sum_up() {
     [ ${#tested[@]} -ge 4 ] || die "fewer than four major versions were tested"
 }
 
-# Contrib's own tests of pg_prewarm: those of that major, or else of another, which
-# serve as well; nothing where no source has come.
+# Contrib's own tests of pg_prewarm, of that major version or of another. Empty if no
+# source could be fetched.
 contrib_tests_of() {
     local major
     for major in "$1" 18 19 17; do
@@ -144,20 +142,20 @@ contrib_tests_of() {
     done
 }
 
-# Has cargo and cargo-pgrx build for that pg_config. pgrx's build script takes it
-# from PGRX_PG_CONFIG_PATH, and runs again when that or PGRX_HOME's file changes:
-# both are the same for a pg_config at every call, whatever calls cargo, so that
-# what one has built the others use. Nor does cargo-pgrx hand the linker a flag of
-# its own for the library, which makes it another than cargo's.
+# Makes cargo and cargo-pgrx build for that pg_config. pgrx's build script reads it from
+# PGRX_PG_CONFIG_PATH, and runs again if that or the file in PGRX_HOME has changed. Both
+# are the same in every call for a pg_config, so all callers of cargo share their builds.
+# The workaround is disabled because cargo-pgrx would otherwise pass a flag to the linker
+# that makes its library differ from cargo's.
 use_pg_config() {
     local pg_config=$1 major
     [ -x "$pg_config" ] || command -v "$pg_config" >/dev/null ||
-        die "no pg_config at '$pg_config': say make install PG_CONFIG=/path/to/pg_config"
+        die "no pg_config at '$pg_config': use make install PG_CONFIG=/path/to/pg_config"
     pg_config=$(realpath -s "$(command -v "$pg_config")")
     major=$({ "$pg_config" --version || true; } | sed -E 's/^PostgreSQL ([0-9]+).*/\1/')
     case $major in
-        [0-9]*) is_supported "$major" || not_supported "$major" "'$pg_config' is of $major: name the pg_config of another" ;;
-        *) die "'$pg_config' is no pg_config: say make install PG_CONFIG=/path/to/pg_config" ;;
+        [0-9]*) is_supported "$major" || not_supported "$major" "'$pg_config' belongs to $major" ;;
+        *) die "'$pg_config' is not a pg_config: use make install PG_CONFIG=/path/to/pg_config" ;;
     esac
     export PG_CONFIG=$pg_config PGRX_PG_CONFIG_PATH=$pg_config
     export CARGO_PGRX_DISABLE_GC_SECTIONS_WORKAROUND=1
@@ -170,16 +168,15 @@ use_pg_config() {
     pg_major=$major
 }
 
-# Builds, and installs into the PostgreSQL in use: the library, the control file,
-# and every SQL script. Unoptimised unless --release is said. Each file takes its
-# place in one step: a running server goes on with the library that it has, which
-# must not change below its feet.
+# Builds the library, and installs it, the control file and all SQL scripts into the
+# PostgreSQL in use. The build is unoptimised unless --release is given. Each file is
+# replaced by a rename, since a running server must not see its library change.
 install_extension() {
     local profile=debug extension file
     [ "${1:-}" != --release ] || profile=release
-    # The library is to lie where it is looked for below.
+    # With CARGO_BUILD_TARGET the library would be in another directory than below.
     env -u CARGO_BUILD_TARGET cargo build --lib --quiet "$@" "${pg_features[@]}" || die "the extension does not build"
-    install_file "$(target_folder)/$profile/libpg_prewarm.so" \
+    install_file "$(target_directory)/$profile/libpg_prewarm.so" \
         "$("$PG_CONFIG" --pkglibdir)/pg_prewarm.so" 755
     extension=$("$PG_CONFIG" --sharedir)/extension
     for file in "$project"/pg_prewarm.control "$project"/sql/*.sql; do
@@ -193,8 +190,8 @@ install_file() {
         die "cannot install $to"
 }
 
-# What pgrx generates as 2.0's script, of the library that install_extension built
-# with the same option, into the file $1. Needs cargo-pgrx.
+# Writes the script that pgrx generates for 2.0 to the file $1, from the library that
+# install_extension has built with the same option. Needs cargo-pgrx.
 generate_sql() {
     local to=$1
     shift
@@ -203,32 +200,30 @@ generate_sql() {
     rm "$to.log"
 }
 
-# Where cargo builds, whatever its configuration says.
-target_folder() {
+# Cargo's target directory, according to its configuration.
+target_directory() {
     cargo metadata --format-version 1 --no-deps --offline |
         sed -E 's/.*"target_directory":"([^"]*)".*/\1/'
 }
 
-# Fails if the library that was installed (built for release) names a folder of
-# this machine's.
-check_hides_build_folders() {
+# Fails if the installed library (built for release) names a directory of this machine.
+check_hides_build_directories() {
     local library found
     library=$("$PG_CONFIG" --pkglibdir)/pg_prewarm.so
-    [ -s "$library" ] || die "there is no $library"
-    if found=$(build_folders | grep -a -o -F -f - "$library"); then
-        die "$library names folders of this machine:" $(sort -u <<<"$found")
+    [ -s "$library" ] || die "$library does not exist"
+    if found=$(build_directories | grep -a -o -F -f - "$library"); then
+        die "$library names directories of this machine:" $(sort -u <<<"$found")
     fi
 }
 
-# Runs the fault suite, or its restarts, against what is installed.
+# Runs the fault suite, or its restarts, on the installed extension.
 run_torture() {
     cargo test --quiet --test torture --no-default-features \
         --features "pg$pg_major cluster_tests" -- "$1"
 }
 
-# Runs contrib's own regression and TAP tests, which lie in the folder $1, against
-# the module that is installed. The server's own Perl modules come first, where it
-# has some: they fit it.
+# Runs contrib's own regression and TAP tests, in the directory $1, on the installed
+# module. If the server has Perl modules, these are used, since they fit its version.
 run_contrib_tests() {
     local tests=$1 work=$cache/contrib-run pgxs perl
     rm -rf "$work"

@@ -1,4 +1,4 @@
--- pg_prewarm 1.1, as contrib's: kept so that CREATE EXTENSION pg_prewarm
+-- pg_prewarm 1.1, the same as contrib's, so that CREATE EXTENSION pg_prewarm
 -- VERSION '1.1' creates contrib's objects.
 
 \echo Use "CREATE EXTENSION pg_prewarm VERSION '1.1'" to load this file. \quit

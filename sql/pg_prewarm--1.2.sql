@@ -1,5 +1,5 @@
--- pg_prewarm 1.2, as contrib's: kept so that CREATE EXTENSION pg_prewarm
--- VERSION '1.2' creates contrib's objects directly, not by way of 2.0 and back.
+-- pg_prewarm 1.2, the same as contrib's, so that CREATE EXTENSION pg_prewarm
+-- VERSION '1.2' creates contrib's objects directly, not through 2.0 and a downgrade.
 
 \echo Use "CREATE EXTENSION pg_prewarm VERSION '1.2'" to load this file. \quit
 

@@ -1,4 +1,4 @@
--- Back to 1.2, to be run before contrib's library replaces this one. Contrib has
+-- Downgrade to 1.2. Run it before contrib's library replaces this one. Contrib has
 -- only pg_prewarm(), autoprewarm_start_worker() and autoprewarm_dump_now(), whose
 -- privileges are kept. Objects that depend on the other functions, such as a
 -- user's view, make the downgrade fail.

@@ -1,6 +1,5 @@
-//! Whatever lies in the list's place, or in a dump's way, the server goes on:
-//! what can be loaded is loaded, what is wrong is said once, and a list is never
-//! lost to it.
+//! Damaged lists, and obstacles to a dump. In each case the server goes on, valid
+//! records are loaded, the fault is logged once, and the list is not lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
@@ -20,25 +19,25 @@ use crate::common::{
     value, wait_until,
 };
 
-/// Blocks of the table that the lists name.
+/// The number of blocks of the table that the lists name.
 const BLOCKS: u32 = 20;
 
-/// A server that loads one list after another without being restarted: killing a
-/// client's process makes it start over, within a few hundredths of a second.
+/// A server that loads one list after another without being restarted: killing a client
+/// backend makes it reinitialize, which takes some hundredths of a second.
 struct Loader {
     cluster: Cluster,
     client: Client,
     table: Block,
 }
 
-/// How a load went.
+/// The outcome of a load.
 #[derive(Debug)]
 struct Load {
     leader: i32,
     loaded: u64,
     total: u64,
     bad_line: Option<u64>,
-    /// The table's blocks that are cached after it.
+    /// The blocks of the table that are cached after the load.
     cached: BTreeSet<u32>,
 }
 
@@ -60,7 +59,7 @@ impl Loader {
         }
     }
 
-    /// The text with the table in place of each `T`.
+    /// Replaces each `T` by the table's first fields.
     fn fill_in(&self, text: &str) -> String {
         let Block {
             database,
@@ -71,7 +70,7 @@ impl Loader {
         text.replace('T', &format!("{database},{tablespace},{filenumber}"))
     }
 
-    /// Has the server load that list, and checks what holds for every list.
+    /// Loads a list, and checks what must be true for every list.
     fn load(&mut self, list: impl AsRef<[u8]>) -> Load {
         let list = list.as_ref();
         let shown = shorten(list);
@@ -131,8 +130,8 @@ impl Loader {
         }
     }
 
-    /// Loads a list of which these blocks of the table can be loaded, and checks
-    /// the number of its records and the first bad line.
+    /// Loads a list, and checks which blocks of the table are loaded, the number of
+    /// records and the first bad line.
     fn check(
         &mut self,
         list: impl AsRef<[u8]>,
@@ -157,7 +156,7 @@ impl Loader {
         load
     }
 
-    /// The next dump replaces whatever the last list was.
+    /// Checks that the next dump replaces the last list.
     fn finish(self) {
         self.cluster.stop(Shutdown::Fast);
         assert!(!self.cluster.listed().is_empty());
@@ -181,10 +180,10 @@ fn shorten(text: &[u8]) -> String {
 }
 
 #[test]
-fn whatever_the_header_claims_the_records_are_loaded() {
+fn the_records_are_loaded_whatever_the_header_says() {
     let mut loader = Loader::new();
     for (text, blocks, bad_line) in [
-        // Odd, but a header.
+        // Unusual but valid headers.
         ("<<0>>\n", &[][..], None),
         ("<<0>>", &[], None),
         ("<<00>>\n", &[], None),
@@ -203,7 +202,7 @@ fn whatever_the_header_claims_the_records_are_loaded() {
         ("<<000000000000000000000000000001>>\nT,0,1\n", &[1], None),
         ("<<2>>\r\nT,0,1\r\nT,0,2\r\n", &[1, 2], None),
         ("<<2>>\rT,0,1\rT,0,2\r", &[1, 2], None),
-        // Claims of more than there is.
+        // Numbers larger than that of the records.
         ("<<5>>\nT,0,1\nT,0,2\n", &[1, 2], Some(4)),
         ("<<5>>\nT,0,1\nT,0,2", &[1, 2], Some(3)),
         ("<<5>>\nT,0,1\nT,0,2\n\n\n", &[1, 2], Some(6)),
@@ -217,12 +216,12 @@ fn whatever_the_header_claims_the_records_are_loaded() {
         ("<<18446744073709551615>>\nT,0,1\n", &[1], Some(3)),
         ("<<18446744073709551617>>\nT,0,1\n", &[1], Some(3)),
         ("<<99999999999999999999999999>>\nT,0,1\n", &[1], Some(3)),
-        // Claims that nobody can believe.
+        // Invalid numbers.
         ("<<-5>>\nT,0,1\nT,0,2\n", &[1, 2], Some(1)),
         ("<<-1>>\n", &[], Some(1)),
         ("<<-2147483648>>\nT,0,1\n", &[1], Some(1)),
         ("<<-99999999999999999999999999>>\nT,0,1\n", &[1], Some(1)),
-        // No header at all.
+        // No header.
         ("", &[], Some(1)),
         ("\n", &[], Some(1)),
         ("#\n", &[], Some(1)),
@@ -249,7 +248,7 @@ fn whatever_the_header_claims_the_records_are_loaded() {
         ("\u{feff}<<1>>\nT,0,1\n", &[1], Some(1)),
         ("\0<<1>>\nT,0,1\n", &[1], Some(1)),
         ("# pg_prewarm\n<<1>>\nT,0,1\n", &[], Some(1)),
-        // What stands in the header's line after it uses up the claim.
+        // Other text in the line of the header counts as a record.
         ("<<2>>>\nT,0,1\nT,0,2\n", &[1], Some(1)),
         ("<<2>>\0\nT,0,1\nT,0,2\n", &[1], Some(1)),
     ] {
@@ -259,7 +258,7 @@ fn whatever_the_header_claims_the_records_are_loaded() {
 }
 
 #[test]
-fn a_bad_line_costs_that_line_alone() {
+fn a_bad_line_costs_only_that_line() {
     let mut loader = Loader::new();
     let lines = "bad|T|T,|T,0|T,0,|T,,2|,T,0|T,0,2,|T,0,2,9|T,0,2x|xT,0,2|T,0,-2|T,-0,2|-T,0,2\
         |T,0,+2|+T,0,2|T,0x0,2|T,0,0x2|T;0;2|T 0 2|T ,0,2|T,0 ,2|T,0,4294967296|T,4294967296,2\
@@ -282,13 +281,13 @@ fn a_bad_line_costs_that_line_alone() {
         ),
         ("<<3>>\r\nT,0,1\r\nbad\r\nT,0,3\r\n", &[1, 3], 3),
         ("<<\n3>>\nT,0,1\nbad\nT,0,3\n", &[1, 3], 4),
-        // One bad line and no more than that, however many records it holds.
+        // However many records a line has, it is one bad line.
         ("<<3>>\nT,0,1\nbad T,0,2 T,0,4\nT,0,3\n", &[1, 3], 3),
         ("<<4>>\nT,0,1\nT,0,2 bad\nT,0,3\n", &[1, 2, 3], 3),
-        // A record lies within one line.
+        // A record cannot continue on the next line.
         ("<<3>>\nT,0,1\nT,\n0,2\n", &[1], 3),
         ("<<3>>\nT,0,1\nT,0\n,2\n", &[1], 3),
-        // A file that was cut short.
+        // A truncated file.
         ("<<3>>\nT,0,1\nT,0,2\nT,0,", &[1, 2], 4),
         ("<<3>>\nT,0,1\nT,0,2\nT", &[1, 2], 4),
         ("<<3>>\nT,0,1\nT,0,2\n# pg_prewarm 2.0\n", &[1, 2], 4),
@@ -305,7 +304,7 @@ fn a_bad_line_costs_that_line_alone() {
 }
 
 #[test]
-fn odd_but_good_records_are_loaded() {
+fn unusual_but_valid_records_are_loaded() {
     let mut loader = Loader::new();
     let lines = "T,0,2|T,0,2 |  T,0,2|\tT,0,2\t|\r\n\r\nT,0,2\r|\x0bT,0,2\x0c|T,0,0002|000T,0000,2\
         |T, 0,\t2|T,0,2\n\n\n\n|\n \t \r\n T,0,2";
@@ -316,7 +315,7 @@ fn odd_but_good_records_are_loaded() {
     for text in [
         "<<3>> T,0,1 T,0,2 T,0,3",
         "<<3>>\nT,0,3\nT,0,2\nT,0,1\n",
-        // Nothing that follows the last record matters.
+        // What follows the last record is ignored.
         "<<3>>\nT,0,1\nT,0,2\nT,0,3\nT,0,4\n",
         "<<3>>\nT,0,1\nT,0,2\nT,0,3\ngarbage\n",
         "<<3>>\nT,0,1\nT,0,2\nT,0,3\n\0\0\0\0",
@@ -326,7 +325,7 @@ fn odd_but_good_records_are_loaded() {
     ] {
         loader.check(loader.fill_in(text), &[1, 2, 3], 3, None);
     }
-    // The same block again and again.
+    // The same block several times.
     loader.check(
         loader.fill_in("<<4>>\nT,0,1\nT,0,1\nT,0,2\nT,0,1\n"),
         &[1, 1, 1, 2],
@@ -339,11 +338,11 @@ fn odd_but_good_records_are_loaded() {
 #[test]
 fn records_of_what_does_not_exist_are_skipped() {
     let mut loader = Loader::new();
-    // Forks and blocks that cannot be, and that are not there.
+    // Invalid forks and blocks, and some that do not exist.
     let illegal = "T,4,2|T,99,2|T,2147483648,2|T,4294967295,2|T,3,0|T,1,4294967294|T,2,5000|T,0,20\
         |T,0,131072|T,0,2147483647|T,0,2147483648|T,0,4294967294|T,0,4294967295\
         |T,4294967295,4294967295|4294967295,4294967295,4294967295,4294967295,4294967295";
-    // Databases, tablespaces and relations that are not there.
+    // Databases, tablespaces and relations that do not exist.
     let missing = "999999,1663,1259,0,0|4294967295,1663,1259,0,0|5,0,1259,0,0|5,99999,1259,0,0\
         |5,4294967295,1259,0,0|5,1663,0,0,0|5,1663,4294967295,0,0|5,1663,999999,0,0\
         |5,1664,1259,0,0|0,1663,1259,0,0|0,0,0,0,0|0,1664,0,0,0|0,1664,999999,0,0";
@@ -354,7 +353,7 @@ fn records_of_what_does_not_exist_are_skipped() {
     }
     let all = format!("<<{}>>\n{}\nT,0,3\n", lines.len() + 1, lines.join("\n"));
     loader.check(loader.fill_in(&all), &[3], lines.len() as u64 + 1, None);
-    // As many relations and databases.
+    // Many relations and databases.
     let many: String = (0..2000)
         .map(|number| format!("{},1663,{},0,0\n", 100_000 + number % 20, 100_000 + number))
         .chain((0..2000).map(|number| format!("5,1663,{},0,0\n", 100_000 + number)))
@@ -365,7 +364,7 @@ fn records_of_what_does_not_exist_are_skipped() {
 }
 
 #[test]
-fn huge_and_foreign_files_ask_for_little_memory() {
+fn reading_huge_files_and_files_of_another_kind_takes_little_memory() {
     let mut loader = Loader::new();
     let usual = peak_memory(loader.load("<<0>>\n").leader);
     let megabytes = |byte: u8, count: usize| vec![byte; count << 20];
@@ -422,8 +421,7 @@ fn huge_and_foreign_files_ask_for_little_memory() {
     loader.finish();
 }
 
-/// The most memory that a process has asked for so far, used or not, in
-/// kilobytes.
+/// The most memory that a process has requested so far, used or not, in kilobytes.
 fn peak_memory(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmPeak:"));
@@ -431,7 +429,7 @@ fn peak_memory(pid: i32) -> u64 {
 }
 
 #[test]
-fn random_bytes_are_survived() {
+fn random_bytes_do_no_harm() {
     load_random_files(100, |random, _| {
         let length = random.random_range(0..3000);
         let letters = *[
@@ -454,18 +452,18 @@ fn random_bytes_are_survived() {
 }
 
 #[test]
-fn what_is_left_of_randomly_spoilt_lists_is_loaded() {
+fn the_valid_records_of_randomly_damaged_lists_are_loaded() {
     load_random_files(100, |random, good| {
         let mut text = good.to_vec();
         for _ in 0..random.random_range(1..6) {
-            spoil(&mut text, random);
+            damage(&mut text, random);
         }
         text
     });
 }
 
-/// Makes one random change.
-fn spoil(text: &mut Vec<u8>, random: &mut StdRng) {
+/// Makes a random change.
+fn damage(text: &mut Vec<u8>, random: &mut StdRng) {
     let at = random.random_range(0..=text.len());
     let end = text.len().min(at + random.random_range(1..40));
     let letter = *b"<>0123456789,#\n\r -".choose(random).unwrap();
@@ -489,8 +487,8 @@ fn spoil(text: &mut Vec<u8>, random: &mut StdRng) {
     }
 }
 
-/// Has a server load files that `make` makes of a source of chance and of a good
-/// list, and checks that exactly what can be loaded of each is.
+/// Loads `count` files that `make` generates from a random number generator and a good
+/// list, and checks that exactly the valid records of each are loaded.
 fn load_random_files(count: u32, make: impl Fn(&mut StdRng, &[u8]) -> Vec<u8>) {
     let seed: u64 = match std::env::var("PG_PREWARM_TEST_SEED") {
         Ok(seed) => seed.parse().expect("PG_PREWARM_TEST_SEED is a number"),
@@ -523,8 +521,8 @@ fn load_random_files(count: u32, make: impl Fn(&mut StdRng, &[u8]) -> Vec<u8>) {
     loader.finish();
 }
 
-/// How many blocks each fork has of each relation that can be read from the
-/// client's database; the block is 0 in the key.
+/// The number of blocks of each fork of each relation that can be read from the
+/// client's database. The block of the key is 0.
 fn fork_ends(client: &mut Client) -> BTreeMap<Block, u32> {
     client
         .query(
@@ -552,8 +550,8 @@ fn fork_ends(client: &mut Client) -> BTreeMap<Block, u32> {
         .collect()
 }
 
-/// What a file holds, read in another way than the extension does: record by
-/// record instead of byte by byte.
+/// The content of a file, parsed in another way than by the extension: record by record
+/// instead of byte by byte.
 #[derive(Default)]
 struct Reading {
     records: Vec<Block>,
@@ -601,11 +599,12 @@ impl Reading {
         self.bad_line.get_or_insert(breaks as u64 + 1);
     }
 
-    /// The records that a server can load whose only database that is no
-    /// template is `database`, and whose forks have that many blocks.
+    /// The records that a server can load if `database` is its only database besides
+    /// the templates and its forks have those numbers of blocks.
     fn loadable(&self, database: u32, ends: &BTreeMap<Block, u32>) -> Vec<Block> {
         let legal = |record: &&Block| record.fork <= 3 && record.block != u32::MAX;
-        // Shared catalogs are read from a database, so one must be listed.
+        // Shared catalogs are loaded by workers of another database, so the list must
+        // name one.
         let mut of_database = self.records.iter().filter(legal);
         let connects = of_database.any(|record| record.database == database);
         self.records
@@ -620,8 +619,8 @@ impl Reading {
     }
 }
 
-/// The number of records that a header claims, where it can be believed, and
-/// where it ends; nothing where the text does not begin with one.
+/// The number of records in a header, if it is valid, and the length of the header.
+/// `None` if the text does not begin with a header.
 fn header(text: &[u8]) -> Option<(Option<u64>, usize)> {
     let end = text.windows(2).position(|pair| pair == b">>")?;
     let number = text.get(2..end).filter(|_| text.starts_with(b"<<"))?;
@@ -636,7 +635,7 @@ fn header(text: &[u8]) -> Option<(Option<u64>, usize)> {
     Some((believed.then_some(claim), end + 2))
 }
 
-/// The record that the text begins with, and its length.
+/// The record at the beginning of the text, and its length.
 fn record(text: &[u8]) -> Option<(Block, usize)> {
     let mut fields = [0; 5];
     let mut at = 0;
@@ -670,11 +669,11 @@ fn is_space(byte: u8) -> bool {
     b" \t\n\x0b\x0c\r".contains(&byte)
 }
 
-/// What may stand in the list's place and cannot be read.
+/// What can be in place of the list that cannot be read.
 #[derive(Clone, Copy, Debug)]
 pub enum Unreadable {
-    NoRights,
-    Folder,
+    NoPermission,
+    Directory,
     Pipe,
     LinkToItself,
 }
@@ -683,17 +682,17 @@ impl Unreadable {
     pub fn put(self, cluster: &Cluster, path: &Path) {
         let _ = fs::remove_file(path);
         match self {
-            Self::NoRights => {
+            Self::NoPermission => {
                 cluster.write_list("<<0>>\n");
                 fs::set_permissions(path, fs::Permissions::from_mode(0o000)).unwrap();
             }
-            Self::Folder => {
+            Self::Directory => {
                 fs::create_dir(path).unwrap();
                 give_to_server(path);
             }
             Self::Pipe => {
                 let name = CString::new(path.as_os_str().as_bytes()).unwrap();
-                // SAFETY: a C string that outlives the call.
+                // SAFETY: it is a C string that outlives the call.
                 assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
                 give_to_server(path);
             }
@@ -704,8 +703,8 @@ impl Unreadable {
     fn is_there(self, path: &Path) -> bool {
         let metadata = fs::symlink_metadata(path).unwrap();
         match self {
-            Self::NoRights => metadata.permissions().mode() & 0o777 == 0 && metadata.len() == 6,
-            Self::Folder => metadata.is_dir(),
+            Self::NoPermission => metadata.permissions().mode() & 0o777 == 0 && metadata.len() == 6,
+            Self::Directory => metadata.is_dir(),
             Self::Pipe => metadata.file_type().is_fifo(),
             Self::LinkToItself => metadata.is_symlink(),
         }
@@ -713,15 +712,15 @@ impl Unreadable {
 
     pub fn remove(self, path: &Path) {
         match self {
-            Self::Folder => fs::remove_dir(path).unwrap(),
+            Self::Directory => fs::remove_dir(path).unwrap(),
             _ => fs::remove_file(path).unwrap(),
         }
     }
 
     pub fn reason(self) -> &'static str {
         match self {
-            Self::NoRights => "Permission denied",
-            Self::Folder => "Is a directory",
+            Self::NoPermission => "Permission denied",
+            Self::Directory => "Is a directory",
             Self::Pipe => "Invalid argument",
             Self::LinkToItself => "Too many levels of symbolic links",
         }
@@ -737,8 +736,8 @@ fn a_list_that_cannot_be_read_is_kept_and_loaded_once_it_can_be() {
     cluster.stop(Shutdown::Fast);
     let path = cluster.data(LIST);
     for unreadable in [
-        Unreadable::NoRights,
-        Unreadable::Folder,
+        Unreadable::NoPermission,
+        Unreadable::Directory,
         Unreadable::Pipe,
         Unreadable::LinkToItself,
     ] {
@@ -781,7 +780,7 @@ fn a_list_that_cannot_be_read_is_kept_and_loaded_once_it_can_be() {
 }
 
 #[test]
-fn no_interval_replaces_a_list_that_cannot_be_read() {
+fn a_list_that_cannot_be_read_is_not_replaced_at_any_interval() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 1")
         .create();
@@ -794,8 +793,8 @@ fn no_interval_replaces_a_list_that_cannot_be_read() {
     }]);
     cluster.write_list(&list);
     let path = cluster.data(LIST);
-    let rights = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-    rights(0o000);
+    let set_mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    set_mode(0o000);
     let start = Instant::now();
     cluster.start();
     let warnings = || cluster.log().matches("could not read file").count() as u64;
@@ -805,7 +804,7 @@ fn no_interval_replaces_a_list_that_cannot_be_read() {
     let tries = warnings();
     assert!(tries <= start.elapsed().as_secs() + 1, "{tries}");
     assert_eq!(fs::read_to_string(&path).unwrap(), list);
-    // Nor was a dump tried.
+    // No dump was tried.
     for line in cluster
         .log()
         .lines()
@@ -814,23 +813,23 @@ fn no_interval_replaces_a_list_that_cannot_be_read() {
         assert!(line.contains("could not read file"), "{line}");
     }
 
-    rights(0o600);
+    set_mode(0o600);
     assert_eq!(cluster.wait_for_load(0), (1, 1));
     wait_until("the next dump", || cluster.list() != list);
     assert_eq!(cluster.leader(), leader);
 }
 
 #[test]
-fn a_list_that_cannot_be_read_is_tried_again_where_there_is_no_interval() {
+fn a_list_that_cannot_be_read_is_tried_again_if_the_interval_is_0() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 0")
         .create();
     cluster.write_list("<<0>>\n");
-    let rights = |mode| {
-        let rights = fs::Permissions::from_mode(mode);
-        fs::set_permissions(cluster.data(LIST), rights).unwrap();
+    let set_mode = |mode| {
+        let permissions = fs::Permissions::from_mode(mode);
+        fs::set_permissions(cluster.data(LIST), permissions).unwrap();
     };
-    rights(0o000);
+    set_mode(0o000);
     cluster.set_fault(Fault::Uptime, 0);
     cluster.start();
     let warnings = || cluster.log().matches("could not read file").count();
@@ -839,14 +838,14 @@ fn a_list_that_cannot_be_read_is_tried_again_where_there_is_no_interval() {
     let mut pass_time = || {
         uptime += 400;
         cluster.set_fault(Fault::Uptime, uptime);
-        // It sleeps for as long as it meant to, unless its latch is set.
+        // The leader sleeps for the time that it has computed, unless its latch is set.
         signal(cluster.leader().unwrap(), libc::SIGUSR1);
     };
     wait_until("the third try", || {
         pass_time();
         warnings() >= 3
     });
-    rights(0o600);
+    set_mode(0o600);
     wait_until("a try that succeeds", || {
         pass_time();
         cluster.log().contains("prewarmed 0 of 0 previously-loaded")
@@ -854,7 +853,7 @@ fn a_list_that_cannot_be_read_is_tried_again_where_there_is_no_interval() {
 }
 
 #[test]
-fn a_link_to_a_list_is_followed_and_a_link_to_nothing_is_no_list() {
+fn a_symbolic_link_to_a_list_is_followed_and_a_dangling_one_is_no_list() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 0")
         .start();
@@ -871,7 +870,7 @@ fn a_link_to_a_list_is_followed_and_a_link_to_nothing_is_no_list() {
     assert_eq!(cluster.wait_for_load(mark), (2, 2));
     assert!(cluster.cached().is_superset(&blocks.into()));
     cluster.stop(Shutdown::Fast);
-    // The dump replaces the link, and not what it leads to.
+    // The dump replaces the link, not its target.
     assert!(
         !fs::symlink_metadata(cluster.data(LIST))
             .unwrap()
@@ -891,29 +890,29 @@ fn a_link_to_a_list_is_followed_and_a_link_to_nothing_is_no_list() {
     assert!(!cluster.log_since(mark).contains(LIST));
 }
 
-/// What may keep a dump from being written.
+/// What can prevent a dump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Obstacle {
-    FolderInPlaceOfNewList,
-    FolderInPlaceOfList,
-    NoRightToWrite,
+    DirectoryInPlaceOfNewList,
+    DirectoryInPlaceOfList,
+    NoWritePermission,
     NoRoom,
 }
 
-/// The most that a file may grow to where there is no room: more than the log,
-/// and less than the list.
+/// The limit of a file's size in place of a full disk: more than the size of the log,
+/// and less than that of the list.
 const ROOM: u64 = 32 << 10;
 
 impl Obstacle {
-    /// Puts it in the way of a process that dumps.
+    /// Creates the obstacle for a process that dumps.
     fn put(self, cluster: &Cluster, pid: i32) {
         match self {
-            Self::FolderInPlaceOfNewList => make_folder(&cluster.data(NEW_LIST)),
-            Self::FolderInPlaceOfList => {
+            Self::DirectoryInPlaceOfNewList => make_directory(&cluster.data(NEW_LIST)),
+            Self::DirectoryInPlaceOfList => {
                 fs::rename(cluster.data(LIST), cluster.path("aside")).unwrap();
-                make_folder(&cluster.data(LIST));
+                make_directory(&cluster.data(LIST));
             }
-            Self::NoRightToWrite => {
+            Self::NoWritePermission => {
                 fs::set_permissions(cluster.data(""), fs::Permissions::from_mode(0o500)).unwrap();
             }
             Self::NoRoom => {
@@ -927,33 +926,33 @@ impl Obstacle {
 
     fn remove(self, cluster: &Cluster, pid: i32) {
         match self {
-            Self::FolderInPlaceOfNewList => fs::remove_dir(cluster.data(NEW_LIST)).unwrap(),
-            Self::FolderInPlaceOfList => {
+            Self::DirectoryInPlaceOfNewList => fs::remove_dir(cluster.data(NEW_LIST)).unwrap(),
+            Self::DirectoryInPlaceOfList => {
                 fs::remove_dir(cluster.data(LIST)).unwrap();
                 fs::rename(cluster.path("aside"), cluster.data(LIST)).unwrap();
             }
-            Self::NoRightToWrite => {
+            Self::NoWritePermission => {
                 fs::set_permissions(cluster.data(""), fs::Permissions::from_mode(0o700)).unwrap();
             }
             Self::NoRoom => limit_file_size(pid, None),
         }
     }
 
-    /// Where the list is meanwhile.
+    /// The list, which may have been moved.
     fn list(self, cluster: &Cluster) -> Vec<u8> {
         fs::read(match self {
-            Self::FolderInPlaceOfList => cluster.path("aside"),
+            Self::DirectoryInPlaceOfList => cluster.path("aside"),
             _ => cluster.data(LIST),
         })
         .unwrap()
     }
 
-    /// The SQLSTATE and the message that a dump gets.
+    /// The SQLSTATE and the message of the dump's error.
     fn error(self) -> (&'static str, String) {
         let (sqlstate, action, name, reason) = match self {
-            Self::FolderInPlaceOfNewList => ("42809", "open", NEW_LIST, "Is a directory"),
-            Self::FolderInPlaceOfList => ("42809", "open", LIST, "Is a directory"),
-            Self::NoRightToWrite => ("42501", "open", NEW_LIST, "Permission denied"),
+            Self::DirectoryInPlaceOfNewList => ("42809", "open", NEW_LIST, "Is a directory"),
+            Self::DirectoryInPlaceOfList => ("42809", "open", LIST, "Is a directory"),
+            Self::NoWritePermission => ("42501", "open", NEW_LIST, "Permission denied"),
             Self::NoRoom => ("XX000", "write to", NEW_LIST, "File too large"),
         };
         (
@@ -963,14 +962,14 @@ impl Obstacle {
     }
 
     fn leaves_new_list(self) -> bool {
-        self == Self::FolderInPlaceOfNewList
+        self == Self::DirectoryInPlaceOfNewList
     }
 }
 
-/// The list while it is written.
+/// The name of the list while it is written.
 const NEW_LIST: &str = "autoprewarm.blocks.tmp";
 
-fn make_folder(path: &Path) {
+fn make_directory(path: &Path) {
     fs::create_dir(path).unwrap();
     give_to_server(path);
 }
@@ -986,11 +985,11 @@ fn cluster_with_long_list(interval: &str) -> Cluster {
     cluster
 }
 
-/// The leader cannot dump, says so once for each try, and goes on.
+/// Checks that a leader that cannot dump logs that once for each try, and goes on.
 fn leader_cannot_dump(obstacle: Obstacle) {
     let cluster = cluster_with_long_list("1");
     let leader = cluster.leader().unwrap();
-    // Not in mid-dump.
+    // Not during a dump.
     cluster.wait_for_log(cluster.log_end(), "wrote block details for");
     let mark = cluster.log_end();
     let start = Instant::now();
@@ -1021,40 +1020,40 @@ fn leader_cannot_dump(obstacle: Obstacle) {
 }
 
 #[test]
-fn a_folder_where_the_new_list_is_written_stops_dumps_and_nothing_else() {
-    leader_cannot_dump(Obstacle::FolderInPlaceOfNewList);
+fn a_directory_in_place_of_the_new_list_prevents_dumps_and_nothing_else() {
+    leader_cannot_dump(Obstacle::DirectoryInPlaceOfNewList);
 }
 
 #[test]
-fn a_folder_where_the_list_belongs_stops_dumps_and_nothing_else() {
-    leader_cannot_dump(Obstacle::FolderInPlaceOfList);
+fn a_directory_in_place_of_the_list_prevents_dumps_and_nothing_else() {
+    leader_cannot_dump(Obstacle::DirectoryInPlaceOfList);
 }
 
 #[test]
-fn a_data_folder_without_the_right_to_write_stops_dumps_and_nothing_else() {
-    leader_cannot_dump(Obstacle::NoRightToWrite);
+fn a_data_directory_without_write_permission_prevents_dumps_and_nothing_else() {
+    leader_cannot_dump(Obstacle::NoWritePermission);
 }
 
 #[test]
-fn a_list_without_room_to_be_written_stops_dumps_and_nothing_else() {
+fn a_full_disk_prevents_dumps_and_nothing_else() {
     leader_cannot_dump(Obstacle::NoRoom);
 }
 
 #[test]
-fn a_dump_by_hand_that_cannot_be_written_is_an_error_and_leaves_the_list() {
+fn a_dump_on_demand_that_fails_is_an_error_and_keeps_the_list() {
     let cluster = cluster_with_long_list("0");
     let mut client = cluster.connect("postgres");
     let pid = value(&mut client, "SELECT pg_backend_pid()");
     let mut dump = || error(&mut client, "SELECT autoprewarm_dump_now()");
     let list = fs::read(cluster.data(LIST)).unwrap();
     for obstacle in [
-        Obstacle::FolderInPlaceOfNewList,
-        Obstacle::FolderInPlaceOfList,
-        Obstacle::NoRightToWrite,
+        Obstacle::DirectoryInPlaceOfNewList,
+        Obstacle::DirectoryInPlaceOfList,
+        Obstacle::NoWritePermission,
         Obstacle::NoRoom,
     ] {
         obstacle.put(&cluster, pid);
-        // The second try finds what the first has left behind.
+        // The second try finds what the first has left.
         for _ in 0..2 {
             let error = dump();
             assert_eq!(
@@ -1073,7 +1072,7 @@ fn a_dump_by_hand_that_cannot_be_written_is_an_error_and_leaves_the_list() {
 }
 
 #[test]
-fn an_error_of_the_disk_at_any_step_of_a_dump_leaves_the_old_list() {
+fn a_disk_error_at_any_step_of_a_dump_keeps_the_old_list() {
     let cluster = Cluster::build()
         .setting("fsync = on")
         .setting("pg_prewarm.autoprewarm_interval = 0")
@@ -1106,7 +1105,7 @@ fn an_error_of_the_disk_at_any_step_of_a_dump_leaves_the_old_list() {
 }
 
 #[test]
-fn what_an_earlier_dump_left_behind_is_replaced_and_a_link_is_not_followed() {
+fn the_rest_of_an_earlier_dump_is_replaced_and_a_symbolic_link_is_not_followed() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 0")
         .start();
@@ -1118,7 +1117,7 @@ fn what_an_earlier_dump_left_behind_is_replaced_and_a_link_is_not_followed() {
         assert!(fs::symlink_metadata(cluster.data(NEW_LIST)).is_err());
     };
 
-    // Longer than the list will be, and not even writable.
+    // It is longer than the list will be, and not writable.
     fs::write(cluster.data(NEW_LIST), "left behind\n".repeat(100_000)).unwrap();
     give_to_server(&cluster.data(NEW_LIST));
     fs::set_permissions(cluster.data(NEW_LIST), fs::Permissions::from_mode(0o400)).unwrap();
@@ -1138,13 +1137,13 @@ fn what_an_earlier_dump_left_behind_is_replaced_and_a_link_is_not_followed() {
 }
 
 #[test]
-fn the_list_has_the_rights_that_the_data_folder_gives() {
+fn the_list_has_the_permissions_that_follow_from_those_of_the_data_directory() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 0")
         .create();
-    for (folder, list) in [(0o700, 0o600), (0o750, 0o640)] {
-        fs::set_permissions(cluster.data(""), fs::Permissions::from_mode(folder)).unwrap();
-        let rights = || {
+    for (directory, list) in [(0o700, 0o600), (0o750, 0o640)] {
+        fs::set_permissions(cluster.data(""), fs::Permissions::from_mode(directory)).unwrap();
+        let mode = || {
             fs::metadata(cluster.data(LIST))
                 .unwrap()
                 .permissions()
@@ -1154,9 +1153,9 @@ fn the_list_has_the_rights_that_the_data_folder_gives() {
         cluster.start();
         cluster.sql("CREATE EXTENSION IF NOT EXISTS pg_prewarm");
         cluster.sql("SELECT autoprewarm_dump_now()");
-        assert_eq!(rights(), list);
+        assert_eq!(mode(), list);
         fs::remove_file(cluster.data(LIST)).unwrap();
         cluster.stop(Shutdown::Fast);
-        assert_eq!(rights(), list);
+        assert_eq!(mode(), list);
     }
 }

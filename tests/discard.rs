@@ -1,10 +1,10 @@
-//! With everything that a process has cached of the catalogs thrown away at every
-//! chance: nothing may be used that could have become another's by then.
+//! With `debug_discard_caches`, the server discards its catalog caches whenever it can.
+//! So a pointer into a cache that is used for too long makes these tests fail.
 
 use crate::common::{Cluster, LoadStats, Shutdown, value};
 
 #[test]
-fn a_load_a_dump_and_every_function_work_though_caches_are_discarded_all_the_time() {
+fn a_load_a_dump_and_every_function_work_while_caches_are_discarded() {
     let cluster = Cluster::build().start();
     if cluster.value::<String>("SHOW debug_assertions") != "on" {
         println!("debug_discard_caches needs a server with assertions: not run");
@@ -47,7 +47,7 @@ fn a_load_a_dump_and_every_function_work_though_caches_are_discarded_all_the_tim
     ] {
         assert!(value::<bool>(&mut client, query), "{query}");
     }
-    // Rights are looked up again and again, too.
+    // Privileges are looked up again and again, too.
     client.batch_execute("SET ROLE plain").unwrap();
     let readable = "SELECT count(*) FROM pg_prewarm_schema('public')";
     assert_eq!(value::<i64>(&mut client, readable), 0);

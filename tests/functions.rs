@@ -1,6 +1,6 @@
-//! The SQL functions as contrib has them: what `pg_prewarm()` accepts, refuses
-//! and does, who may call what, and autoprewarm's two functions, with and without
-//! the library preloaded.
+//! The SQL functions that contrib's module has as well: arguments, errors and effects
+//! of `pg_prewarm()`, privileges, and autoprewarm's two functions, with and without
+//! preloading the library.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,11 +14,11 @@ use crate::common::{
     signal, value, wait_until,
 };
 
-/// The blocks of table `t`: three full chunks of 32, and a part of one.
+/// The blocks of table `t`: three chunks of 32, and a part of one.
 const BLOCKS: u32 = 100;
 
-/// A server where nothing is cached but by what the test calls, and which the
-/// library is loaded into by the first call.
+/// A server in which only the test reads blocks into shared buffers. The first call
+/// loads the library.
 fn lazy_cluster() -> Cluster {
     let cluster = Cluster::build().not_preloaded().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
@@ -43,7 +43,7 @@ fn prewarm(client: &mut Client, arguments: &str) -> Result<i64, SqlError> {
     Ok(row.get(0))
 }
 
-/// Calls it with each case's arguments, and compares.
+/// Calls it with the arguments of each case, and compares the results.
 fn check(client: &mut Client, cases: impl IntoIterator<Item = (String, Result<i64, SqlError>)>) {
     for (arguments, expected) in cases {
         assert_eq!(prewarm(client, &arguments), expected, "{arguments}");
@@ -83,7 +83,7 @@ fn without_storage(relation: &str, kinds: &str) -> SqlError {
 }
 
 #[test]
-fn a_bad_argument_is_refused_with_its_message_and_the_first_of_two_is_named() {
+fn a_bad_argument_is_an_error_and_the_first_of_two_is_reported() {
     let cluster = lazy_cluster();
     make_table(&cluster);
     cluster.sql(
@@ -142,7 +142,7 @@ fn a_bad_argument_is_refused_with_its_message_and_the_first_of_two_is_named() {
         .map(refused),
     );
 
-    // Each with the one after it that the same call can fail.
+    // Each check together with the next one that the same call can fail.
     check(
         &mut superuser,
         [
@@ -174,16 +174,16 @@ fn a_bad_argument_is_refused_with_its_message_and_the_first_of_two_is_named() {
         .map(refused),
     );
 
-    // Whatever was refused, the session goes on.
+    // The session goes on after each error.
     assert_eq!(prewarm(&mut superuser, "'t'"), Ok(100));
 }
 
 #[test]
-fn an_index_without_a_table_is_refused_before_rights_are_looked_at() {
+fn an_index_without_a_table_is_an_error_before_privileges_are_checked() {
     let cluster = lazy_cluster();
     cluster.sql("CREATE ROLE plain");
-    // The server keeps this index open, so that it can still be opened when
-    // nothing tells which table it is of.
+    // The server keeps this index open, so it can be opened although no row of
+    // `pg_index` names its table.
     let call = "SELECT pg_prewarm('pg_catalog.pg_trigger_tgrelid_tgname_index')";
     let mut client = cluster.connect("postgres");
     assert!(value::<i64>(&mut client, call) > 0);
@@ -207,7 +207,7 @@ fn an_index_without_a_table_is_refused_before_rights_are_looked_at() {
 }
 
 #[test]
-fn select_on_the_table_is_what_a_role_needs_for_it_and_for_its_indexes() {
+fn a_role_needs_select_on_the_table_for_the_table_and_its_indexes() {
     let cluster = lazy_cluster();
     cluster.sql(
         "CREATE ROLE owner LOGIN; CREATE ROLE plain LOGIN; CREATE ROLE writer LOGIN; \
@@ -237,7 +237,7 @@ fn select_on_the_table_is_what_a_role_needs_for_it_and_for_its_indexes() {
     ));
     let quoted = |name: &str| format!("'{name}'");
 
-    // What it is, how the server words that, and what whoever may gets.
+    // Each with its kind, as the server words it, and what a role with privileges gets.
     let relations = [
         (quoted("t"), "table t", Ok(1)),
         (quoted("t_pkey"), "index t_pkey", Ok(2)),
@@ -262,7 +262,7 @@ fn select_on_the_table_is_what_a_role_needs_for_it_and_for_its_indexes() {
             Err(without_storage("f", "foreign tables")),
         ),
     ];
-    // These nobody can be granted SELECT on, short of becoming their owner.
+    // SELECT cannot be granted on these; only their owner has it.
     let table_toast = format!("table {toast_name}");
     let index_toast = format!("index {toast_name}_index");
     let owners_only = [
@@ -287,7 +287,7 @@ fn select_on_the_table_is_what_a_role_needs_for_it_and_for_its_indexes() {
     let mut plain = cluster.connect_as("plain", "postgres");
     check(&mut plain, all().map(refused));
 
-    // Neither other rights nor SELECT on a column will do.
+    // Neither other privileges nor SELECT on a column are enough.
     cluster.sql(
         "GRANT INSERT, UPDATE, DELETE, TRUNCATE, REFERENCES, TRIGGER \
          ON ALL TABLES IN SCHEMA public TO writer; \
@@ -306,7 +306,7 @@ fn select_on_the_table_is_what_a_role_needs_for_it_and_for_its_indexes() {
     check(&mut plain, owners_only.iter().cloned().map(refused));
 }
 
-/// The blocks of that fork of a relation that are in shared buffers.
+/// The blocks of a fork that are in shared buffers.
 fn cached(cluster: &Cluster, relation: Block, fork: u32) -> BTreeSet<u32> {
     let blocks = cluster.cached();
     blocks
@@ -317,7 +317,7 @@ fn cached(cluster: &Cluster, relation: Block, fork: u32) -> BTreeSet<u32> {
 }
 
 #[test]
-fn buffer_caches_exactly_the_blocks_asked_for_and_read_and_prefetch_none() {
+fn buffer_caches_exactly_the_requested_blocks_and_read_and_prefetch_cache_none() {
     let cluster = lazy_cluster();
     make_table(&cluster);
     cluster.sql("CREATE UNLOGGED TABLE u (id int PRIMARY KEY)");
@@ -373,7 +373,7 @@ fn buffer_caches_exactly_the_blocks_asked_for_and_read_and_prefetch_none() {
     assert_eq!(prewarm(&mut client, "'u_pkey', 'buffer', 'init'"), Ok(1));
     assert_eq!(cached(&cluster, index, 3), [0].into());
 
-    // Without more than a name it is the main fork, into shared buffers.
+    // The default is the main fork, and shared buffers.
     let index = cluster.file_of("postgres", "t_id");
     assert_eq!(cached(&cluster, index, 0), BTreeSet::new());
     let blocks: i64 = cluster.value("SELECT pg_relation_size('t_id') / 8192");
@@ -410,7 +410,7 @@ fn read_reads_every_block_of_the_range_and_prefetch_reads_none() {
         ("prefetch", "0, 99", 100, 0),
     ] {
         let arguments = format!("'t', '{mode}', 'main', {bounds}");
-        // The first call reads catalogs, too.
+        // The first call reads catalogs as well.
         prewarm(&mut client, &arguments).unwrap();
         let before = bytes_read(pid);
         assert_eq!(prewarm(&mut client, &arguments), Ok(blocks));
@@ -420,7 +420,7 @@ fn read_reads_every_block_of_the_range_and_prefetch_reads_none() {
 }
 
 #[test]
-fn prefetch_has_the_system_read_what_it_has_not_cached() {
+fn prefetch_makes_the_system_read_what_it_has_not_cached() {
     let cluster = lazy_cluster();
     cluster.sql(
         "CREATE TABLE t (filler text); ALTER TABLE t ALTER filler SET STORAGE PLAIN; \
@@ -431,7 +431,8 @@ fn prefetch_has_the_system_read_what_it_has_not_cached() {
     let file = fs::File::open(cluster.data(&path)).unwrap();
     file.sync_all().unwrap();
     let mut client = cluster.connect("postgres");
-    // All, some, the last ones. A large page that is dropped in part may stay.
+    // All of them, some, the last ones. A large page of which a part is dropped may
+    // stay.
     for (first, blocks) in [(0, 1000), (120, 300), (872, 128)] {
         prewarm(&mut client, "'t', 'read'").unwrap();
         assert!(cached_pages(&file).into_iter().all(|cached| cached));
@@ -444,7 +445,7 @@ fn prefetch_has_the_system_read_what_it_has_not_cached() {
 }
 
 #[test]
-fn an_empty_fork_has_no_blocks_and_no_bounds() {
+fn an_empty_fork_has_no_blocks_and_no_valid_bounds() {
     let cluster = lazy_cluster();
     cluster.sql("CREATE TABLE t (id int); CREATE UNLOGGED TABLE u (id int)");
     let mut client = cluster.connect("postgres");
@@ -462,7 +463,7 @@ fn an_empty_fork_has_no_blocks_and_no_bounds() {
 }
 
 #[test]
-fn a_temporary_table_is_prewarmed_in_its_own_session_only() {
+fn a_temporary_table_can_be_prewarmed_only_in_its_own_session() {
     let cluster = lazy_cluster();
     let mut client = cluster.connect("postgres");
     client
@@ -494,8 +495,8 @@ fn a_temporary_table_is_prewarmed_in_its_own_session_only() {
 fn text_arguments_may_come_from_a_table() {
     let cluster = lazy_cluster();
     make_table(&cluster);
-    // Short values have another header there than constants have, and long ones
-    // are compressed or stored elsewhere.
+    // Short values have another header there than constants have. Long values are
+    // compressed or stored in the TOAST table.
     cluster.sql(
         "CREATE TABLE arguments (mode text, fork text); \
          INSERT INTO arguments VALUES ('read', 'main'), ('buffer', 'vm'); \
@@ -522,8 +523,8 @@ fn text_arguments_may_come_from_a_table() {
     }
 }
 
-/// A database of that encoding, with objects that have names in it, and a
-/// connection to it.
+/// Creates a database of that encoding with objects of that name, and returns a
+/// connection.
 fn database_of_encoding(cluster: &Cluster, encoding: &str, name: &str) -> Client {
     cluster.sql(&format!(
         "CREATE DATABASE {encoding} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0"
@@ -572,8 +573,8 @@ fn names_in_messages_need_not_be_utf_8() {
     }
 }
 
-/// Makes a table's file huge, without using the disk: so many files of 1 GB, with
-/// nothing but holes after the first block.
+/// Makes a table's file huge without using the disk: so many segment files of 1 GB,
+/// which are sparse after the first block.
 fn inflate(cluster: &Cluster, table: &str, segments: u32) {
     let path: String = cluster.value(&format!("SELECT pg_relation_filepath('{table}')"));
     for segment in 0..segments {
@@ -598,11 +599,11 @@ fn a_call_ends_within_the_relation_when_cancelled_and_the_session_goes_on() {
     cluster.sql("CREATE TABLE big AS SELECT 1 AS a; CREATE SEQUENCE after");
     inflate(&cluster, "big", 32);
     let mut client = cluster.connect("postgres");
-    // A vectored read must not cross the files' borders.
+    // A vectored read must not cross the end of a segment file.
     let border = "'big', 'read', 'main', 131060, 131083";
     assert_eq!(prewarm(&mut client, border), Ok(24));
 
-    // Were the cancel noticed after the call only, the sequence would have been
+    // If the cancel were noticed only after the call, the sequence would have been
     // called as well.
     let call = |mode| format!("SELECT pg_prewarm('big', '{mode}'), nextval('after')");
     let not_called = |client: &mut Client| {
@@ -645,7 +646,7 @@ fn a_call_ends_within_the_relation_when_cancelled_and_the_session_goes_on() {
 }
 
 #[test]
-fn an_error_that_is_caught_leaves_nothing_behind() {
+fn an_error_that_is_caught_leaks_nothing() {
     let cluster = lazy_cluster();
     make_table(&cluster);
     cluster.sql("CREATE VIEW v AS SELECT 1 AS a; CREATE ROLE plain");
@@ -672,13 +673,13 @@ fn an_error_that_is_caught_leaves_nothing_behind() {
                  WHERE relation IN ('t'::regclass, 't_id'::regclass, 'v'::regclass)";
     assert_eq!(value::<i64>(&mut client, locks), 0);
     client.batch_execute("COMMIT").unwrap();
-    // The server warns of a relation that nobody closed.
+    // The server warns about a relation that was not closed.
     let log = cluster.log();
     assert!(!log.contains("WARNING"), "{log}");
 }
 
 #[test]
-fn a_broken_page_is_an_error_for_those_who_look_at_it() {
+fn a_corrupt_page_is_an_error_only_if_it_is_read() {
     let cluster = lazy_cluster();
     make_table(&cluster);
     cluster.restart();
@@ -720,7 +721,7 @@ fn no_lock_is_left_after_a_call() {
 }
 
 #[test]
-fn an_index_waits_for_its_table_first_and_may_be_gone_after_that() {
+fn an_index_waits_for_its_table_first_and_may_be_dropped_meanwhile() {
     let cluster = lazy_cluster();
     make_table(&cluster);
     let mut owner = cluster.connect("postgres");
@@ -804,7 +805,7 @@ fn the_catalog_describes_the_functions_as_contrib_does() {
 }
 
 #[test]
-fn what_is_new_runs_with_its_callers_rights_and_in_no_parallel_worker() {
+fn new_functions_run_with_their_callers_privileges_and_not_in_parallel_workers() {
     let cluster = lazy_cluster();
     let rows: Vec<String> = cluster.value(
         "SELECT array_agg(concat_ws(' ', proname, provolatile, proparallel, \
@@ -847,7 +848,7 @@ fn a_parallel_worker_may_call_it() {
     let plan: String = plan[0].get(0);
     assert!(plan.starts_with("Gather"), "{plan}");
     assert_eq!(value::<i64>(&mut client, call), 100);
-    // What it raises there reaches the caller.
+    // An error in it reaches the caller.
     assert_eq!(
         error(&mut client, "SELECT pg_prewarm('t', 'x')"),
         invalid_mode()
@@ -855,7 +856,7 @@ fn a_parallel_worker_may_call_it() {
 }
 
 #[test]
-fn the_extension_can_be_moved_dropped_and_made_again() {
+fn the_extension_can_be_moved_dropped_and_created_again() {
     let cluster = Cluster::build().start();
     cluster
         .sql("CREATE TABLE public.t AS SELECT 1 AS a; CREATE SCHEMA extensions; CREATE SCHEMA s");
@@ -915,7 +916,7 @@ fn a_leader_can_be_started_in_a_server_that_did_not_preload_the_library() {
         already_running(leader)
     );
 
-    // It obeys the interval, and reloads.
+    // It obeys the interval, and reloads the configuration.
     cluster.wait_for_log(mark, "wrote block details");
     assert!(cluster.lists(cluster.file_of("postgres", "first")));
     cluster.configure("pg_prewarm.autoprewarm_interval = 0");
@@ -925,7 +926,7 @@ fn a_leader_can_be_started_in_a_server_that_did_not_preload_the_library() {
     cluster.stop(Shutdown::Fast);
     assert!(cluster.lists(second));
 
-    // It is gone with the server, and the next one loads the list.
+    // It ends with the server, and the next server loads the list.
     let mark = cluster.log_end();
     cluster.start();
     assert_eq!(cluster.leader(), None);
@@ -935,7 +936,7 @@ fn a_leader_can_be_started_in_a_server_that_did_not_preload_the_library() {
     assert_eq!(cached(&cluster, second, 0), [0].into());
 }
 
-/// A process that stands still until this is dropped.
+/// A process that is stopped until this is dropped.
 struct Paused(i32);
 
 impl Paused {
@@ -952,7 +953,7 @@ impl Drop for Paused {
 }
 
 #[test]
-fn of_two_leaders_started_at_once_one_stays() {
+fn of_two_leaders_started_at_the_same_time_one_stays() {
     let cluster = lazy_cluster();
     let mut observer = cluster.connect("postgres");
     let mut callers = [(); 2].map(|()| cluster.connect("postgres"));
@@ -975,7 +976,7 @@ fn of_two_leaders_started_at_once_one_stays() {
                 "SELECT count(*) FROM pg_stat_activity WHERE wait_event ILIKE 'BgWorkerStartup'",
             ) == 2
         });
-        // Neither looks before one of the two leaders has ended.
+        // Neither call goes on before one of the two leaders has exited.
         let waiting = pids.map(Paused::new);
         drop(postmaster);
         cluster.wait_for_log(mark, "autoprewarm worker is already running under PID");
@@ -1000,7 +1001,7 @@ fn of_two_leaders_started_at_once_one_stays() {
 }
 
 #[test]
-fn a_leader_that_is_not_wanted_or_has_no_slot_is_not_started() {
+fn a_leader_that_is_switched_off_or_has_no_slot_is_not_started() {
     let no_slot = SqlError::new("53000", "could not register background process")
         .hint("You may need to increase \"max_worker_processes\".");
     let disabled = SqlError::new("55000", "autoprewarm is disabled")
@@ -1012,7 +1013,7 @@ fn a_leader_that_is_not_wanted_or_has_no_slot_is_not_started() {
                 .setting("max_worker_processes = 0"),
             no_slot.clone(),
         ),
-        // The launcher of logical replication takes it.
+        // The launcher of logical replication takes the slot.
         (
             Cluster::build()
                 .not_preloaded()
@@ -1037,7 +1038,7 @@ fn a_leader_that_is_not_wanted_or_has_no_slot_is_not_started() {
 }
 
 #[test]
-fn a_dump_on_demand_lists_what_is_cached_whether_there_is_a_leader_or_not() {
+fn a_dump_on_demand_lists_what_is_cached_with_and_without_a_leader() {
     for builder in [
         Cluster::build().not_preloaded(),
         Cluster::build().setting("pg_prewarm.autoprewarm = off"),
@@ -1049,7 +1050,7 @@ fn a_dump_on_demand_lists_what_is_cached_whether_there_is_a_leader_or_not() {
             "CREATE EXTENSION pg_prewarm; \
              CREATE UNLOGGED TABLE u AS SELECT 1 AS a",
         );
-        // What looking itself caches is cached by now.
+        // By now, the blocks that this query reads are cached.
         cluster.cached();
         let mut client = cluster.connect("postgres");
         let dump = "SELECT autoprewarm_dump_now()";
@@ -1066,7 +1067,7 @@ fn a_dump_on_demand_lists_what_is_cached_whether_there_is_a_leader_or_not() {
 }
 
 #[test]
-fn functions_that_act_on_the_server_are_for_whom_they_are_granted_to() {
+fn functions_that_act_on_the_server_can_be_called_by_those_who_have_the_privilege() {
     let cluster = lazy_cluster();
     cluster.sql("CREATE ROLE plain LOGIN");
     let mut plain = cluster.connect_as("plain", "postgres");
@@ -1090,7 +1091,7 @@ fn functions_that_act_on_the_server_are_for_whom_they_are_granted_to() {
 }
 
 #[test]
-fn a_dump_on_demand_leaves_a_list_alone_that_is_being_loaded() {
+fn a_dump_on_demand_does_not_replace_a_list_that_is_being_loaded() {
     let cluster = Cluster::build()
         .not_preloaded()
         .setting("max_worker_processes = 1")

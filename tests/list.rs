@@ -1,4 +1,4 @@
-//! `autoprewarm_blocks()`: the list on disk, for those who want to look at it.
+//! `autoprewarm_blocks()`, which shows the list.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -16,10 +16,10 @@ use crate::common::{
 
 const ALL: &str = "SELECT * FROM autoprewarm_blocks()";
 
-/// A row: its block, the fork separately since it can be null, and its usage_count.
+/// A row: its block, its fork (which can be null), and its usage count.
 type Row = (Block, Option<i16>, i16);
 
-/// A server whose list nobody replaces unasked.
+/// A server that does not replace the list by itself.
 fn start(builder: Builder) -> Cluster {
     let cluster = builder.start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
@@ -45,13 +45,13 @@ fn rows(client: &mut Client) -> Vec<Row> {
         .collect()
 }
 
-/// The blocks of rows that all have that usage_count.
+/// The blocks of the rows, which must all have that usage count.
 fn blocks_of_usage_count(rows: Vec<Row>, usage_count: i16) -> BTreeSet<Block> {
     assert!(rows.iter().all(|row| row.2 == usage_count), "{rows:?}");
     rows.into_iter().map(|(block, ..)| block).collect()
 }
 
-/// Block `number` of some file that is nobody's.
+/// Block `number` of a file that does not exist.
 fn block(number: u32) -> Block {
     Block {
         database: 5,
@@ -62,7 +62,7 @@ fn block(number: u32) -> Block {
     }
 }
 
-/// Writes a list of so many blocks, as contrib does.
+/// Writes a list of so many blocks without a trailer, as contrib's module does.
 fn write_long_list(cluster: &Cluster, blocks: u32) {
     let path = cluster.data(LIST);
     let mut file = BufWriter::new(File::create(&path).unwrap());
@@ -78,7 +78,7 @@ fn pid(client: &mut Client) -> i32 {
     value(client, "SELECT pg_backend_pid()")
 }
 
-/// How often a process has the list open, former ones included.
+/// How often a process has the list open, including replaced ones.
 fn times_open(pid: i32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd"))
         .unwrap()
@@ -87,8 +87,8 @@ fn times_open(pid: i32) -> usize {
         .count()
 }
 
-/// The same of a client's process, after an error: that is told before what the query
-/// held is let go, and the answer to another query after it.
+/// The same for a backend after an error. The client receives the error before the
+/// query's resources are released, and the result of the next query after that.
 fn times_left_open(client: &mut Client) -> usize {
     times_open(pid(client))
 }
@@ -147,7 +147,7 @@ fn rows_are_the_blocks_that_were_cached_and_their_usage_counts() {
 }
 
 #[test]
-fn a_list_that_contrib_wrote_has_no_usage_count() {
+fn a_list_that_contrib_wrote_has_no_usage_counts() {
     let Some(contrib) = Installation::contrib() else {
         println!("no installation with contrib's module: nothing compared");
         return;
@@ -167,7 +167,7 @@ fn a_list_that_contrib_wrote_has_no_usage_count() {
 }
 
 #[test]
-fn an_edited_list_loses_its_usage_count_and_a_bad_line_itself_alone() {
+fn an_edited_list_loses_its_usage_counts_and_a_bad_line_is_left_out() {
     let cluster = start(Cluster::build().not_preloaded());
     let notices = Arc::new(Mutex::new(Vec::new()));
     let mut config = cluster.config();
@@ -230,7 +230,7 @@ fn an_edited_list_loses_its_usage_count_and_a_bad_line_itself_alone() {
 }
 
 #[test]
-fn numbers_are_returned_as_they_are_and_a_fork_number_that_does_not_fit_is_null() {
+fn numbers_are_returned_unchanged_and_a_fork_number_that_is_too_large_is_null() {
     let cluster = start(Cluster::build().not_preloaded());
     let most = Block {
         database: u32::MAX,
@@ -270,8 +270,8 @@ fn a_list_that_is_missing_or_cannot_be_read_is_a_clear_error() {
     );
     let path = cluster.data(LIST);
     for (unreadable, sqlstate) in [
-        (Unreadable::NoRights, "42501"),
-        (Unreadable::Folder, "42809"),
+        (Unreadable::NoPermission, "42501"),
+        (Unreadable::Directory, "42809"),
         (Unreadable::Pipe, "XX000"),
         (Unreadable::LinkToItself, "XX000"),
     ] {
@@ -286,7 +286,7 @@ fn a_list_that_is_missing_or_cannot_be_read_is_a_clear_error() {
 }
 
 #[test]
-fn only_those_who_may_monitor_the_server_may_look() {
+fn only_roles_that_may_monitor_the_server_may_read_the_list() {
     let cluster = start(Cluster::build().not_preloaded());
     cluster.sql(
         "CREATE ROLE plain LOGIN; CREATE ROLE monitor LOGIN IN ROLE pg_monitor; \
@@ -304,7 +304,7 @@ fn only_those_who_may_monitor_the_server_may_look() {
 }
 
 #[test]
-fn a_list_of_any_length_takes_little_memory_and_no_file_stays_open() {
+fn a_list_of_any_length_takes_little_memory_and_leaves_no_file_open() {
     const BLOCKS: u32 = 3_000_000;
     // Eight bytes for each record would be six times as much.
     const FEW_MB: u64 = 4 * 1024;
@@ -319,7 +319,7 @@ fn a_list_of_any_length_takes_little_memory_and_no_file_stays_open() {
         "SELECT count(*), sum((b).block)::int8 FROM (SELECT autoprewarm_blocks() AS b LIMIT 10) s",
         "SELECT count(*), sum(block)::int8 FROM (SELECT * FROM autoprewarm_blocks() LIMIT 10) s",
     ];
-    // What a query takes in any case.
+    // What any query takes.
     for query in queries {
         client.query_one(query, &[]).unwrap();
     }
@@ -333,14 +333,14 @@ fn a_list_of_any_length_takes_little_memory_and_no_file_stays_open() {
         let row = client.query_one(query, &[]).unwrap();
         assert_eq!((row.get(0), row.get(1)), expected, "{query}");
         assert_eq!(times_open(pid), 0, "{query}");
-        // Linux estimates the size of a process: its peak may seem to shrink.
+        // Linux estimates the memory of a process, so its peak may seem to shrink.
         let grown = peak_memory(pid).saturating_sub(before);
         assert!(grown < FEW_MB, "{grown} kB: {query}");
     }
 }
 
 #[test]
-fn more_readings_at_once_than_there_may_be_open_files_are_refused() {
+fn more_queries_at_once_than_files_can_be_open_are_an_error() {
     let cluster = start(
         Cluster::build()
             .not_preloaded()
@@ -357,7 +357,7 @@ fn more_readings_at_once_than_there_may_be_open_files_are_refused() {
         let message = format!("could not open file \"{LIST}\"");
         assert!(refused.message.starts_with(&message), "{refused:?}");
         assert_eq!(times_left_open(&mut client), 0);
-        // There is room for a few again.
+        // Now some more files can be opened.
         let few = "SELECT count(*) FROM (SELECT autoprewarm_blocks(), autoprewarm_blocks()) s";
         assert!(value::<i64>(&mut client, few) > 0);
         assert!(value::<i64>(&mut client, "SELECT count(*) FROM autoprewarm_blocks()") > 0);
@@ -365,7 +365,7 @@ fn more_readings_at_once_than_there_may_be_open_files_are_refused() {
 }
 
 #[test]
-fn a_reading_goes_on_with_the_list_that_it_began_with() {
+fn a_query_continues_with_the_list_that_it_has_opened() {
     // More than are read at a time.
     const BLOCKS: u32 = 50_000;
     let cluster = start(Cluster::build().not_preloaded());
@@ -401,13 +401,13 @@ fn a_reading_goes_on_with_the_list_that_it_began_with() {
 }
 
 #[test]
-fn a_reading_can_be_cancelled_at_any_time() {
+fn a_query_can_be_cancelled_at_any_time() {
     let cluster = start(Cluster::build().not_preloaded());
     let mut client = cluster.connect("postgres");
     let pid = pid(&mut client);
     let timeout = SqlError::new("57014", "canceling statement due to statement timeout");
 
-    // While rows are handed out.
+    // While it returns rows.
     write_long_list(&cluster, 1_000_000);
     client
         .batch_execute("BEGIN; DECLARE c CURSOR FOR SELECT autoprewarm_blocks(); FETCH FROM c")
@@ -419,7 +419,7 @@ fn a_reading_can_be_cancelled_at_any_time() {
     client.batch_execute("ROLLBACK").unwrap();
     assert_eq!(times_open(pid), 0);
 
-    // Before the first: it would take a minute to find that there is none.
+    // Before the first row: it would take a minute to find that there is none.
     cluster.write_list("<<2>>\n");
     let file = OpenOptions::new().write(true).open(cluster.data(LIST));
     file.unwrap().set_len(1 << 33).unwrap();
@@ -433,7 +433,7 @@ fn a_reading_can_be_cancelled_at_any_time() {
 }
 
 #[test]
-fn a_timeout_that_comes_before_a_bad_line_is_warned_of_leaves_no_file_open() {
+fn a_timeout_before_the_warning_of_a_bad_line_leaves_no_file_open() {
     let cluster = Cluster::build().not_preloaded().create();
     cluster.set_fault(Fault::ListEnd, 0);
     cluster.start();
@@ -441,7 +441,7 @@ fn a_timeout_that_comes_before_a_bad_line_is_warned_of_leaves_no_file_open() {
     cluster.write_list("<<2>>\nbad\n1,2,3,0,5\n");
     let mut client = cluster.connect("postgres");
     assert_eq!(rows(&mut client).len(), 1);
-    // The warning comes when all has been read, once.
+    // The warning comes once, when the whole list has been read.
     cluster.set_fault(Fault::ListEnd, 600);
     client
         .batch_execute("SET statement_timeout = '200ms'")

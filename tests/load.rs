@@ -1,5 +1,5 @@
-//! What a load does with relations that changed since they were listed, and what
-//! becomes of the list when the load does not come to its end.
+//! Loads of relations that changed after the dump, and what happens to the list if a
+//! load does not complete.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,8 +11,9 @@ use crate::common::{
     wait_until,
 };
 
-/// Starts the stopped cluster with that list, and waits for the load to end.
-/// Returns what was loaded, of how many, and the line about what was not.
+/// Starts the stopped cluster with that list, and waits for the load to end. Returns
+/// how many blocks were loaded, how many the list has, and the log line about skipped
+/// blocks.
 fn load(cluster: &Cluster, list: &str) -> (u64, u64, String) {
     cluster.write_list(list);
     let mark = cluster.log_end();
@@ -27,7 +28,7 @@ fn load(cluster: &Cluster, list: &str) -> (u64, u64, String) {
 }
 
 #[test]
-fn relations_that_changed_since_are_skipped_and_counted() {
+fn relations_that_changed_after_the_dump_are_skipped_and_counted() {
     let cluster = Cluster::build().start();
     cluster.create_tablespace("space");
     let kept = cluster.table("kept", 5);
@@ -132,8 +133,8 @@ fn a_load_evicts_nothing_and_stops_when_the_cache_is_full() {
             total - loaded
         )
     );
-    // What is not there any more made room for the session that asks, not for
-    // other blocks of the list.
+    // Buffers of relations that were dropped are free. The session of the test takes
+    // them, not other blocks of the list.
     let cached = cluster
         .cached_without_extension()
         .into_iter()
@@ -142,8 +143,8 @@ fn a_load_evicts_nothing_and_stops_when_the_cache_is_full() {
     assert!(cached <= loaded && cached + 300 > loaded, "{cached}");
 }
 
-/// A running cluster of 19 or later with 2048 buffers; nothing before, where free
-/// buffers are on a list.
+/// A running cluster of 19 or later with 2048 buffers. `None` before 19, since free
+/// buffers are on a list there.
 fn cluster_without_free_list() -> Option<Cluster> {
     let cluster = Cluster::build().setting("shared_buffers = 16MB").start();
     if cluster.major() < 19 {
@@ -170,7 +171,7 @@ fn load_now(
 }
 
 #[test]
-fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these() {
+fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_them() {
     let Some(cluster) = cluster_without_free_list() else {
         return;
     };
@@ -180,7 +181,8 @@ fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these
     cluster.write_list("<<0>>\n");
     cluster.start();
     let mut client = cluster.connect("postgres");
-    // The two do not fit together with the catalogs: the clock hand goes round.
+    // The two tables and the catalogs do not fit together, so the clock hand goes
+    // round.
     for call in ["pg_prewarm('used')", "pg_prewarm('missing')"] {
         value::<i64>(&mut client, &format!("SELECT {call}"));
     }
@@ -197,8 +199,8 @@ fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these
     let before: Vec<_> = cluster.cached().into_iter().filter(is_used).collect();
 
     let stats = load_now(&cluster, &mut client, missing.first(600));
-    // A reserve is left alone, as is what lies behind a catalog's block that could be
-    // evicted; and what asks takes some.
+    // A load leaves a reserve, and the buffers after a catalog's block that could be
+    // evicted. The query takes some as well.
     let loaded = stats.loaded;
     assert!((free / 2..=free).contains(&loaded), "{loaded} of {free}");
     let cached = cluster.cached();
@@ -207,7 +209,7 @@ fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_these
 }
 
 #[test]
-fn from_19_on_a_load_ends_where_the_clock_hand_would_evict_a_block() {
+fn from_19_on_a_load_ends_before_the_clock_hand_would_evict_a_block() {
     let Some(cluster) = cluster_without_free_list() else {
         return;
     };
@@ -215,8 +217,8 @@ fn from_19_on_a_load_ends_where_the_clock_hand_would_evict_a_block() {
     let missing = cluster.table("missing", 600);
     cluster.table("last", 700);
     cluster.stop(Shutdown::Fast);
-    // The first buffers get blocks that may be evicted at any time; then come some
-    // that are emptied again; and with the last, the hand is back at the first.
+    // The first buffers get blocks that can be evicted at any time, the next are
+    // emptied again, and with the last the hand is back at the first.
     let mark = cluster.log_end();
     cluster.write_list(list_with_usage_counts(idle.first(800), &"0".repeat(800)));
     cluster.start();
@@ -236,13 +238,13 @@ fn from_19_on_a_load_ends_where_the_clock_hand_would_evict_a_block() {
     assert!(stats.loaded < 100, "{stats:?}");
     let cached = cluster.cached();
     let lost = before.iter().filter(|block| !cached.contains(block));
-    // Those who ask need some buffers themselves.
+    // The queries of the test need some buffers themselves.
     let lost = lost.count();
     assert!(lost < 100, "{lost}");
 }
 
 #[test]
-fn unlogged_relations_are_listed_unless_a_crash_could_follow() {
+fn unlogged_relations_are_listed_unless_a_crash_could_follow_the_dump() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 1")
         .start();
@@ -270,7 +272,7 @@ fn unlogged_relations_are_listed_unless_a_crash_could_follow() {
     wait_until("the reload", || {
         cluster.value::<String>("SHOW pg_prewarm.autoprewarm_interval") == "0"
     });
-    // A periodic dump under way may still come after the first of these.
+    // A periodic dump that is running may still end after the first of these.
     wait_until("a dump on demand", || {
         cluster.sql("SELECT autoprewarm_dump_now()");
         is_listed()
@@ -320,7 +322,7 @@ fn a_crash_restart_loads_again() {
 }
 
 #[test]
-fn a_leader_that_was_ended_can_be_started_again_and_loads_nothing() {
+fn a_leader_that_was_terminated_can_be_started_again_and_loads_nothing() {
     let cluster = Cluster::build().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     wait_until("the leader", || cluster.leader().is_some());
@@ -338,8 +340,7 @@ fn a_leader_that_was_ended_can_be_started_again_and_loads_nothing() {
     assert!(!list.is_empty());
 }
 
-/// A cluster whose load does not come to its end, for want of a slot for a
-/// worker; and its list.
+/// A cluster and its list. The load does not end, since there is no slot for a worker.
 fn cluster_without_slots() -> (Cluster, String) {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 1")
@@ -357,12 +358,12 @@ fn cluster_without_slots() -> (Cluster, String) {
 }
 
 #[test]
-fn a_shutdown_in_mid_load_keeps_the_list() {
+fn a_shutdown_during_a_load_keeps_the_list() {
     let (cluster, list) = cluster_without_slots();
     for how in [Shutdown::Smart, Shutdown::Fast, Shutdown::Immediate] {
         cluster.stop(how);
         assert_eq!(cluster.list(), list, "{how:?}");
-        // And the list is as good as before.
+        // The list is still complete.
         cluster.configure("max_worker_processes = 8");
         let mark = cluster.log_end();
         cluster.start();
@@ -397,7 +398,7 @@ fn nothing_is_dumped_before_the_load_has_ended() {
 }
 
 #[test]
-fn ending_the_leader_in_mid_load_keeps_the_list_from_the_next_one_as_well() {
+fn terminating_the_leader_during_a_load_keeps_the_list_from_the_next_one_as_well() {
     let (cluster, list) = cluster_without_slots();
     let leader = cluster.leader().unwrap();
     let mark = cluster.log_end();
@@ -405,7 +406,7 @@ fn ending_the_leader_in_mid_load_keeps_the_list_from_the_next_one_as_well() {
     wait_until("its end", || cluster.leader().is_none());
     assert_eq!(cluster.list(), list);
 
-    // The next one takes the load up again, rather than dump.
+    // The next leader loads again, and does not dump.
     cluster.sql("SELECT autoprewarm_start_worker()");
     cluster.wait_for_log(mark, "autoprewarm is waiting for a background worker slot");
     std::thread::sleep(std::time::Duration::from_secs(2));
@@ -426,7 +427,7 @@ fn time_limits_of_sessions_do_not_end_a_load_or_a_dump() {
     if cluster.major() >= 17 {
         cluster.configure("transaction_timeout = 5");
     }
-    // Long enough to read for every limit to be over.
+    // Long enough that all limits expire while it reads.
     let gone = Block {
         filenumber: 4_000_000_000,
         ..table
@@ -437,7 +438,7 @@ fn time_limits_of_sessions_do_not_end_a_load_or_a_dump() {
         &list_of(table.first(10_000).chain(gone.first(300_000))),
     );
     assert_eq!((loaded, total), (10_000, 310_000));
-    // The limits are for this session as well.
+    // The limits are in effect for this session as well.
     cluster.configure("statement_timeout = 0\nlock_timeout = 0");
     if cluster.major() >= 17 {
         cluster.configure("transaction_timeout = 0");
@@ -448,14 +449,14 @@ fn time_limits_of_sessions_do_not_end_a_load_or_a_dump() {
     let before: i32 = value(&mut client, leader);
     wait_until("a dump", || !cluster.list().contains(",4000000000,"));
     assert_eq!(value::<i32>(&mut client, leader), before);
-    // They do end sessions, though.
+    // They do terminate sessions.
     let log = cluster.log_since(mark);
     let mut ours = log.lines().filter(|line| line.starts_with("autoprewarm"));
     assert!(!ours.any(|line| line.contains("FATAL")), "{log}");
 }
 
 #[test]
-fn exit_on_error_ends_no_load_and_no_leader() {
+fn exit_on_error_terminates_no_load_and_no_leader() {
     let cluster = Cluster::build()
         .checksums()
         .setting("exit_on_error = on")
@@ -477,7 +478,7 @@ fn exit_on_error_ends_no_load_and_no_leader() {
         (loaded, total, skipped.as_str()),
         (599, 600, "1 block: 1 that could not be read")
     );
-    // Nor is the leader ended by a list that cannot be written.
+    // A list that cannot be written does not terminate the leader either.
     let leader = cluster.leader();
     let mark = cluster.log_end();
     cluster.wait_for_log(mark, "WARNING:  could not rename file");
@@ -513,7 +514,7 @@ fn a_list_of_very_many_databases_is_skipped_at_once() {
 fn every_io_method_loads() {
     let cluster = Cluster::build().start();
     if cluster.major() < 18 {
-        // There is no choice before 18; what there is, all other tests use.
+        // Before 18 there is no choice. All other tests use the default.
         return;
     }
     let table = cluster.table("t", 2000);
@@ -542,7 +543,7 @@ fn blocks_that_clients_have_read_are_not_evicted_by_a_load() {
     cluster.table("few", 40);
     let listed = cluster.table("listed", 4000);
     cluster.stop(Shutdown::Fast);
-    // Not preloaded, so that the load begins when there are clients' blocks.
+    // Not preloaded, so the load begins after clients have read blocks.
     cluster.configure("shared_preload_libraries = ''\npg_prewarm.autoprewarm_max_rate = 80");
     cluster.write_list(list_of(listed.first(4000)));
     cluster.start();
@@ -553,7 +554,7 @@ fn blocks_that_clients_have_read_are_not_evicted_by_a_load() {
         .batch_execute("SELECT autoprewarm_start_worker()")
         .unwrap();
     LoadStats::wait_for(&mut client, |stats| stats.loaded > 0);
-    // There is room for some more.
+    // There are buffers for some more.
     client.batch_execute("SELECT pg_prewarm('few')").unwrap();
     let before = cluster.cached_without_extension();
     assert!(mine.first(500).all(|block| before.contains(&block)));
@@ -585,7 +586,7 @@ fn a_missing_list_is_loaded_silently() {
 }
 
 #[test]
-fn an_idle_server_writes_an_empty_list_and_starts_well_with_it() {
+fn an_idle_server_writes_an_empty_list_and_starts_with_it_without_complaint() {
     let cluster = Cluster::build().create();
     cluster.write_list("<<0>>\n");
     for _ in 0..2 {

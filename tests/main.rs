@@ -1,7 +1,9 @@
-//! Tests with real servers: each makes clusters of its own and throws them away.
+//! Tests with real servers. Each test creates its own clusters and removes them.
 //!
-//! They need an installation of PostgreSQL with this extension in it, which
-//! `make test` prepares. One file a capability; what they share is in `common`.
+//! They need an installation of PostgreSQL with this extension, which `make test`
+//! prepares. There is one file for each feature; `common` has what they share.
+
+#![allow(clippy::cast_possible_truncation)]
 
 mod common;
 

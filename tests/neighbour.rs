@@ -1,5 +1,5 @@
-//! A load is a good neighbour: it waits for nobody's lock, lets nobody wait for
-//! long, holds back nobody's vacuum, and survives what it reads.
+//! A load does not wait for locks, makes others wait only briefly, does not hold back
+//! vacuum, and continues after errors.
 
 use std::time::{Duration, Instant};
 
@@ -7,8 +7,8 @@ use crate::common::{Block, Cluster, LoadStats, Shutdown, list_of, signal, value,
 
 const WORKERS: &str = "FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'";
 
-/// A cluster, not started, whose list names a table of 100 blocks, and another
-/// that a prepared transaction has locked.
+/// A cluster, not started, whose list names a table of 100 blocks and another that a
+/// prepared transaction has locked.
 fn cluster_with_locked_table() -> (Cluster, Block) {
     let cluster = Cluster::build()
         .setting("max_prepared_transactions = 2")
@@ -34,12 +34,12 @@ fn a_locked_relation_is_skipped_after_all_others_are_loaded() {
     );
     let cached = cluster.cached();
     assert!(free.first(100).all(|block| cached.contains(&block)));
-    // And dumps go on.
+    // Dumps continue.
     assert!(cluster.value::<i64>("SELECT autoprewarm_dump_now()") > 100);
 }
 
 #[test]
-fn a_relation_that_is_unlocked_soon_is_loaded_after_all() {
+fn a_relation_that_is_unlocked_soon_is_loaded() {
     let (cluster, _) = cluster_with_locked_table();
     let mark = cluster.log_end();
     cluster.start();
@@ -51,12 +51,12 @@ fn a_relation_that_is_unlocked_soon_is_loaded_after_all() {
 }
 
 #[test]
-fn a_worker_that_is_ended_costs_what_it_had_left_and_nothing_else() {
+fn terminating_a_worker_that_waits_for_a_lock_costs_only_the_locked_relation() {
     let (cluster, _) = cluster_with_locked_table();
     cluster.configure("pg_prewarm.autoprewarm_workers = 1");
     let mark = cluster.log_end();
     cluster.start();
-    // It waits for the locked table, having loaded the other.
+    // It has loaded the other table, and waits for the locked one.
     wait_until("a worker's end", || {
         cluster.value::<i64>(&format!(
             "SELECT count(pg_terminate_backend(pid)) {WORKERS}"
@@ -76,17 +76,17 @@ fn a_worker_that_is_ended_costs_what_it_had_left_and_nothing_else() {
 }
 
 #[test]
-fn what_two_workers_ended_at_is_not_given_to_a_third() {
+fn a_block_at_which_two_workers_were_terminated_is_not_given_to_a_third() {
     let cluster = Cluster::build().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let table = cluster.table("t", 500);
     cluster.stop(Shutdown::Fast);
     cluster.write_list(list_of(table.first(500)));
-    // A block in eight seconds.
+    // One block in eight seconds.
     cluster.configure("pg_prewarm.autoprewarm_workers = 1\npg_prewarm.autoprewarm_max_rate = 1");
     cluster.start();
     let mut client = cluster.connect("postgres");
-    // Each waits for the next block when it is ended.
+    // Each worker waits for the next block when it is terminated.
     let end_worker = format!(
         "SELECT count(pg_terminate_backend(pid, 60000)) {WORKERS} AND wait_event_type = 'Extension'"
     );
@@ -102,13 +102,13 @@ fn what_two_workers_ended_at_is_not_given_to_a_third() {
 }
 
 #[test]
-fn workers_that_are_ended_on_the_way_cost_nothing() {
+fn terminating_workers_that_make_progress_costs_nothing() {
     let cluster = Cluster::build().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let table = cluster.table("t", 500);
     cluster.stop(Shutdown::Fast);
     cluster.write_list(list_of(table.first(500)));
-    // All in one chunk.
+    // All blocks are in one chunk.
     cluster.configure("pg_prewarm.autoprewarm_workers = 1\npg_prewarm.autoprewarm_max_rate = 400");
     cluster.start();
     let mut client = cluster.connect("postgres");
@@ -128,7 +128,7 @@ fn workers_that_are_ended_on_the_way_cost_nothing() {
 }
 
 #[test]
-fn from_19_on_a_command_on_a_database_ends_its_workers_and_the_load_goes_on_after_it() {
+fn from_19_on_a_command_on_a_database_terminates_its_workers_and_the_load_continues_after_it() {
     let cluster = Cluster::build().start();
     if cluster.major() < 19 {
         println!("commands on a database cannot end its workers before 19: not run");
@@ -160,7 +160,7 @@ fn from_19_on_a_command_on_a_database_ends_its_workers_and_the_load_goes_on_afte
         cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
         cluster.reload();
         let stats = LoadStats::wait_for_end(&mut client);
-        // The server's word that it ended a worker, and nothing else.
+        // The server logs that it terminated a worker, and nothing else.
         let log = cluster.log_since(mark);
         let fatal: Vec<_> = log.lines().filter(|line| line.contains("FATAL:")).collect();
         let is_ended = |line: &&str| line.contains("terminating background worker");
@@ -171,8 +171,8 @@ fn from_19_on_a_command_on_a_database_ends_its_workers_and_the_load_goes_on_afte
 }
 
 #[test]
-fn waiting_ddl_gets_its_lock_in_mid_load() {
-    // Twenty passes over the table, so that there is something to get between.
+fn waiting_ddl_gets_its_lock_during_a_load() {
+    // Twenty passes over the table, so that the load is still reading it.
     let cluster = Cluster::build().setting("shared_buffers = 128MB").start();
     let table = cluster.table("busy", 8000);
     cluster.stop(Shutdown::Fast);
@@ -190,7 +190,7 @@ fn waiting_ddl_gets_its_lock_in_mid_load() {
         longest = longest.max(start.elapsed());
         tries += 1;
     }
-    // The promise is 100 ms; a busy test machine adds to that.
+    // The promise is 100 ms, to which a busy test machine adds.
     assert!(
         longest < Duration::from_millis(500),
         "{longest:?} in {tries} tries"
@@ -211,7 +211,7 @@ fn several_workers_share_one_database() {
     let mark = cluster.log_end();
     cluster.start();
     assert_eq!(cluster.wait_for_load(mark), (8000, 8000));
-    // The load ends before its workers' processes do.
+    // The load ends before the processes of its workers do.
     cluster.wait_for_log(mark, "\"autoprewarm worker\" (PID");
     let log = cluster.log_since(mark);
     let first_end = log.find("\"autoprewarm worker\" (PID").unwrap();
@@ -240,7 +240,7 @@ fn fewer_slots_than_workers_still_load_everything() {
 
 #[test]
 fn an_unreadable_page_costs_one_block() {
-    // What helps to rescue data is for sessions only.
+    // The setting is for sessions that rescue data; a load ignores it.
     let cluster = Cluster::build()
         .checksums()
         .setting("zero_damaged_pages = on")
@@ -262,7 +262,7 @@ fn an_unreadable_page_costs_one_block() {
         cluster.wait_for_skipped(mark),
         "4 blocks: 4 that could not be read"
     );
-    // Those that were read along with an unreadable one were not cached before.
+    // Those that were read together with an unreadable one were not cached before.
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let stats = LoadStats::get(&mut cluster.connect("postgres"));
     assert_eq!((stats.loaded, stats.cached), (596, 0));
@@ -277,7 +277,7 @@ fn an_unreadable_page_costs_one_block() {
 }
 
 #[test]
-fn a_missing_segment_file_costs_its_relation_only() {
+fn a_missing_segment_file_costs_only_its_relation() {
     let cluster = Cluster::build().start();
     let gone = cluster.table("gone", 50);
     let kept = cluster.table("kept", 50);
@@ -295,7 +295,7 @@ fn a_missing_segment_file_costs_its_relation_only() {
 }
 
 #[test]
-fn a_worker_that_is_killed_restarts_the_server_which_loads_again() {
+fn a_worker_that_is_killed_restarts_the_server_which_then_loads_again() {
     let (mut cluster, _) = cluster_with_locked_table();
     cluster.expect_crash();
     let mark = cluster.log_end();

@@ -1,6 +1,6 @@
-//! `pg_prewarm_relation()`, `pg_prewarm_schema()` and `pg_prewarm_database()`: what
-//! belongs to what, in which order it comes, who may have it, where it ends, and
-//! what becomes of it when relations change meanwhile.
+//! `pg_prewarm_relation()`, `pg_prewarm_schema()` and `pg_prewarm_database()`: which
+//! relations belong to a call, their order, the privileges, the limits, and relations
+//! that change during a call.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -14,7 +14,7 @@ use crate::common::{
     Cluster, Shutdown, SqlError, cached_pages, drop_pages, error, value, wait_until,
 };
 
-/// A row that was returned: the relation's name, and its numbers.
+/// A row of the result: the relation's name, and its counters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Row {
     relation: String,
@@ -23,7 +23,7 @@ struct Row {
     cached: i64,
 }
 
-/// What a call returned, and what the client was told.
+/// What a call returned, and the notices that the client received.
 #[derive(Debug)]
 struct Outcome {
     rows: Vec<Row>,
@@ -40,7 +40,7 @@ impl Outcome {
     }
 }
 
-/// A client that keeps what it is told.
+/// A client that keeps the notices it receives.
 struct Caller {
     client: Client,
     notices: Arc<Mutex<Vec<String>>>,
@@ -116,8 +116,8 @@ fn cluster_with_buffers(buffers: &str) -> Cluster {
     cluster
 }
 
-/// A tree three deep, `top`, with an index and values outside of the rows. Its
-/// leaves are `leaf1`, the smaller, and `leaf2`.
+/// A partition tree of three levels, `top`, with an index and TOAST values. Its leaves
+/// are `leaf1`, which is smaller, and `leaf2`.
 const TREE: &str = "CREATE TABLE top (id int, part int, filler text) PARTITION BY LIST (part); \
     CREATE INDEX top_id ON top (id); \
     CREATE TABLE middle PARTITION OF top FOR VALUES IN (1, 2) PARTITION BY LIST (part); \
@@ -129,7 +129,7 @@ const TREE: &str = "CREATE TABLE top (id int, part int, filler text) PARTITION B
     INSERT INTO top SELECT g, 2, repeat('x', 300) FROM generate_series(1, 5000) g; \
     INSERT INTO top SELECT g, g % 2 + 1, repeat('x', 9000) FROM generate_series(1, 20) g";
 
-/// How many blocks of each relation are in shared buffers, by file.
+/// The number of blocks in shared buffers, by file number.
 fn cached_blocks(client: &mut Client) -> BTreeMap<u32, i64> {
     client
         .query(
@@ -145,7 +145,7 @@ fn cached_blocks(client: &mut Client) -> BTreeMap<u32, i64> {
 }
 
 #[test]
-fn a_tree_of_partitions_comes_with_indexes_and_toast_and_options_leave_them_out() {
+fn a_partition_tree_includes_indexes_and_toast_and_options_leave_them_out() {
     let cluster = cluster();
     cluster.sql(TREE);
     cluster.sql("CREATE TABLE other AS SELECT 1 AS a");
@@ -168,7 +168,7 @@ fn a_tree_of_partitions_comes_with_indexes_and_toast_and_options_leave_them_out(
     );
     assert_eq!(all.rows.len(), 8, "{all:?}");
     assert_eq!(all.notices, [""; 0]);
-    // Exactly that is cached.
+    // Exactly these blocks are cached.
     let sizes: Vec<(String, i64)> = caller
         .client
         .query(
@@ -189,7 +189,7 @@ fn a_tree_of_partitions_comes_with_indexes_and_toast_and_options_leave_them_out(
     assert_eq!(cached.len(), 8, "{cached:?}");
     assert_eq!(cached.values().sum::<i64>(), all.blocks());
 
-    // Once more, and all is cached already.
+    // A second call finds all of them cached already.
     let again = caller.call("pg_prewarm_relation('top', workers => 2)");
     assert_eq!(again.blocks(), all.blocks());
     for row in &again.rows {
@@ -215,9 +215,9 @@ fn a_tree_of_partitions_comes_with_indexes_and_toast_and_options_leave_them_out(
 }
 
 #[test]
-fn indexes_come_first_their_upper_levels_before_all_and_small_before_large() {
+fn indexes_come_first_their_upper_levels_before_everything_else_and_small_before_large() {
     let cluster = cluster();
-    // The second index has two levels above the leaves at least.
+    // The second index has at least two levels above the leaves.
     cluster.sql(
         "CREATE TABLE t (id int, wide text); \
          INSERT INTO t SELECT g, repeat('x', 450) || g FROM generate_series(1, 3000) g; \
@@ -242,7 +242,7 @@ fn indexes_come_first_their_upper_levels_before_all_and_small_before_large() {
     ));
     cluster.restart();
     let mut caller = Caller::of(&cluster, "postgres");
-    // Of each index its metapage, and of B-trees also the levels above the leaves.
+    // The metapage of each index, and the levels above the leaves of B-trees.
     let first = upper + 1 + 2 + 1;
     let outcome = caller.call(&format!(
         "pg_prewarm_relation('t', toast => false, max_blocks => {first})"
@@ -267,7 +267,7 @@ fn indexes_come_first_their_upper_levels_before_all_and_small_before_large() {
         ),
     );
     assert_eq!(leaves, 0);
-    // Then the rest of them, then the table.
+    // Then the rest of the indexes, then the table.
     let outcome = caller.call(&format!(
         "pg_prewarm_relation('t', toast => false, max_blocks => {})",
         first + 2
@@ -290,7 +290,7 @@ fn indexes_come_first_their_upper_levels_before_all_and_small_before_large() {
 }
 
 #[test]
-fn max_blocks_is_kept_to_the_block_in_every_mode_with_and_without_workers() {
+fn max_blocks_is_exact_in_every_mode_with_and_without_workers() {
     let cluster = cluster();
     cluster.table("t", 2000);
     cluster.sql("CREATE INDEX t_id ON t (id)");
@@ -324,7 +324,7 @@ fn max_blocks_is_kept_to_the_block_in_every_mode_with_and_without_workers() {
 }
 
 #[test]
-fn forks_are_done_where_they_are() {
+fn forks_that_exist_are_read() {
     let cluster = cluster();
     cluster.sql(
         "CREATE UNLOGGED TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT generate_series(1, 9)",
@@ -351,7 +351,7 @@ fn forks_are_done_where_they_are() {
 }
 
 #[test]
-fn a_bad_argument_is_refused_before_anything_is_read() {
+fn a_bad_argument_is_an_error_before_anything_is_read() {
     let cluster = cluster();
     cluster.sql(
         "CREATE TABLE t (id int PRIMARY KEY); CREATE VIEW v AS SELECT 1 AS a; \
@@ -453,7 +453,7 @@ fn a_bad_argument_is_refused_before_anything_is_read() {
 }
 
 #[test]
-fn what_is_empty_gives_no_blocks_and_no_error() {
+fn empty_relations_give_no_blocks_and_no_error() {
     let cluster = cluster();
     cluster.sql(
         "CREATE TABLE t (id int PRIMARY KEY); CREATE SCHEMA empty; \
@@ -473,7 +473,7 @@ fn what_is_empty_gives_no_blocks_and_no_error() {
 }
 
 #[test]
-fn select_on_a_table_covers_what_belongs_to_it_and_the_rest_is_counted() {
+fn select_on_a_table_covers_its_indexes_and_toast_and_the_rest_is_counted() {
     let cluster = cluster();
     cluster.sql(TREE);
     cluster.sql(
@@ -709,12 +709,12 @@ fn a_child_that_is_dropped_or_rewritten_meanwhile_does_not_fail_the_call_of_its_
 }
 
 #[test]
-fn nothing_counts_as_cached_already_that_was_read() {
+fn blocks_that_were_read_do_not_count_as_cached_already() {
     let cluster = cluster();
     cluster.table("t", 2000);
     for workers in [0, 2] {
         cluster.restart();
-        // A session that has looked nothing up before.
+        // A new session, whose caches are empty.
         let cached: i64 = cluster.value(&format!(
             "SELECT sum(already_cached)::int8 FROM pg_prewarm_relation('t', workers => {workers})"
         ));
@@ -726,7 +726,7 @@ fn nothing_counts_as_cached_already_that_was_read() {
 }
 
 #[test]
-fn what_is_in_shared_buffers_is_not_read_from_the_disk() {
+fn blocks_in_shared_buffers_are_not_read_from_disk() {
     let cluster = cluster();
     cluster.table("t", 2000);
     cluster.restart();
@@ -748,7 +748,7 @@ fn what_is_in_shared_buffers_is_not_read_from_the_disk() {
 }
 
 #[test]
-fn a_parallel_worker_that_calls_starts_no_workers_of_its_own() {
+fn a_parallel_worker_that_makes_a_call_starts_no_workers() {
     let cluster = cluster();
     cluster.table("t", 2000);
     let mut client = cluster.connect("postgres");
@@ -782,7 +782,7 @@ fn a_parallel_worker_that_calls_starts_no_workers_of_its_own() {
 }
 
 #[test]
-fn a_call_sees_what_its_transaction_has_made() {
+fn a_call_sees_the_uncommitted_changes_of_its_transaction() {
     let cluster = cluster();
     let mut caller = Caller::of(&cluster, "postgres");
     caller
@@ -804,7 +804,7 @@ fn a_call_sees_what_its_transaction_has_made() {
 }
 
 #[test]
-fn temporary_tables_are_their_sessions_own() {
+fn temporary_tables_of_other_sessions_are_left_out() {
     let cluster = cluster();
     let mut caller = Caller::of(&cluster, "postgres");
     caller
@@ -823,7 +823,7 @@ fn temporary_tables_are_their_sessions_own() {
         assert_eq!(outcome.names().last(), Some(&"temp"));
         assert!(outcome.rows.last().unwrap().blocks >= 100, "{outcome:?}");
     }
-    // More than there is room for.
+    // More than fit into the local buffers.
     caller
         .client
         .batch_execute(
@@ -857,15 +857,16 @@ fn temporary_tables_are_their_sessions_own() {
 }
 
 #[test]
-fn what_is_cached_already_is_found_though_there_is_no_room_for_more() {
+fn cached_blocks_are_counted_even_if_no_buffer_is_free() {
     let cluster = cluster_with_buffers("8MB");
     cluster.table("t", 900);
-    cluster.table("hot", 200);
+    cluster.table("other", 200);
     cluster.restart();
     let mut caller = Caller::of(&cluster, "postgres");
-    caller.call("pg_prewarm_relation('hot')");
+    caller.call("pg_prewarm_relation('other')");
     let first = caller.call("pg_prewarm_relation('t')").blocks();
-    // There is no free buffer now, and nothing but what the call itself has found.
+    // Now no buffer is free, and a call could evict only blocks that it has found
+    // itself.
     for workers in [0, 1] {
         let again = caller.call(&format!(
             "pg_prewarm_relation('t', max_blocks => {first}, workers => {workers})"
@@ -887,7 +888,7 @@ fn a_call_stops_when_it_has_filled_shared_buffers() {
     for workers in [0, 1i64] {
         cluster.restart();
         let mut caller = Caller::of(&cluster, "postgres");
-        // What this has to read of catalogs needs buffers as well: so it has read it before.
+        // The catalog reads of the call need buffers as well, so they are made before.
         cached_blocks(&mut caller.client);
         let outcome = caller.call(&format!("pg_prewarm_relation('t', workers => {workers})"));
         let done = outcome.blocks();
@@ -898,7 +899,7 @@ fn a_call_stops_when_it_has_filled_shared_buffers() {
                 "shared buffers are full: {done} of {all} blocks were prewarmed"
             )]
         );
-        // The index is still there, but for the place of what was being read ahead.
+        // The index is still cached, except for what was evicted by reads ahead.
         let cached = cached_blocks(&mut caller.client);
         let index: u32 = value(&mut caller.client, "SELECT 't_id'::regclass::oid");
         assert!(
@@ -906,7 +907,7 @@ fn a_call_stops_when_it_has_filled_shared_buffers() {
             "{} of {indexes}",
             cached[&index]
         );
-        // A limit that is no limit makes no difference.
+        // A limit that is not reached makes no difference.
         let again = caller.call(&format!(
             "pg_prewarm_relation('t', max_blocks => 1000000, workers => {workers})"
         ));
@@ -918,9 +919,9 @@ fn a_call_stops_when_it_has_filled_shared_buffers() {
     }
 }
 
-/// A cluster whose tables are read slowly, so many milliseconds for each read of a
-/// block, with table `t` of 3000 blocks. Its function `plain` is `pg_prewarm()` with
-/// the columns of the others.
+/// A cluster in which each read of a block takes so many milliseconds, with a table `t`
+/// of 3000 blocks. Its function `plain` is `pg_prewarm()` with the columns of the
+/// others.
 fn slow_cluster(milliseconds: u32) -> Cluster {
     let cluster = Cluster::build().not_preloaded().checksums().create();
     if cluster.major() >= 17 {
@@ -941,14 +942,14 @@ fn slow_cluster(milliseconds: u32) -> Cluster {
     cluster.table("t", 3000);
     cluster.sql("CREATE TABLE small AS SELECT 1 AS a");
     cluster.restart();
-    // The library and catalogs are there.
+    // The library is loaded, and the catalogs are cached.
     cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
     cluster.slow_reads(milliseconds);
     cluster
 }
 
-/// Runs a call, and something else once it is under way.
-fn meanwhile<T>(
+/// Runs a call, and an action once the call is reading.
+fn during_call<T>(
     caller: &mut Caller,
     cluster: &Cluster,
     call: &str,
@@ -973,7 +974,7 @@ fn meanwhile<T>(
 }
 
 #[test]
-fn a_relation_that_is_changed_meanwhile_is_finished_with_what_was_done() {
+fn a_relation_that_is_changed_during_a_call_is_left_with_what_was_read() {
     let cluster = slow_cluster(2);
     let path = |relation: &str| {
         let path: String = cluster.value(&format!("SELECT pg_relation_filepath('{relation}')"));
@@ -992,14 +993,15 @@ fn a_relation_that_is_changed_meanwhile_is_finished_with_what_was_done() {
         ] {
             let mut caller = Caller::of(&cluster, "postgres");
             let file = path("t");
-            let (outcome, ()) = meanwhile(&mut caller, &cluster, call, |other| {
-                // Whoever has this lock has it in mid-call: it takes seconds.
+            let (outcome, ()) = during_call(&mut caller, &cluster, call, |other| {
+                // A session can have this lock only during the call, which takes
+                // seconds.
                 other
                     .batch_execute("BEGIN; LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
                     .unwrap();
                 cluster.slow_reads(0);
                 if what == "truncated" {
-                    // As VACUUM does it, which does not wait for a lock.
+                    // Like VACUUM, which truncates without waiting for a lock.
                     let file = std::fs::File::options().write(true).open(&file).unwrap();
                     file.set_len(2000 * 8192).unwrap();
                 }
@@ -1026,13 +1028,13 @@ fn a_relation_that_is_changed_meanwhile_is_finished_with_what_was_done() {
 }
 
 #[test]
-fn somebody_who_waits_for_a_relation_has_it_soon() {
+fn a_session_that_waits_for_a_relation_gets_its_lock_soon() {
     let cluster = slow_cluster(0);
     cluster.sql(
         "CREATE TABLE n AS SELECT repeat(md5(g::text), 15) AS a FROM generate_series(1, 20000) g; \
          CREATE INDEX n_a ON n (a)",
     );
-    // A call, how long each of its reads takes, and what somebody else wants meanwhile.
+    // A call, how long each of its reads takes, and what another session waits for.
     for (call, milliseconds, wanted) in [
         ("plain('t')", 2, "t"),
         ("plain('n_a')", 2, "n"),
@@ -1046,7 +1048,7 @@ fn somebody_who_waits_for_a_relation_has_it_soon() {
         cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
         cluster.slow_reads(milliseconds);
         let mut caller = Caller::of(&cluster, "postgres");
-        let (outcome, mut times) = meanwhile(&mut caller, &cluster, call, |other| {
+        let (outcome, mut times) = during_call(&mut caller, &cluster, call, |other| {
             (0..5)
                 .map(|_| {
                     let start = Instant::now();
@@ -1078,7 +1080,7 @@ fn workers_share_the_work_and_end_with_their_caller() {
                           WHERE kind = 'pg_prewarm_relation'";
     const WORKERS: &str = "SELECT count(*) FROM pg_stat_activity \
                            WHERE backend_type = 'parallel worker'";
-    let (result, rows) = meanwhile(&mut caller, &cluster, call, |other| {
+    let (result, rows) = during_call(&mut caller, &cluster, call, |other| {
         wait_until("two workers", || {
             value::<i64>(
                 other,
@@ -1113,7 +1115,7 @@ fn workers_share_the_work_and_end_with_their_caller() {
     );
     let mut times: Vec<Duration> = (0..5)
         .map(|_| {
-            let (_, took) = meanwhile(&mut caller, &cluster, call, |other| {
+            let (_, took) = during_call(&mut caller, &cluster, call, |other| {
                 wait_until("two workers", || value::<i64>(other, WORKERS) == 2);
                 let start = Instant::now();
                 assert!(value::<bool>(other, CANCEL));
@@ -1127,7 +1129,7 @@ fn workers_share_the_work_and_end_with_their_caller() {
     assert!(times[2] < Duration::from_millis(200), "{times:?}");
     assert!(times[4] < Duration::from_secs(1), "{times:?}");
 
-    // The same at a timeout.
+    // The same with a timeout.
     caller
         .client
         .batch_execute("SET statement_timeout = '300ms'")
@@ -1146,7 +1148,7 @@ fn workers_share_the_work_and_end_with_their_caller() {
 }
 
 #[test]
-fn temporary_tables_are_left_to_the_caller_by_its_workers() {
+fn workers_leave_temporary_tables_to_the_caller() {
     let cluster = slow_cluster(0);
     let mut caller = Caller::of(&cluster, "postgres");
     caller
@@ -1157,8 +1159,8 @@ fn temporary_tables_are_left_to_the_caller_by_its_workers() {
              INSERT INTO temp SELECT g, repeat('x', 700) FROM generate_series(1, 3100) g",
         )
         .unwrap();
-    // Of the table before it, a worker has the last run, which is a short one, and
-    // then looks for more.
+    // A worker claims the last run of the table before the temporary one, which is
+    // short, and then looks for more.
     cluster.slow_reads(1);
     let outcome = caller.call("pg_prewarm_database(toast => false, workers => 2)");
     assert_eq!(outcome.names(), ["small", "t", "temp"]);
@@ -1179,7 +1181,8 @@ fn an_error_in_a_worker_reaches_the_caller() {
     cluster.configure("max_parallel_workers = 2");
     for workers in [2, 100] {
         let call = format!("pg_prewarm_relation('t', toast => false, workers => {workers})");
-        // As a rule the caller takes the first, good blocks, and is busy with them.
+        // As a rule the caller claims the first blocks, which are good, and is busy
+        // reading them.
         let client = (0..10).find_map(|_| {
             cluster.start();
             cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
@@ -1200,7 +1203,7 @@ fn an_error_in_a_worker_reaches_the_caller() {
             None
         });
         let mut client = client.expect("an error in a worker");
-        // The transaction can go on without it, and with others.
+        // The transaction can continue without the call, and with other calls.
         client
             .batch_execute(&format!(
                 "BEGIN; \
@@ -1216,7 +1219,7 @@ fn an_error_in_a_worker_reaches_the_caller() {
 }
 
 #[test]
-fn a_call_does_with_fewer_workers_than_it_asked_for() {
+fn a_call_continues_with_fewer_workers_than_requested() {
     let cluster = cluster();
     cluster.table("t", 3000);
     let mut caller = Caller::of(&cluster, "postgres");
@@ -1232,14 +1235,14 @@ fn a_call_does_with_fewer_workers_than_it_asked_for() {
 }
 
 #[test]
-fn prefetching_with_direct_io_is_refused() {
+fn prefetching_with_direct_io_is_an_error() {
     let cluster = Cluster::build().not_preloaded().create();
     if cluster.major() < 16 {
         return;
     }
     cluster.configure("debug_io_direct = 'data'");
     if !cluster.try_start() {
-        // The file system does not know how.
+        // The file system does not support it.
         assert!(cluster.log().contains("debug_io_direct is not supported"));
         return;
     }

@@ -1,5 +1,5 @@
-//! What a load does where there is nothing left to start a worker with, or no
-//! database that a worker may connect to: it waits, or passes on, and says so.
+//! Loads without a free worker slot, memory or locks, and databases to which no worker
+//! can connect: the load waits, or skips the blocks, and logs it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -26,7 +26,7 @@ fn cluster_without_leader(settings: &[&str]) -> Cluster {
     cluster
 }
 
-/// No worker is needed for what is cached already.
+/// Blocks that are cached already need no worker.
 fn empty_the_cache(cluster: &Cluster) {
     cluster.stop(Shutdown::Fast);
     cluster.start();
@@ -43,13 +43,13 @@ fn blocks(table: Block, count: u32) -> impl Iterator<Item = Block> {
 }
 
 #[test]
-fn without_a_worker_slot_the_list_waits_and_outlives_every_shutdown() {
+fn without_a_worker_slot_the_list_is_kept_at_every_shutdown() {
     let cluster = Cluster::build()
         .setting("max_worker_processes = 1")
         .setting("max_logical_replication_workers = 0")
         .setting("pg_prewarm.autoprewarm_interval = 1")
         .create();
-    // A catalog's blocks: a worker that was started would load them.
+    // Blocks of a catalog, which a worker would load if it could start.
     let list = "<<2>>\n5,1663,1259,0,0\n5,1663,1249,0,0\n";
     cluster.write_list(list);
     for how in [Shutdown::Fast, Shutdown::Smart, Shutdown::Immediate] {
@@ -80,7 +80,7 @@ fn without_a_worker_slot_the_list_waits_and_outlives_every_shutdown() {
 }
 
 #[test]
-fn a_load_goes_on_when_a_worker_slot_becomes_free() {
+fn a_load_continues_when_a_worker_slot_becomes_free() {
     let cluster = cluster_without_leader(&[
         "max_worker_processes = 2",
         "max_logical_replication_workers = 0",
@@ -109,8 +109,8 @@ fn a_load_without_dynamic_shared_memory_is_tried_again() {
         .setting("shared_buffers = 256MB")
         .setting("pg_prewarm.autoprewarm_interval = 1")
         .create();
-    // The segment for these is larger than any file may be, and any file that
-    // the leader writes to, its log, is smaller.
+    // The segment for these is larger than the file size limit, and the log, which is
+    // the only file that the leader writes, is smaller.
     const LIMIT: u64 = 64 << 10;
     let catalog = Block {
         database: 5,
@@ -121,17 +121,17 @@ fn a_load_without_dynamic_shared_memory_is_tried_again() {
     };
     let list = list_of((0..LIMIT as u32).map(|block| catalog.at(block)));
     cluster.write_list(&list);
-    let rights = |mode| {
+    let set_mode = |mode| {
         fs::set_permissions(cluster.data(LIST), fs::Permissions::from_mode(mode)).unwrap();
     };
-    // Not to be read before the limit is set.
-    rights(0o000);
+    // The list cannot be read before the limit is set.
+    set_mode(0o000);
     cluster.start();
     cluster.wait_for_log(0, "could not read file");
     let leader = cluster.leader().unwrap();
     limit_file_size(leader, Some(LIMIT));
     let start = Instant::now();
-    rights(0o600);
+    set_mode(0o600);
     let warning = "WARNING:  could not resize shared memory segment";
     let warnings = || cluster.log().matches(warning).count() as u64;
     wait_until("the second try", || warnings() >= 2);
@@ -148,15 +148,15 @@ fn a_load_without_dynamic_shared_memory_is_tried_again() {
     wait_until("a dump after the load", || cluster.list() != list);
 }
 
-/// A load of so many blocks whose worker has no room in the lock table, as long as
-/// the client stays, and where the log ended before it.
+/// A load of so many blocks whose worker finds the lock table full until the client is
+/// dropped. Returns also where the log ended before.
 fn load_without_room_in_the_lock_table() -> (Cluster, Client, u64, usize) {
     let cluster = Cluster::build()
         .setting("max_connections = 10")
         .setting("max_locks_per_transaction = 10")
         .setting("pg_prewarm.autoprewarm_max_rate = 8")
         .start();
-    // A lock on one of these always takes room there.
+    // A lock on one of these is never a fast-path lock.
     let files = "SELECT array_agg(pg_relation_filenode(oid)) FROM pg_class \
                  WHERE relisshared AND relkind IN ('r', 'i') AND pg_relation_size(oid) > 0";
     let list = list_of(
@@ -171,7 +171,7 @@ fn load_without_room_in_the_lock_table() -> (Cluster, Client, u64, usize) {
                 block: 0,
             }),
     );
-    // Shared catalogs ride with a database.
+    // Shared catalogs are loaded together with a database.
     let total = list.lines().count() as u64;
     let list = list.replacen(
         &format!("<<{}>>\n", total - 1),
@@ -201,14 +201,14 @@ fn load_without_room_in_the_lock_table() -> (Cluster, Client, u64, usize) {
 }
 
 #[test]
-fn a_load_goes_on_when_there_is_room_in_the_lock_table_again() {
+fn a_load_continues_when_the_lock_table_has_space_again() {
     let (cluster, client, total, mark) = load_without_room_in_the_lock_table();
     drop(client);
     assert_eq!(cluster.wait_for_load(mark), (total, total));
 }
 
 #[test]
-fn blocks_that_there_is_no_room_in_the_lock_table_for_could_not_be_read() {
+fn blocks_whose_locks_do_not_fit_into_the_lock_table_count_as_unreadable() {
     let (cluster, _client, total, mark) = load_without_room_in_the_lock_table();
     let (loaded, of) = cluster.wait_for_load(mark);
     assert_eq!(of, total);
@@ -219,7 +219,7 @@ fn blocks_that_there_is_no_room_in_the_lock_table_for_could_not_be_read() {
 }
 
 #[test]
-fn a_caller_without_memory_is_told_so_and_the_server_lives() {
+fn a_caller_without_memory_gets_an_error_and_the_server_continues() {
     let cluster = Cluster::build().start();
     cluster.table("t", 100);
     cluster.sql("CREATE EXTENSION pg_prewarm");
@@ -230,7 +230,7 @@ fn a_caller_without_memory_is_told_so_and_the_server_lives() {
     ] {
         cluster.sql("SELECT autoprewarm_dump_now()");
         let mut client = cluster.connect("postgres");
-        // So that the library is loaded, and the table known.
+        // The library is loaded, and the table is in the session's caches.
         client.batch_execute("SELECT pg_prewarm('t')").unwrap();
         let pid = value(&mut client, "SELECT pg_backend_pid()");
         assert!(limit(pid, "as", Some(address_space(pid))));
@@ -241,7 +241,7 @@ fn a_caller_without_memory_is_told_so_and_the_server_lives() {
 }
 
 #[test]
-fn a_process_that_is_refused_memory_ends_and_the_server_lives() {
+fn a_process_that_is_refused_memory_exits_and_the_server_continues() {
     let cluster = Cluster::build().create();
     cluster.set_fault(Fault::RefusedMemory, 0);
     cluster.start();
@@ -276,7 +276,8 @@ fn a_process_that_is_refused_memory_ends_and_the_server_lives() {
         cluster.stop(Shutdown::Immediate);
         cluster.write_list(&list);
         cluster.set_fault(Fault::RefusedMemory, 1 << (round % 10));
-        // Without any, the library cannot be loaded, and the server does not start.
+        // If every request failed, the library could not be loaded, and the server
+        // would not start.
         while !cluster.try_start() {
             cluster.set_fault(Fault::RefusedMemory, 0);
         }
@@ -288,9 +289,9 @@ fn a_process_that_is_refused_memory_ends_and_the_server_lives() {
 }
 
 #[test]
-fn an_error_for_want_of_memory_does_not_fail_for_want_of_memory() {
+fn an_out_of_memory_error_is_raised_even_if_there_is_no_memory_for_it() {
     let cluster = Cluster::build().create();
-    cluster.set_fault(Fault::PoorProcess, 0);
+    cluster.set_fault(Fault::LimitedProcess, 0);
     cluster.start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     for table in 0..20 {
@@ -313,11 +314,11 @@ fn an_error_for_want_of_memory_does_not_fail_for_want_of_memory() {
             client.batch_execute(before).unwrap();
             let pid: i32 = value(&mut client, "SELECT pg_backend_pid()");
             cluster.set_fault(Fault::MemoryLeft, left);
-            cluster.set_fault(Fault::PoorProcess, pid.into());
+            cluster.set_fault(Fault::LimitedProcess, pid.into());
             let result = client.batch_execute("SELECT pg_prewarm_database('buffer', workers => 2)");
-            cluster.set_fault(Fault::PoorProcess, 0);
+            cluster.set_fault(Fault::LimitedProcess, 0);
             if let Err(error) = result {
-                // There may not even be enough to say so.
+                // There may not even be enough memory for the message.
                 let code = error.code().map_or("53200", |code| code.code());
                 assert_eq!(code, "53200", "{left} bytes left: {error:?}");
                 refused += 1;
@@ -328,9 +329,9 @@ fn an_error_for_want_of_memory_does_not_fail_for_want_of_memory() {
 }
 
 #[test]
-fn a_load_whose_leader_has_died_is_not_begun_anew_at_once() {
+fn a_load_whose_leader_died_is_not_started_again_at_once() {
     let cluster = Cluster::build().create();
-    cluster.set_fault(Fault::PoorProcess, 0);
+    cluster.set_fault(Fault::LimitedProcess, 0);
     cluster.start();
     let table = cluster.table("t", 1000);
     cluster.sql("CREATE EXTENSION pg_prewarm");
@@ -341,7 +342,7 @@ fn a_load_whose_leader_has_died_is_not_begun_anew_at_once() {
     let mut client = cluster.connect("postgres");
     LoadStats::wait_for(&mut client, |stats| stats.loaded > 0);
     let leader = cluster.leader().unwrap();
-    cluster.set_fault(Fault::PoorProcess, leader.into());
+    cluster.set_fault(Fault::LimitedProcess, leader.into());
     wait_until("another leader", || {
         cluster.leader().is_some_and(|pid| pid != leader)
     });
@@ -355,7 +356,7 @@ fn a_load_whose_leader_has_died_is_not_begun_anew_at_once() {
     assert_eq!(stats.loaded + stats.cached, 1000);
 }
 
-/// The dynamic shared memory of a server that keeps it in files.
+/// The dynamic shared memory segments of a server that keeps them in files.
 fn segments(cluster: &Cluster) -> BTreeSet<PathBuf> {
     let files = fs::read_dir(cluster.data("pg_dynshmem")).unwrap();
     files.map(|file| file.unwrap().path()).collect()
@@ -379,7 +380,7 @@ fn a_load_that_has_ended_leaves_no_shared_memory_behind() {
 }
 
 #[test]
-fn a_worker_that_fails_before_it_is_connected_fails_alone() {
+fn a_worker_that_fails_before_it_is_connected_affects_nothing_else() {
     let cluster = Cluster::build()
         .setting("dynamic_shared_memory_type = mmap")
         .not_preloaded()
@@ -394,7 +395,7 @@ fn a_worker_that_fails_before_it_is_connected_fails_alone() {
     cluster.slow_reads(10);
     let mut client = cluster.connect("postgres");
     let segments = || segments(&cluster);
-    // What the statistics need is there.
+    // The segments of the statistics exist already.
     client
         .batch_execute("SELECT pg_prewarm('t', 'prefetch')")
         .unwrap();
@@ -408,7 +409,7 @@ fn a_worker_that_fails_before_it_is_connected_fails_alone() {
         value::<Option<i32>>(&mut client, worker).is_some()
     });
     let leader = cluster.leader();
-    // The next worker does not find the load's segment.
+    // The next worker cannot attach to the load's segment.
     for segment in segments().difference(&before) {
         fs::remove_file(segment).unwrap();
     }
@@ -422,15 +423,15 @@ fn a_worker_that_fails_before_it_is_connected_fails_alone() {
 }
 
 #[test]
-fn a_leader_that_cannot_come_up_is_tried_again_once_a_second() {
+fn a_leader_that_cannot_start_is_tried_again_once_a_second() {
     let cluster = cluster_without_leader(&[]);
     let mut client = cluster.connect("postgres");
-    // Nobody can connect to anything without it.
+    // No process can connect without this file.
     let [map, aside] = ["global/pg_filenode.map", "global/aside"].map(|name| cluster.data(name));
     fs::rename(&map, &aside).unwrap();
     let mark = cluster.log_end();
     let start = Instant::now();
-    // It may have failed already when this looks whether it has been started.
+    // The leader may have failed before this checks whether it was started.
     let _ = client.batch_execute("SELECT autoprewarm_start_worker()");
     let failures = || {
         let log = cluster.log_since(mark);
@@ -450,7 +451,7 @@ fn a_leader_that_cannot_come_up_is_tried_again_once_a_second() {
     cluster.wait_for_leader();
 }
 
-/// The bytes that a process has mapped.
+/// The size of a process's address space, in bytes.
 fn address_space(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmSize:"));
@@ -487,9 +488,9 @@ fn a_load_needs_no_connection_of_a_client() {
 }
 
 #[test]
-fn databases_that_no_worker_may_connect_to_are_skipped_and_counted() {
+fn databases_to_which_no_worker_can_connect_are_skipped_and_counted() {
     let cluster = cluster_without_leader(&[]);
-    // Each with its table; the first loadable one comes last.
+    // Each has a table. The first that can be loaded comes last.
     let make = |database: &str, count| {
         cluster.sql(&format!("CREATE DATABASE {database}"));
         cluster.table_of_blocks(database, "t", count)
@@ -504,7 +505,7 @@ fn databases_that_no_worker_may_connect_to_are_skipped_and_counted() {
     cluster.sql("ALTER DATABASE template IS_TEMPLATE true");
     cluster.sql("UPDATE pg_database SET datconnlimit = -2 WHERE datname = 'invalid'");
     cluster.sql("DROP DATABASE dropped");
-    // A limit is for users, and not for the server's own workers.
+    // The limit is for users, not for background workers.
     cluster.sql("ALTER DATABASE limited CONNECTION LIMIT 0");
     let shared = Block {
         database: 0,
@@ -537,7 +538,7 @@ fn databases_that_no_worker_may_connect_to_are_skipped_and_counted() {
 }
 
 #[test]
-fn shared_catalogs_ride_with_the_first_database_that_can_be_loaded() {
+fn shared_catalogs_are_loaded_with_the_first_database_that_can_be_loaded() {
     let mut cluster = Cluster::build().start();
     cluster.expect_crash();
     cluster.sql("CREATE DATABASE closed ALLOW_CONNECTIONS false");
@@ -545,7 +546,7 @@ fn shared_catalogs_ride_with_the_first_database_that_can_be_loaded() {
         database: cluster.value("SELECT oid FROM pg_database WHERE datname = 'closed'"),
         ..cluster.file_of("postgres", "pg_class")
     };
-    // One that nobody reads unless asked to.
+    // A shared catalog that is read only on request.
     let shared = Block {
         database: 0,
         ..cluster.file_of("postgres", "pg_shdescription")
@@ -574,7 +575,7 @@ fn shared_catalogs_ride_with_the_first_database_that_can_be_loaded() {
     ] {
         let total = others.len() as u64 + 1;
         cluster.write_list(list_of(others.into_iter().chain([shared])));
-        // The server starts over, with nothing cached.
+        // The server reinitializes, and nothing is cached.
         let mark = cluster.log_end();
         let mut client = cluster.connect("postgres");
         signal(value(&mut client, "SELECT pg_backend_pid()"), libc::SIGKILL);
@@ -585,7 +586,7 @@ fn shared_catalogs_ride_with_the_first_database_that_can_be_loaded() {
 }
 
 #[test]
-fn a_database_can_be_created_while_and_after_a_list_is_loaded_that_names_its_template() {
+fn a_database_can_be_created_during_and_after_the_load_of_a_list_that_names_its_template() {
     let cluster = cluster_without_leader(&[]);
     let template = cluster.file_of("template1", "pg_class");
     let table = cluster.table_of_blocks("postgres", "t", 3);
@@ -593,7 +594,7 @@ fn a_database_can_be_created_while_and_after_a_list_is_loaded_that_names_its_tem
         database: 0,
         ..cluster.file_of("postgres", "pg_shdescription")
     };
-    // Whichever worker is the first reads this one, and has to wait for it.
+    // The first worker to read this table, whichever it is, has to wait for it.
     let mut holder = cluster.connect("postgres");
     holder
         .batch_execute("BEGIN; LOCK TABLE pg_shdescription")
@@ -614,12 +615,12 @@ fn a_database_can_be_created_while_and_after_a_list_is_loaded_that_names_its_tem
 }
 
 #[test]
-fn workers_that_do_not_come_to_work_end_the_load_and_the_list_is_kept() {
+fn if_workers_keep_exiting_before_loading_any_block_the_load_ends_and_the_list_is_kept() {
     let cluster = Cluster::build()
         .setting("max_worker_processes = 16")
         .setting("pg_prewarm.autoprewarm_workers = 16")
         .create();
-    // Each relation is worth a worker.
+    // Each relation is enough for a worker.
     let catalogs = [
         1247, 1249, 1255, 1259, 2600, 2601, 2602, 2603, 2610, 2616, 2617, 2619,
     ];
@@ -631,11 +632,11 @@ fn workers_that_do_not_come_to_work_end_the_load_and_the_list_is_kept() {
         block: 0,
     }));
     cluster.write_list(&list);
-    let rights = |mode| {
+    let set_mode = |mode| {
         fs::set_permissions(cluster.data(LIST), fs::Permissions::from_mode(mode)).unwrap();
     };
-    // Not to be read before no worker finds its function any more.
-    rights(0o000);
+    // The list cannot be read before the workers' library function cannot be found.
+    set_mode(0o000);
     cluster.start();
     cluster.wait_for_log(0, "could not read file");
     let leader = cluster.leader();
@@ -647,7 +648,7 @@ fn workers_that_do_not_come_to_work_end_the_load_and_the_list_is_kept() {
         });
     };
     search("/nowhere");
-    rights(0o600);
+    set_mode(0o600);
     cluster.reload();
     cluster.wait_for_log(
         0,
@@ -666,7 +667,7 @@ fn workers_that_do_not_come_to_work_end_the_load_and_the_list_is_kept() {
     assert_eq!(cluster.leader(), leader);
 }
 
-/// A stopped cluster, and its list of so many blocks, which it would load for hours.
+/// A stopped cluster, and its list of so many blocks, whose load would take hours.
 fn cluster_with_endless_load(blocks: u32) -> (Cluster, String) {
     let cluster = Cluster::build()
         .setting("shared_buffers = 64MB")
@@ -676,19 +677,19 @@ fn cluster_with_endless_load(blocks: u32) -> (Cluster, String) {
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let table = cluster.table("t", blocks);
     cluster.stop(Shutdown::Fast);
-    // A block every eight seconds.
+    // One block in eight seconds.
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 1");
     let list = list_of(table.first(blocks));
     cluster.write_list(&list);
     (cluster, list)
 }
 
-/// Ends every worker that waits for its first block, until the load has ended, and
+/// Terminates every worker that waits for its first block until the load has ended, and
 /// returns how many there were.
-fn end_workers_until_the_load_ends(client: &mut Client, mut meanwhile: impl FnMut()) -> usize {
+fn end_workers_until_the_load_ends(client: &mut Client, mut each_time: impl FnMut()) -> usize {
     let mut ended = BTreeSet::new();
     wait_until("the end of the load", || {
-        meanwhile();
+        each_time();
         let rows = client.query(
             "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity \
              WHERE backend_type = 'autoprewarm worker' AND wait_event_type = 'Extension'",
@@ -701,8 +702,8 @@ fn end_workers_until_the_load_ends(client: &mut Client, mut meanwhile: impl FnMu
 }
 
 #[test]
-fn workers_that_are_ended_before_they_load_anything_end_the_load_and_the_list_is_kept() {
-    // More chunks than workers die: each is given to two of them at most.
+fn if_workers_are_terminated_before_loading_any_block_the_load_ends_and_the_list_is_kept() {
+    // More chunks than workers that die: each is given to at most two of them.
     const BLOCKS: u32 = 7000;
     let (cluster, list) = cluster_with_endless_load(BLOCKS);
     for workers in [8, 12] {
@@ -730,7 +731,8 @@ fn workers_that_are_ended_before_they_load_anything_end_the_load_and_the_list_is
 }
 
 #[test]
-fn workers_that_died_in_vain_are_replaced_after_a_second_whatever_wakes_the_leader() {
+fn workers_that_died_before_loading_any_block_are_replaced_after_a_second_even_if_the_leader_wakes_up()
+ {
     let (cluster, _) = cluster_with_endless_load(4000);
     cluster.configure("pg_prewarm.autoprewarm_workers = 4");
     cluster.start();
@@ -744,7 +746,7 @@ fn workers_that_died_in_vain_are_replaced_after_a_second_whatever_wakes_the_lead
 }
 
 #[test]
-fn a_database_that_no_worker_can_connect_to_is_given_up_after_a_few_tries() {
+fn a_database_to_which_no_worker_can_connect_is_skipped_after_a_few_tries() {
     let cluster = cluster_without_leader(&[]);
     cluster.sql("CREATE DATABASE broken");
     let broken = cluster.table_of_blocks("broken", "t", 5);

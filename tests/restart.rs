@@ -43,7 +43,7 @@ fn a_restart_restores_exactly_the_cached_blocks_of_every_database_and_tablespace
     .map(|(database, relation)| cluster.file_of(database, relation))
     .into();
 
-    // A cold start, so that only what is asked for is cached.
+    // Nothing is cached at the start, so only the blocks that the test reads are.
     cluster.stop(Shutdown::Fast);
     cluster.write_list("<<0>>\n");
     cluster.start();

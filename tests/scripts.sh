@@ -1,52 +1,52 @@
 #!/usr/bin/env bash
-# What the scripts say where something is wrong, and that they go on once it is
-# not: an archive of toy packages on this machine, programs that are not what they
-# seem, and caches without room. Needs no network and, on a machine that is ready
-# to build, under a minute; what only root can set up is left out for others, with a note.
+# Tests the scripts' error handling, and that they succeed once the fault is fixed: with an
+# archive of toy packages on this machine, fake programs, and full caches. Needs no network,
+# and less than a minute on a prepared machine. Tests that only root can set up are skipped
+# for others, with a note.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-folder=$(mktemp -d)
-chmod a+rx "$folder"
+directory=$(mktemp -d)
+chmod a+rx "$directory"
 server=
 clean_up() {
     [ -z "$server" ] || kill "$server" 2>/dev/null || true
-    ! mountpoint -q "$folder/small" || umount "$folder/small"
-    rm -rf "$folder"
+    ! mountpoint -q "$directory/small" || umount "$directory/small"
+    rm -rf "$directory"
 }
 trap clean_up EXIT
-export PG_PREWARM_CACHE=$folder/cache PG_PREWARM_PAUSE=0
+export PG_PREWARM_CACHE=$directory/cache PG_PREWARM_PAUSE=0
 unset PG_FROM PG_PREWARM_ARCHIVE
 passed=0
 
-# Runs the command after --; it must end with that status and say each of the
-# texts before --, and nothing may speak of what bash or Rust found.
+# Runs the command after --. It must exit with that status and print each of the texts
+# before --, and no error of bash or panic of Rust.
 expect() {
     local name=$1 status=$2 got=0 texts=() text output
     shift 2
     while [ "$1" != -- ]; do texts+=("$1"); shift; done
     shift
-    "$@" >"$folder/output" 2>&1 </dev/null || got=$?
-    output=$(cat "$folder/output")
+    "$@" >"$directory/output" 2>&1 </dev/null || got=$?
+    output=$(cat "$directory/output")
     [ "$got" = "$status" ] || fail "$name" "status $got, not $status"
     for text in "${texts[@]}"; do
-        grep -qF -- "$text" <<<"$output" || fail "$name" "it does not say '$text'"
+        grep -qF -- "$text" <<<"$output" || fail "$name" "it does not print '$text'"
     done
     [ "$status" = 0 ] || [ "$(grep -c '^error: ' <<<"$output")" = 1 ] || fail "$name" "not one line of error"
     ! grep -qE 'unbound variable|line [0-9]+:|panicked' <<<"$output" || fail "$name" "it fails by accident"
     echo "ok: $name"
     passed=$((passed + 1))
 }
-fail() { printf 'FAILED: %s: %s\n' "$1" "$2"; sed 's/^/    /' "$folder/output"; exit 1; }
-must_be() { [ "$@" ] || { : >>"$folder/output"; fail "after that" "not so: [ $* ]"; }; }
+fail() { printf 'FAILED: %s: %s\n' "$1" "$2"; sed 's/^/    /' "$directory/output"; exit 1; }
+must_be() { [ "$@" ] || { : >>"$directory/output"; fail "after that" "not so: [ $* ]"; }; }
 
-# A program in a folder of that name that says one thing and ends with a status.
+# Creates a fake program in a directory of that name, with its output and exit status.
 fake() {
-    mkdir -p "$folder/$1"
-    printf '#!/bin/sh\necho "%s"\nexit %s\n' "$3" "${4:-0}" >"$folder/$1/$2"
-    chmod a+x "$folder/$1/$2"
+    mkdir -p "$directory/$1"
+    printf '#!/bin/sh\necho "%s"\nexit %s\n' "$3" "${4:-0}" >"$directory/$1/$2"
+    chmod a+x "$directory/$1/$2"
 }
-with() { PATH=$folder/$1:$PATH "${@:2}"; }
+with() { PATH=$directory/$1:$PATH "${@:2}"; }
 
 # --- Rust
 fake old cargo 'cargo 1.70.0'; fake old rustc 'rustc 1.70.0'; fake old rustfmt 'rustfmt 1.70.0'
@@ -54,11 +54,11 @@ fake new cargo 'cargo 9.0.0'; fake new rustc 'rustc 9.0.0'; fake new rustfmt 'ru
 fake bare cargo 'cargo 9.0.0'; fake bare rustc 'rustc 9.0.0'; fake bare rustfmt 'no rustfmt' 1
 fake none cargo 'no toolchain' 1; fake none rustc 'no toolchain' 1
 rust() { bash -c 'source scripts/lib.sh; use_rust; cargo --version'; }
-DEBIAN_RUST=$folder/none expect "a Rust that is too old" 1 'PATH has 1.70.0: apt-get install cargo-web' -- with old rust
-DEBIAN_RUST=$folder/none expect "no Rust" 1 'PATH has none: apt-get install cargo-web' -- with none rust
-DEBIAN_RUST=$folder/none expect "a Rust without rustfmt" 1 'with rustfmt is needed' -- with bare rust
-DEBIAN_RUST=$folder/new expect "Debian's where PATH's is too old" 0 'cargo 9.0.0' -- with old rust
-DEBIAN_RUST=$folder/none expect "PATH's where it is new enough" 0 'cargo 9.0.0' -- with new rust
+DEBIAN_RUST=$directory/none expect "a Rust that is too old" 1 'PATH has 1.70.0: apt-get install cargo-web' -- with old rust
+DEBIAN_RUST=$directory/none expect "no Rust" 1 'PATH has none: apt-get install cargo-web' -- with none rust
+DEBIAN_RUST=$directory/none expect "a Rust without rustfmt" 1 'with rustfmt is needed' -- with bare rust
+DEBIAN_RUST=$directory/new expect "Debian's Rust if PATH's is too old" 0 'cargo 9.0.0' -- with old rust
+DEBIAN_RUST=$directory/none expect "PATH's Rust if it is new enough" 0 'cargo 9.0.0' -- with new rust
 
 # --- make
 make_level() { bash -c 'source scripts/lib.sh; echo "level ${MAKELEVEL:-none}"'; }
@@ -68,14 +68,14 @@ MAKELEVEL=2 expect "a script that make has called" 0 'level none' -- make_level
 for major in 14 20; do
     fake "pg$major" pg_config "PostgreSQL $major.1"
     expect "a pg_config of $major" 2 "error: PostgreSQL $major is not supported: 15 16 17 18 19 are" -- \
-        make -s install PG_CONFIG="$folder/pg$major/pg_config"
+        make -s install PG_CONFIG="$directory/pg$major/pg_config"
 done
-expect "no pg_config" 2 'say make install PG_CONFIG=/path/to/pg_config' -- make -s install PG_CONFIG="$folder/none/pg_config"
+expect "no pg_config" 2 'use make install PG_CONFIG=/path/to/pg_config' -- make -s install PG_CONFIG="$directory/none/pg_config"
 fake broken pg_config 'no library' 1
-expect "a pg_config that does not run" 2 'is no pg_config' -- make -s install PG_CONFIG="$folder/broken/pg_config"
-expect "something else for a pg_config" 2 'is no pg_config' -- make -s install PG_CONFIG="$folder/old/cargo"
+expect "a pg_config that does not run" 2 'is not a pg_config' -- make -s install PG_CONFIG="$directory/broken/pg_config"
+expect "something else for a pg_config" 2 'is not a pg_config' -- make -s install PG_CONFIG="$directory/old/cargo"
 
-# --- what was tested
+# --- which versions were tested
 sum_up() { bash -c 'source scripts/lib.sh; sum_up "$@"' - "$@"; }
 expect "all tested" 0 'tested: 15 16 17 18 19 (5 of 5)' -- sum_up '15 16 17 18 19' ''
 expect "four tested" 0 'tested: 15 16 18 19 (4 of 5); NOT tested: 17 (why)' -- sum_up '15 16 18 19' '17 (why)'
@@ -95,29 +95,29 @@ fi
 # --- an archive: a PostgreSQL 17 whose postgres is /bin/true
 export PG_PREWARM_ARCHIVE_TRUSTED=yes
 export PG_PREWARM_ARCHIVE=http://127.0.0.1:9/debian
-expect "no network" 3 'trying again' 'error: PostgreSQL 17 cannot be had: source: not all lists' '; packages: not all lists' 'Could not connect' -- scripts/prepare 17
+expect "no network" 3 'trying again' 'error: PostgreSQL 17 is not available: source: not all lists' '; packages: not all lists' 'Could not connect' -- scripts/prepare 17
 must_be -s "$PG_PREWARM_CACHE/missing/17"
 must_be ! -e "$PG_PREWARM_CACHE/pg17"
 
-pool=$folder/archive/pool
+pool=$directory/archive/pool
 mkdir -p "$pool"
 toy() {
-    local name=$1 depends=$2 files=$folder/toy/$1
+    local name=$1 depends=$2 files=$directory/toy/$1
     mkdir -p "$files/DEBIAN"
     printf 'Package: %s\nVersion: 17.9\nArchitecture: amd64\nMaintainer: nobody <nobody@invalid>\nDescription: toy\n%s' \
         "$name" "${depends:+Depends: $depends$'\n'}" >"$files/DEBIAN/control"
     dpkg-deb --build -Znone "$files" "$pool/$name.deb" >/dev/null
 }
-libraries=$folder/toy/libc6/usr/lib/x86_64-linux-gnu
-bin=$folder/toy/postgresql-17/usr/lib/postgresql/17/bin
-mkdir -p "$libraries" "$bin" "$folder/toy/postgresql-17/usr/share/postgresql/17" \
-    "$folder/toy/postgresql-server-dev-17/usr/include/postgresql/17"
+libraries=$directory/toy/libc6/usr/lib/x86_64-linux-gnu
+bin=$directory/toy/postgresql-17/usr/lib/postgresql/17/bin
+mkdir -p "$libraries" "$bin" "$directory/toy/postgresql-17/usr/share/postgresql/17" \
+    "$directory/toy/postgresql-server-dev-17/usr/include/postgresql/17"
 cp -L /lib64/ld-linux-x86-64.so.2 /lib/x86_64-linux-gnu/libc.so.6 "$libraries/"
 cp /bin/true "$bin/postgres"
 cp /bin/true "$bin/pg_ctl"
 toy libc6 ''; toy postgresql-client-17 libc6; toy postgresql-server-dev-17 ''; toy postgresql-17 'libc6, postgresql-client-17'
 for suite in trixie sid forky experimental bookworm; do
-    index=$folder/archive/dists/$suite
+    index=$directory/archive/dists/$suite
     mkdir -p "$index/main/binary-amd64" "$index/main/source"
     : >"$index/main/binary-amd64/Packages"
     printf 'Package: postgresql-17\nBinary: postgresql-17\nVersion: 17.9\nFormat: 3.0 (quilt)\nDirectory: pool\nChecksums-Sha256:\n %064d 9 postgresql-17_17.9.dsc\n\n' 1 \
@@ -136,58 +136,58 @@ for suite in trixie sid forky experimental bookworm; do
         done)
     } >"$index/Release"
 done
-python3 -u -m http.server --bind 127.0.0.1 --directory "$folder/archive" 0 >"$folder/archive.log" 2>&1 &
+python3 -u -m http.server --bind 127.0.0.1 --directory "$directory/archive" 0 >"$directory/archive.log" 2>&1 &
 server=$!
 port=
 for _ in 1 2 3 4 5 6 7 8 9 10; do
-    port=$(sed -n 's/^Serving HTTP on .* port \([0-9]*\) .*/\1/p' "$folder/archive.log")
+    port=$(sed -n 's/^Serving HTTP on .* port \([0-9]*\) .*/\1/p' "$directory/archive.log")
     [ -z "$port" ] || break
     sleep 0.3
 done
-[ -n "$port" ] || { cp "$folder/archive.log" "$folder/output"; fail "the archive of this test" "it does not start"; }
+[ -n "$port" ] || { cp "$directory/archive.log" "$directory/output"; fail "the archive of this test" "it does not start"; }
 export PG_PREWARM_ARCHIVE=http://127.0.0.1:$port
 
 mv "$pool" "$pool.away"
-expect "an archive without the files that it names" 3 'cannot be had: source: ' 'packages: ' '404' -- scripts/prepare 17
+expect "an archive without the files that it names" 3 'is not available: source: ' 'packages: ' '404' -- scripts/prepare 17
 mv "$pool.away" "$pool"
 must_be ! -e "$PG_PREWARM_CACHE/pg17"
-expect "a way that is not to be had by the switch" 3 'cannot be had: source: Failed to fetch' '404' -- env PG_FROM=source scripts/prepare 17
-cp "$pool/libc6.deb" "$folder/whole"
+expect "PG_FROM=source, which is not available" 3 'is not available: source: Failed to fetch' '404' -- env PG_FROM=source scripts/prepare 17
+cp "$pool/libc6.deb" "$directory/whole"
 truncate -s 100000 "$pool/libc6.deb"
-expect "a file that is cut off" 3 'trying again' 'packages: ' -- env PG_FROM=packages scripts/prepare 17
+expect "a truncated file" 3 'trying again' 'packages: ' -- env PG_FROM=packages scripts/prepare 17
 must_be ! -e "$PG_PREWARM_CACHE/packages-17"
-cp "$folder/whole" "$pool/libc6.deb"
-expect "and then whole" 0 'PostgreSQL 17: binary packages 17.9, without assertions' -- scripts/prepare 17
+cp "$directory/whole" "$pool/libc6.deb"
+expect "and then the complete file" 0 'PostgreSQL 17: binary packages 17.9, without assertions' -- scripts/prepare 17
 "$PG_PREWARM_CACHE/pg17/bin/postgres"
 grep -q "$PG_PREWARM_CACHE/packages-17/lib" <(patchelf --print-rpath "$PG_PREWARM_CACHE/pg17/bin/postgres")
-requests=$(wc -l <"$folder/archive.log")
-expect "17-test, of the same packages" 0 'PostgreSQL 17-test: binary packages' -- env PG_FROM=packages scripts/prepare 17-test
+requests=$(wc -l <"$directory/archive.log")
+expect "17-test, from the same packages" 0 'PostgreSQL 17-test: binary packages' -- env PG_FROM=packages scripts/prepare 17-test
 expect "a second call" 0 -- scripts/prepare 17 17-test
-must_be "$(grep -c '\.deb' <(tail -n +$((requests + 1)) "$folder/archive.log"))" = 0
+must_be "$(grep -c '\.deb' <(tail -n +$((requests + 1)) "$directory/archive.log"))" = 0
 rm "$PG_PREWARM_CACHE/pg17/.key"
 expect "an installation that is not complete" 0 'PostgreSQL 17: binary packages' -- env PG_FROM=packages scripts/prepare 17
 
-# --- a cache in which nothing can be made
+# --- a cache in which no directory can be created
 fake no-mktemp mktemp 'mktemp: failed' 1
 rm "$PG_PREWARM_CACHE/pg17/.key"
-expect "no folder to work in" 1 'no folder can be made in' -- with no-mktemp env PG_FROM=packages scripts/prepare 17
+expect "no temporary directory" 1 'cannot create a directory in' -- with no-mktemp env PG_FROM=packages scripts/prepare 17
 
 # --- two at once
 ( flock 9; sleep 2 ) 9>"$PG_PREWARM_CACHE/.lock" &
 sleep 0.5
-expect "another that is at it" 0 'waiting for another' -- scripts/prepare 17
+expect "another call that is running" 0 'waiting for another' -- scripts/prepare 17
 
-# --- room
-if [ "$(id -u)" = 0 ] && mkdir "$folder/small" && mount -t tmpfs -o size=20m none "$folder/small" 2>/dev/null; then
-    export PG_PREWARM_CACHE=$folder/small
-    expect "no room, seen before" 1 'takes 150 MB' 'PG_PREWARM_CACHE' -- scripts/prepare 15
+# --- disk space
+if [ "$(id -u)" = 0 ] && mkdir "$directory/small" && mount -t tmpfs -o size=20m none "$directory/small" 2>/dev/null; then
+    export PG_PREWARM_CACHE=$directory/small
+    expect "no space, noticed before" 1 'needs 150 MB' 'PG_PREWARM_CACHE' -- scripts/prepare 15
     fake full df 9999999
-    expect "no room, seen in between" 1 'no room left in' 'PG_PREWARM_CACHE' -- with full scripts/prepare 15
-    must_be ! -e "$folder/small/pg15"
-    mount -o remount,size=300m "$folder/small"
-    expect "and then with room" 0 'PostgreSQL 15: ' -- scripts/prepare 15
-    "$folder/small/pg15/lib/postgresql/15/bin/postgres" --version >/dev/null
+    expect "no space, noticed during the copy" 1 'no space left in' 'PG_PREWARM_CACHE' -- with full scripts/prepare 15
+    must_be ! -e "$directory/small/pg15"
+    mount -o remount,size=300m "$directory/small"
+    expect "and then with enough space" 0 'PostgreSQL 15: ' -- scripts/prepare 15
+    "$directory/small/pg15/lib/postgresql/15/bin/postgres" --version >/dev/null
 else
-    echo "no file system without room can be made here: NOT tested"
+    echo "a full file system cannot be set up here: NOT tested"
 fi
 echo "$passed passed, 0 failed"

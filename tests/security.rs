@@ -1,5 +1,5 @@
-//! Who may call what, and that nobody reads what is not theirs or has others run
-//! what they planted.
+//! Who can call what; and that no role can read relations without privileges, or make
+//! others run their functions.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,20 +8,20 @@ use postgres::Client;
 use crate::common::{Cluster, error, value};
 use crate::upgrade::objects;
 
-/// What comes of a query.
+/// The outcome of a query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Answer {
-    /// It says yes.
+    /// It returned true.
     Yes,
-    /// It says no.
+    /// It returned false.
     No,
     /// Permission is denied.
     Denied,
 }
 
 impl Answer {
-    /// Of a query for a boolean. Errors but a lack of rights are as good as a yes:
-    /// whoever gets them was let in.
+    /// The outcome of a query that returns a boolean. Errors other than a lack of
+    /// privileges count as true: the role had the privilege.
     fn to(client: &mut Client, query: &str) -> Self {
         match client.query_one(query, &[]) {
             Ok(row) if row.get(0) => Self::Yes,
@@ -35,11 +35,11 @@ impl Answer {
     }
 }
 
-/// Those who ask, in the order of what is expected of them: `granted` was given
-/// all rights to the extension's objects and to the table, which is `owner`'s.
+/// The roles, in the order of the expected answers. `granted` has all privileges on the
+/// extension's objects and on the table, whose owner is `owner`.
 const ROLES: [&str; 5] = ["postgres", "monitor", "owner", "plain", "granted"];
 
-/// Each object of the extension, a query that uses it, and what comes of it.
+/// Each object of the extension, a query that uses it, and the answer for each role.
 const EXPECTED: [(&str, &str, [Answer; 5]); 14] = {
     use Answer::{Denied, No, Yes};
     let of_table = [Yes, Denied, Yes, Denied, Yes];
@@ -120,8 +120,8 @@ const EXPECTED: [(&str, &str, [Answer; 5]); 14] = {
     ]
 };
 
-/// Everything that is the extension's, as the catalogs describe it, but for the row
-/// types of its views.
+/// All objects of the extension, as the catalogs describe them, except the row types of
+/// its views.
 fn members(client: &mut Client) -> BTreeSet<String> {
     value::<Vec<String>>(
         client,
@@ -136,7 +136,7 @@ fn members(client: &mut Client) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_function_and_view_lets_in_those_who_should_be_and_nobody_else() {
+fn every_function_and_view_can_be_used_by_the_intended_roles_and_no_others() {
     let cluster = Cluster::build().start();
     cluster.sql(
         "CREATE EXTENSION pg_prewarm; SELECT autoprewarm_dump_now(); \
@@ -160,7 +160,7 @@ fn every_function_and_view_lets_in_those_who_should_be_and_nobody_else() {
     }
 }
 
-/// Relations of all kinds, each of several blocks, and what belongs to them.
+/// Relations of all kinds with several blocks each, and their indexes and TOAST tables.
 const RELATIONS: &str = "CREATE SCHEMA s; GRANT USAGE ON SCHEMA s TO plain; \
     CREATE TABLE s.t (a int PRIMARY KEY, filler text); \
     ALTER TABLE s.t ALTER filler SET STORAGE EXTERNAL; \
@@ -170,7 +170,7 @@ const RELATIONS: &str = "CREATE SCHEMA s; GRANT USAGE ON SCHEMA s TO plain; \
     CREATE INDEX top_a ON s.top (a); \
     CREATE TABLE s.leaf PARTITION OF s.top DEFAULT; INSERT INTO s.top SELECT * FROM s.t";
 
-/// How many blocks are cached, but for catalogs, by relation.
+/// The number of cached blocks by relation, without catalogs.
 const CACHED: &str = "SELECT c.oid::regclass::text, count(*) FROM pg_buffercache b \
     JOIN pg_class c ON pg_relation_filenode(c.oid) = b.relfilenode \
     JOIN pg_database d ON d.oid = b.reldatabase AND d.datname = current_database() \
@@ -182,13 +182,13 @@ fn cached(cluster: &Cluster) -> BTreeMap<String, i64> {
 }
 
 #[test]
-fn no_way_leads_to_a_relation_without_the_right_to_select() {
+fn no_function_reads_a_relation_without_the_select_privilege() {
     let cluster = Cluster::build().not_preloaded().start();
     cluster.sql(
         "CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache; CREATE ROLE plain LOGIN",
     );
     cluster.sql(RELATIONS);
-    // What gives no right to the whole of a table.
+    // Privileges that do not cover the whole table.
     cluster.sql(
         "GRANT SELECT (a) ON s.t TO plain; GRANT INSERT, UPDATE, DELETE ON s.t, s.leaf TO plain; \
          GRANT USAGE ON s.q TO plain",
@@ -201,7 +201,7 @@ fn no_way_leads_to_a_relation_without_the_right_to_select() {
              UNION ALL SELECT indexrelid FROM pg_index JOIN toast ON indrelid = oid) every",
     );
     assert_eq!(relations.len(), 14);
-    // So that none is cached.
+    // Nothing is cached then.
     cluster.restart();
 
     let mut plain = cluster.connect_as("plain", "postgres");
@@ -227,8 +227,8 @@ fn no_way_leads_to_a_relation_without_the_right_to_select() {
     }
     assert_eq!(cached(&cluster), BTreeMap::new());
 
-    // The right to the table is enough for what belongs to it; policies choose
-    // rows, of which none is shown.
+    // The privilege on the table is enough for its indexes and TOAST table. Row
+    // security policies restrict rows, and a call shows none.
     cluster.sql(
         "GRANT SELECT ON s.t TO plain; ALTER TABLE s.t ENABLE ROW LEVEL SECURITY; \
          GRANT SELECT ON s.top TO plain",
@@ -247,8 +247,8 @@ fn no_way_leads_to_a_relation_without_the_right_to_select() {
     }
 }
 
-/// A schema of `attacker`'s in which everything that a script or a view could look
-/// up has a namesake. Whatever of it is run tells so, and by whom.
+/// A schema of `attacker` with a namesake of everything that a script or a view could
+/// look up. Each logs that it was called, and by whom.
 const TRAPS: &str = "CREATE ROLE attacker LOGIN; CREATE SCHEMA evil AUTHORIZATION attacker; \
     SET ROLE attacker; SET search_path = evil; \
     CREATE TABLE evil.caught (who text, what text); \
@@ -276,11 +276,11 @@ const TRAPS: &str = "CREATE ROLE attacker LOGIN; CREATE SCHEMA evil AUTHORIZATIO
     CREATE DOMAIN evil.int2 AS pg_catalog.int2; \
     RESET ROLE; RESET search_path";
 
-/// The path of a careless superuser: the attacker's schema before the server's.
+/// The search path of a careless superuser: the attacker's schema before the server's.
 const CARELESS: &str = "SET search_path = evil, pg_catalog, public";
 
 #[test]
-fn nothing_planted_in_the_search_path_is_run_by_a_script_or_a_call() {
+fn scripts_and_calls_run_nothing_that_an_attacker_has_put_into_the_search_path() {
     let clean = Cluster::build().not_preloaded().start();
     clean.sql(
         "CREATE ROLE attacker LOGIN; CREATE SCHEMA evil AUTHORIZATION attacker; \
@@ -294,7 +294,7 @@ fn nothing_planted_in_the_search_path_is_run_by_a_script_or_a_call() {
     client.batch_execute(CARELESS).unwrap();
     for steps in [
         &["CREATE EXTENSION pg_prewarm SCHEMA evil"][..],
-        // The first schema of the path is where it goes.
+        // The extension is created in the first schema of the path.
         &["CREATE EXTENSION pg_prewarm"],
         &[
             "CREATE EXTENSION pg_prewarm VERSION '1.1'",
@@ -317,8 +317,8 @@ fn nothing_planted_in_the_search_path_is_run_by_a_script_or_a_call() {
         client.batch_execute("DROP EXTENSION pg_prewarm").unwrap();
     }
 
-    // Elsewhere, called by names that leave no doubt. What a view looks up was
-    // settled when it was made.
+    // In another schema, called by qualified names. A view's names were resolved when
+    // it was created.
     client
         .batch_execute("CREATE EXTENSION pg_prewarm SCHEMA public")
         .unwrap();
@@ -349,7 +349,7 @@ fn nothing_planted_in_the_search_path_is_run_by_a_script_or_a_call() {
 }
 
 #[test]
-fn what_has_the_name_of_a_function_or_a_view_is_not_taken_over() {
+fn an_object_with_the_name_of_a_function_or_view_is_not_taken_over() {
     let cluster = Cluster::build().not_preloaded().start();
     cluster.sql("CREATE ROLE attacker; CREATE SCHEMA evil AUTHORIZATION attacker");
     let mut client = cluster.connect("postgres");

@@ -1,4 +1,4 @@
-//! The settings, and how the leader follows them; and which signals it obeys.
+//! The settings, how the leader follows them, and its signals.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use crate::common::{
     Cluster, Installation, LIST, Shutdown, SqlError, error, signal, value, wait_until,
 };
 
-/// All that `pg_settings` tells of the settings but for their descriptions.
+/// The settings in `pg_settings`, without their descriptions.
 fn shown(client: &mut Client) -> Vec<String> {
     value(
         client,
@@ -33,7 +33,7 @@ const WORKERS: &str = "pg_prewarm.autoprewarm_workers integer 2 sighup 1..64 2 2
                        Customized Options {}";
 
 #[test]
-fn each_setting_exists_where_it_can_have_an_effect() {
+fn each_setting_is_defined_if_it_can_have_an_effect() {
     let installations = [
         (Some(Installation::ours()), &[MAX_RATE, WORKERS][..]),
         (Installation::contrib(), &[]),
@@ -50,7 +50,7 @@ fn each_setting_exists_where_it_can_have_an_effect() {
             [&[AUTOPREWARM, INTERVAL], only_ours].concat()
         );
 
-        // Elsewhere there is one when the library has been loaded.
+        // Without preloading, a setting exists once the library has been loaded.
         let lazy = build().not_preloaded().start();
         let mut client = lazy.connect("postgres");
         assert_eq!(shown(&mut client), [""; 0]);
@@ -96,7 +96,7 @@ fn a_session_cannot_change_a_setting() {
     }
 }
 
-/// Values that each setting must refuse, and what the server's message begins with.
+/// Values that each setting must reject, and the beginning of the server's message.
 const BAD_VALUES: [(&str, &str, &str); 10] = [
     (
         "autoprewarm_interval",
@@ -151,7 +151,7 @@ const BAD_VALUES: [(&str, &str, &str); 10] = [
 ];
 
 #[test]
-fn alter_system_refuses_bad_values_and_takes_good_ones() {
+fn alter_system_rejects_bad_values_and_accepts_good_ones() {
     let cluster = Cluster::build().start();
     let mut client = cluster.connect("postgres");
     for (setting, bad, message) in BAD_VALUES {
@@ -190,13 +190,13 @@ fn alter_system_refuses_bad_values_and_takes_good_ones() {
 }
 
 #[test]
-fn bad_values_in_the_configuration_are_reported_and_the_former_ones_stay() {
+fn bad_values_in_the_configuration_are_reported_and_the_old_ones_stay() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 77")
         .start();
     let leader = cluster.wait_for_leader();
     let mark = cluster.log_end();
-    // The last line for a setting counts, so there is a round for each.
+    // The last line of a setting counts, so each value needs its own reload.
     for (setting, bad, message) in BAD_VALUES {
         cluster.configure(&format!("pg_prewarm.{setting} = '{bad}'"));
         cluster.reload();
@@ -209,7 +209,7 @@ fn bad_values_in_the_configuration_are_reported_and_the_former_ones_stay() {
     );
     assert_eq!(cluster.leader(), Some(leader));
 
-    // A server that starts with them takes the defaults.
+    // A server that starts with bad values uses the defaults.
     let mark = cluster.log_end();
     cluster.restart();
     let mut client = cluster.connect("postgres");
@@ -232,7 +232,7 @@ fn bad_values_in_the_configuration_are_reported_and_the_former_ones_stay() {
 }
 
 #[test]
-fn an_unknown_setting_of_ours_is_warned_of_when_preloaded() {
+fn an_unknown_setting_with_our_prefix_causes_a_warning_if_preloaded() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_intervall = 5")
         .start();
@@ -270,7 +270,7 @@ fn an_unknown_setting_of_ours_is_warned_of_when_preloaded() {
 
 const DUMPED: &str = "wrote block details";
 
-/// How often the list has been written since `mark`.
+/// How many times the list has been written since `mark`.
 fn dumps_since(cluster: &Cluster, mark: usize) -> usize {
     cluster.log_since(mark).matches(DUMPED).count()
 }
@@ -293,7 +293,7 @@ fn the_list_is_dumped_every_interval_and_a_reload_changes_that_at_once() {
         wait_until("two dumps", || dumps_since(&cluster, mark) >= 2);
     }
 
-    // Each dump lists what is cached by then.
+    // Each dump lists what is cached at that time.
     cluster.sql("CREATE TABLE late AS SELECT 1 AS a");
     let file = cluster.file_of("postgres", "late");
     wait_until("a list with the new table", || cluster.lists(file));
@@ -314,7 +314,7 @@ fn an_interval_of_zero_dumps_at_shutdown_only() {
         sleep(Duration::from_millis(1500));
         dumps_since(&cluster, mark) == 0
     });
-    // Nor is it a reason to dump that the leader wakes up.
+    // Waking the leader does not make it dump either.
     let mark = cluster.log_end();
     for _ in 0..3 {
         signal(leader, libc::SIGHUP);
@@ -328,7 +328,7 @@ fn an_interval_of_zero_dumps_at_shutdown_only() {
 }
 
 #[test]
-fn switched_off_there_is_no_leader_and_the_list_is_neither_read_nor_written() {
+fn if_switched_off_there_is_no_leader_and_the_list_is_neither_read_nor_written() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm = off")
         .setting("pg_prewarm.autoprewarm_interval = 1")
@@ -352,7 +352,7 @@ fn the_leader_is_shown_without_a_database_and_does_not_hold_back_vacuum() {
         .setting("pg_prewarm.autoprewarm_interval = 1")
         .start();
     cluster.wait_for_log(0, DUMPED);
-    // Wait events of extensions have names on 17 and later.
+    // On 17 and later, wait events of extensions have names.
     let wait_event = match Installation::ours().major() {
         17.. => "AutoprewarmLeaderMain",
         _ => "Extension",
@@ -382,7 +382,7 @@ fn the_leader_ignores_a_cancel() {
 }
 
 #[test]
-fn a_terminated_leader_dumps_and_stays_away_until_it_is_started_again() {
+fn a_terminated_leader_dumps_and_does_not_return_until_it_is_started_again() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 0")
         .start();
@@ -396,7 +396,7 @@ fn a_terminated_leader_dumps_and_stays_away_until_it_is_started_again() {
     cluster.wait_for_log(mark, "exited with exit code 0");
     assert_eq!(cluster.leader(), None);
 
-    // The next leader finds the cache as it is, and does not load again.
+    // The next leader does not load again.
     cluster.sql("SELECT autoprewarm_start_worker()");
     let next = cluster.wait_for_leader();
     assert_ne!(next, leader);

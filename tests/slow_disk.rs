@@ -1,7 +1,7 @@
-//! What a load promises holds while its workers wait for a slow disk: they end
-//! when told to, let others have their locks, and leave the list alone until all
-//! is loaded. And so does what a dump promises: no list is lost, and nobody kept from
-//! writing the next.
+//! What a load and a dump promise also applies while they wait for a slow disk: workers
+//! exit when terminated, others get their locks, the list is not replaced before all of
+//! it is loaded, no list is lost, and no process is prevented from writing the next
+//! one.
 
 use std::fs;
 use std::path::Path;
@@ -15,8 +15,8 @@ use crate::common::{
 
 const BLOCKS: u32 = 4000;
 
-/// A cluster, not started, whose list names a table that would take a minute to
-/// load: each block takes that many milliseconds.
+/// A cluster, not started, whose list names a table that would take a minute to load.
+/// Each block takes so many milliseconds.
 fn cluster_with_slow_load(builder: Builder, milliseconds: u32) -> (Cluster, Block) {
     let cluster = builder.setting("shared_buffers = 64MB").start();
     let table = cluster.table("t", BLOCKS);
@@ -25,7 +25,7 @@ fn cluster_with_slow_load(builder: Builder, milliseconds: u32) -> (Cluster, Bloc
     (cluster, table)
 }
 
-/// Has the stopped server load the table slowly when it starts.
+/// Makes the stopped server load the table slowly when it starts.
 fn make_slow(cluster: &Cluster, table: Block, milliseconds: u32) {
     if cluster.major() >= 17 {
         cluster.configure("io_combine_limit = 1");
@@ -34,7 +34,7 @@ fn make_slow(cluster: &Cluster, table: Block, milliseconds: u32) {
     cluster.slow_reads(milliseconds);
 }
 
-/// The ways of reading that the server has, each as a line of its configuration.
+/// The I/O methods of the server, each as a line of its configuration.
 fn io_methods(cluster: &Cluster) -> &'static [&'static str] {
     match cluster.major() {
         18.. => &["io_method = sync", "io_method = worker"],
@@ -45,7 +45,7 @@ fn io_methods(cluster: &Cluster) -> &'static [&'static str] {
 const READING: &str = "FROM pg_stat_activity \
                        WHERE backend_type = 'autoprewarm worker' AND wait_event_type = 'IO'";
 
-/// Waits until so many workers are reading at once, and returns one's process ID.
+/// Waits until so many workers are reading at once, and returns the process ID of one.
 fn wait_for_reading(client: &mut Client, workers: i64) -> i32 {
     let mut pid = None;
     wait_until("workers that read", || {
@@ -58,10 +58,10 @@ fn wait_for_reading(client: &mut Client, workers: i64) -> i32 {
     pid.unwrap()
 }
 
-/// How often the median of so many times is taken of.
+/// How many times are measured for a median.
 const TRIES: usize = 7;
 
-/// Most times must be as short as promised; a busy test machine may add to some.
+/// The median must be as short as promised; a busy test machine may add to some times.
 fn assert_short(mut times: Vec<Duration>) {
     times.sort();
     assert!(
@@ -71,7 +71,7 @@ fn assert_short(mut times: Vec<Duration>) {
     assert!(times[times.len() - 1] < Duration::from_secs(1), "{times:?}");
 }
 
-fn assert_all_else_is_in_databases_that_are_gone(cluster: &Cluster, mark: usize) {
+fn assert_the_rest_was_skipped_with_its_database(cluster: &Cluster, mark: usize) {
     let (loaded, total) = cluster.wait_for_load(mark);
     assert!(loaded < total, "{loaded}");
     assert_eq!(
@@ -84,7 +84,7 @@ fn assert_all_else_is_in_databases_that_are_gone(cluster: &Cluster, mark: usize)
 }
 
 #[test]
-fn a_worker_that_is_told_to_end_is_gone_within_100_ms() {
+fn a_worker_that_is_terminated_exits_within_100_ms() {
     let (cluster, _) = cluster_with_slow_load(Cluster::build(), 20);
     for method in io_methods(&cluster) {
         cluster.configure(method);
@@ -104,7 +104,7 @@ fn a_worker_that_is_told_to_end_is_gone_within_100_ms() {
             times.push(start.elapsed());
         }
         assert_short(times);
-        // The load goes on with others.
+        // The load continues with other workers.
         wait_for_reading(&mut client, 2);
         cluster.slow_reads(0);
         let (loaded, total) = cluster.wait_for_load(mark);
@@ -115,7 +115,7 @@ fn a_worker_that_is_told_to_end_is_gone_within_100_ms() {
 }
 
 #[test]
-fn a_table_that_is_dropped_truncated_or_rewritten_in_mid_load_is_left_in_good_order() {
+fn a_table_that_is_dropped_truncated_or_rewritten_during_its_load_is_skipped() {
     let (cluster, table) = cluster_with_slow_load(Cluster::build(), 20);
     for ddl in ["VACUUM FULL t", "TRUNCATE t", "DROP TABLE t"] {
         let mark = cluster.log_end();
@@ -124,7 +124,7 @@ fn a_table_that_is_dropped_truncated_or_rewritten_in_mid_load_is_left_in_good_or
         wait_for_reading(&mut client, 2);
         std::thread::scope(|scope| {
             let ddl = scope.spawn(|| cluster.sql(ddl));
-            // It may have to read the table as well.
+            // This may have to read the table as well.
             wait_until("the lock", || {
                 ddl.is_finished()
                     || value(
@@ -147,7 +147,7 @@ fn a_table_that_is_dropped_truncated_or_rewritten_in_mid_load_is_left_in_good_or
         );
         assert!(!cluster.log_since(mark).contains("WARNING"), "{ddl}");
         if ddl != "DROP TABLE t" {
-            // The same again, with the file that it has now.
+            // Load again, with the current file.
             cluster.sql("TRUNCATE t; INSERT INTO t SELECT g, repeat('x', 700) FROM generate_series(1, 4000) g");
             let table = cluster.file_of("postgres", "t");
             cluster.stop(Shutdown::Fast);
@@ -163,7 +163,7 @@ fn a_table_that_is_dropped_truncated_or_rewritten_in_mid_load_is_left_in_good_or
 }
 
 #[test]
-fn a_shutdown_in_mid_load_comes_at_once_and_leaves_the_list_alone() {
+fn a_shutdown_during_a_load_takes_effect_at_once_and_keeps_the_list() {
     let (cluster, table) = cluster_with_slow_load(Cluster::build(), 20);
     let list = cluster.list();
     for how in [Shutdown::Smart, Shutdown::Fast, Shutdown::Immediate] {
@@ -188,7 +188,7 @@ fn a_shutdown_in_mid_load_comes_at_once_and_leaves_the_list_alone() {
 }
 
 #[test]
-fn a_crash_in_mid_load_is_followed_by_a_load_of_everything() {
+fn a_crash_during_a_load_is_followed_by_a_load_of_everything() {
     let (mut cluster, table) = cluster_with_slow_load(Cluster::build(), 20);
     cluster.expect_crash();
     let list = cluster.list();
@@ -215,7 +215,7 @@ fn a_crash_in_mid_load_is_followed_by_a_load_of_everything() {
 }
 
 #[test]
-fn a_worker_slot_that_becomes_free_in_mid_load_is_used() {
+fn a_worker_slot_that_becomes_free_during_a_load_is_used() {
     let (cluster, _) = cluster_with_slow_load(
         Cluster::build()
             .setting("max_worker_processes = 3")
@@ -240,7 +240,7 @@ fn a_worker_slot_that_becomes_free_in_mid_load_is_used() {
     cluster.slow_reads(0);
     let all = u64::from(BLOCKS);
     assert_eq!(cluster.wait_for_load(mark), (all, all));
-    // There was a worker all the time.
+    // A worker was running all the time.
     assert!(
         !cluster
             .log_since(mark)
@@ -249,12 +249,12 @@ fn a_worker_slot_that_becomes_free_in_mid_load_is_used() {
 }
 
 #[test]
-fn a_table_that_is_locked_again_and_again_is_loaded_all_the_same() {
+fn a_table_that_is_locked_again_and_again_is_loaded() {
     let (cluster, _) = cluster_with_slow_load(Cluster::build(), 5);
     let mark = cluster.log_end();
     cluster.start();
     let mut client = cluster.connect("postgres");
-    // Longer than a relation that stays locked is waited for.
+    // Longer than a load waits for a relation that stays locked.
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(5) {
         wait_for_reading(&mut client, 1);
@@ -277,7 +277,7 @@ fn a_cancel_costs_no_block() {
             .execute("SELECT pg_cancel_backend($1)", &[&pid])
             .unwrap();
     }
-    // Nor does one that comes while a worker waits for a lock.
+    // A cancel while a worker waits for a lock costs nothing either.
     client.batch_execute("BEGIN; LOCK TABLE t").unwrap();
     for _ in 0..10 {
         client
@@ -298,7 +298,7 @@ fn a_cancel_costs_no_block() {
 }
 
 #[test]
-fn workers_read_one_table_side_by_side_and_hold_back_no_vacuum() {
+fn workers_read_one_table_in_parallel_and_do_not_hold_back_vacuum() {
     let (cluster, _) = cluster_with_slow_load(Cluster::build(), 5);
     for method in io_methods(&cluster) {
         cluster.configure(method);
@@ -327,11 +327,11 @@ fn workers_read_one_table_side_by_side_and_hold_back_no_vacuum() {
 }
 
 #[test]
-fn the_snapshot_by_which_a_relation_was_found_is_gone_when_it_is_read() {
+fn the_snapshot_with_which_a_relation_was_found_is_released_before_it_is_read() {
     let (cluster, _) = cluster_with_slow_load(Cluster::build(), 1000);
     cluster.start();
     let mut client = cluster.connect("postgres");
-    // The first read: for the next turn, the relation is known.
+    // The first read: later turns know the relation already.
     wait_for_reading(&mut client, 2);
     let held = format!("SELECT count(backend_xmin) {READING}");
     assert_eq!(value::<i64>(&mut client, &held), 0);
@@ -354,7 +354,7 @@ fn waiting_ddl_gets_its_lock_within_100_ms() {
         }
         assert_short(times);
         cluster.slow_reads(0);
-        // What was set aside meanwhile is not lost.
+        // The chunks that were set aside are loaded as well.
         let all = u64::from(BLOCKS);
         assert_eq!(cluster.wait_for_load(mark), (all, all));
         cluster.stop(Shutdown::Immediate);
@@ -363,7 +363,7 @@ fn waiting_ddl_gets_its_lock_within_100_ms() {
 }
 
 #[test]
-fn a_database_that_is_dropped_by_force_in_mid_load_is_skipped() {
+fn a_database_that_is_dropped_with_force_during_a_load_is_skipped() {
     let cluster = Cluster::build().setting("shared_buffers = 64MB").start();
     cluster.sql("CREATE DATABASE other");
     let table = cluster.table_of_blocks("other", "t", BLOCKS);
@@ -374,16 +374,16 @@ fn a_database_that_is_dropped_by_force_in_mid_load_is_skipped() {
     wait_for_reading(&mut cluster.connect("postgres"), 2);
     let leader = cluster.leader();
     cluster.sql("DROP DATABASE other WITH (FORCE)");
-    assert_all_else_is_in_databases_that_are_gone(&cluster, mark);
+    assert_the_rest_was_skipped_with_its_database(&cluster, mark);
     assert_eq!(cluster.leader(), leader);
-    // Workers that were started before the database was quite gone.
+    // Workers may have been started before the database was dropped completely.
     let log = cluster.log_since(mark);
     let line = "autoprewarm worker could not connect to database with OID";
     assert!(log.matches(line).count() <= 1, "{log}");
     assert!(log.matches("FATAL").count() <= 4, "{log}");
 }
 
-/// A primary, and its standby, not started, whose list names a table of
+/// A primary and its standby, which is not started and whose list names a table of
 /// `database` that would take a minute to load.
 fn standby_with_slow_load(database: &str) -> (Cluster, Cluster) {
     let primary = Cluster::build().setting("shared_buffers = 64MB").start();
@@ -391,7 +391,7 @@ fn standby_with_slow_load(database: &str) -> (Cluster, Cluster) {
         primary.sql(&format!("CREATE DATABASE {database}"));
     }
     let table = primary.table_of_blocks(database, "t", BLOCKS);
-    // Later ones write, and so replay, only what has changed.
+    // Later checkpoints write, and so replay, only what has changed.
     primary.sql_in(database, "VACUUM t");
     let standby = primary.standby();
     make_slow(&standby, table, 20);
@@ -409,7 +409,7 @@ fn wait_for_replay(primary: &Cluster, standby: &mut Client) {
 }
 
 #[test]
-fn a_table_that_is_dropped_on_the_primary_ends_its_load_on_a_standby() {
+fn dropping_a_table_on_the_primary_ends_its_load_on_a_standby() {
     let (primary, standby) = standby_with_slow_load("postgres");
     standby.configure("max_standby_streaming_delay = 0");
     let mark = standby.log_end();
@@ -429,7 +429,7 @@ fn a_table_that_is_dropped_on_the_primary_ends_its_load_on_a_standby() {
 }
 
 #[test]
-fn what_replay_needs_costs_a_load_on_a_standby_no_block() {
+fn replay_on_a_standby_costs_a_load_no_block() {
     let (primary, standby) = standby_with_slow_load("postgres");
     let list = standby.list();
     for delay in ["0", "30s"] {
@@ -446,7 +446,7 @@ fn what_replay_needs_costs_a_load_on_a_standby_no_block() {
             wait_for_replay(&primary, &mut client);
             assert!(start.elapsed() < Duration::from_secs(2), "{delay}");
         }
-        // Replay of this one waits for pins rather than for locks.
+        // Replay of this waits for pins, not for locks.
         primary.sql("DELETE FROM t WHERE id IN (SELECT id FROM t ORDER BY id LIMIT 20)");
         primary.sql("VACUUM t");
         wait_for_replay(&primary, &mut client);
@@ -470,14 +470,14 @@ fn a_database_that_is_dropped_on_the_primary_is_skipped_on_a_standby() {
     wait_for_reading(&mut standby.connect("postgres"), 2);
     let leader = standby.leader();
     primary.sql("DROP DATABASE other");
-    assert_all_else_is_in_databases_that_are_gone(&standby, mark);
+    assert_the_rest_was_skipped_with_its_database(&standby, mark);
     assert_eq!(standby.leader(), leader);
-    // Only of the two workers that replay ended.
+    // Only messages of the two workers that replay terminated.
     let log = standby.log_since(mark);
     assert_eq!(log.matches("FATAL").count(), 2, "{log}");
 }
 
-/// A cluster whose lists are flushed, as slowly as is asked for.
+/// A cluster in which flushing a list takes as long as the test sets.
 fn cluster_that_flushes() -> Cluster {
     let cluster = Cluster::build().setting("fsync = on").create();
     cluster.set_fault(Fault::FlushDelay, 0);
@@ -489,9 +489,10 @@ fn cluster_that_flushes() -> Cluster {
 }
 
 #[test]
-fn a_dump_that_a_timeout_ends_while_it_is_flushed_lets_other_sessions_dump() {
+fn a_timeout_while_a_dump_is_flushed_lets_other_sessions_dump() {
     let cluster = cluster_that_flushes();
-    // Who is told of a dump that was written, as soon as it is flushed.
+    // Whether the message about the dump goes to the client or to the log. It is
+    // reported as soon as the list is flushed.
     for settings in [
         "SET client_min_messages = debug1; SET log_min_messages = warning",
         "SET client_min_messages = notice; SET log_min_messages = debug1",
@@ -517,7 +518,7 @@ fn a_dump_that_a_timeout_ends_while_it_is_flushed_lets_other_sessions_dump() {
 }
 
 #[test]
-fn a_fast_shutdown_in_mid_dump_of_a_session_is_followed_by_the_leaders_own() {
+fn a_fast_shutdown_during_a_sessions_dump_is_followed_by_the_leaders_dump() {
     let cluster = cluster_that_flushes();
     cluster.sql("CREATE EXTENSION pg_buffercache");
     cluster.set_fault(Fault::FlushDelay, 4000);
@@ -527,12 +528,12 @@ fn a_fast_shutdown_in_mid_dump_of_a_session_is_followed_by_the_leaders_own() {
             .batch_execute("SELECT autoprewarm_dump_now()")
             .is_ok()
     });
-    // The checksum is its last line.
+    // The checksum is the last line.
     wait_until("a list that is about to be flushed", || {
         fs::read_to_string(cluster.data("autoprewarm.blocks.tmp"))
             .is_ok_and(|list| list.contains("# crc32c "))
     });
-    // These are not on it.
+    // These blocks are not in the list.
     let table = cluster.table("t", 100);
     let cached = cluster.cached();
     assert!(table.first(100).all(|block| cached.contains(&block)));

@@ -3,7 +3,7 @@
 use crate::common::{Cluster, Shutdown, wait_until};
 
 #[test]
-fn a_standby_comes_back_warm_and_stays_so_when_promoted() {
+fn a_standby_is_warm_after_a_restart_and_after_its_promotion() {
     let primary = Cluster::build().start();
     primary.sql(
         "CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache; \
@@ -18,7 +18,7 @@ fn a_standby_comes_back_warm_and_stays_so_when_promoted() {
     let with_workers = "SELECT sum(blocks)::int8 FROM pg_prewarm_relation('t', workers => 2)";
     assert!(standby.value::<i64>(with_workers) > blocks);
 
-    // The dump at shutdown, and one on demand, work in recovery.
+    // The dump at shutdown and a dump on demand work during recovery.
     assert!(standby.value::<i64>("SELECT autoprewarm_dump_now()") > blocks);
     let mark = standby.log_end();
     standby.restart();

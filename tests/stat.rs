@@ -1,4 +1,4 @@
-//! What the server shows of loads, dumps and calls.
+//! What the server reports about loads, dumps and calls.
 
 use std::fs;
 use std::thread;
@@ -28,7 +28,7 @@ fn shown(client: &mut Client, column: &str) -> Option<String> {
 }
 
 #[test]
-fn the_views_have_the_columns_that_they_are_described_with() {
+fn the_views_have_the_documented_columns() {
     let cluster = Cluster::build().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let mut client = cluster.connect("postgres");
@@ -63,11 +63,11 @@ fn the_views_have_the_columns_that_they_are_described_with() {
 }
 
 #[test]
-fn what_has_not_happened_yet_is_null() {
+fn columns_are_null_before_the_first_load_and_dump() {
     let cluster = Cluster::build().not_preloaded().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let mut client = cluster.connect("postgres");
-    // In a transaction that may not write, too.
+    // Also in a read-only transaction.
     client
         .batch_execute("SET default_transaction_read_only = on")
         .unwrap();
@@ -85,7 +85,7 @@ fn what_has_not_happened_yet_is_null() {
 }
 
 #[test]
-fn a_load_watched_to_its_end_shows_counters_that_grow_and_add_up() {
+fn the_counters_of_a_load_grow_and_add_up() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_max_rate = 4000")
         .start();
@@ -131,7 +131,8 @@ fn a_load_watched_to_its_end_shows_counters_that_grow_and_add_up() {
         let stats = LoadStats::get(&mut client);
         let done = stats.loaded + stats.cached + stats.skipped;
         assert!(done <= stats.total, "{stats:?}");
-        // The leader may not have begun, or not yet know how many there are.
+        // The leader may not have started the load, or may not know the number of
+        // blocks yet.
         if let Some(last) = last.filter(|last| last.total > 0) {
             assert!(
                 stats.total == last.total
@@ -176,7 +177,7 @@ fn a_load_watched_to_its_end_shows_counters_that_grow_and_add_up() {
 }
 
 #[test]
-fn blocks_are_counted_by_the_reason_for_which_they_were_skipped() {
+fn skipped_blocks_are_counted_by_reason() {
     let cluster = Cluster::build().checksums().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let table = cluster.table("t", 10);
@@ -232,7 +233,7 @@ fn blocks_are_counted_by_the_reason_for_which_they_were_skipped() {
 }
 
 #[test]
-fn every_state_of_the_leader_is_shown() {
+fn every_state_of_the_leader_is_reported() {
     let cluster = Cluster::build().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let table = cluster.table("t", 100);
@@ -262,7 +263,7 @@ fn every_state_of_the_leader_is_shown() {
     );
     assert_eq!(shown(&mut client, "load_result").unwrap(), "cancelled");
 
-    // Asked for, and not seen by the leader yet.
+    // Requested, but not noticed by the leader yet.
     let leader = cluster.leader().unwrap();
     signal(leader, libc::SIGSTOP);
     thread::scope(|scope| {
@@ -300,7 +301,7 @@ fn every_state_of_the_leader_is_shown() {
 }
 
 #[test]
-fn each_worker_shows_its_database_its_relation_and_how_far_it_is() {
+fn each_worker_reports_its_database_its_relation_and_its_progress() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_max_rate = 800")
         .start();
@@ -381,7 +382,7 @@ fn each_worker_shows_its_database_its_relation_and_how_far_it_is() {
     if cluster.major() >= 17 {
         assert_eq!(row.get::<_, &str>(2), "AutoprewarmLoad");
     }
-    // The process title says the same.
+    // The process title has the same.
     let pid: i32 = value(
         &mut client,
         "SELECT pid FROM pg_stat_progress_prewarm WHERE datname <> 'postgres'",
@@ -419,7 +420,7 @@ fn each_worker_shows_its_database_its_relation_and_how_far_it_is() {
     });
 }
 
-/// A cluster with a table of 2000 blocks that are read one by one, slowly.
+/// A cluster with a table of 2000 blocks, each of which is read slowly.
 fn cluster_with_slow_table() -> Cluster {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm = off")
@@ -431,7 +432,7 @@ fn cluster_with_slow_table() -> Cluster {
     cluster.start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     cluster.table("t", 2000);
-    // Nothing of it is cached then.
+    // None of it is cached then.
     cluster.restart();
     cluster.slow_reads(2);
     cluster
@@ -442,8 +443,7 @@ const ROW: &str = "SELECT concat_ws(' ', kind, relid::regclass, fork, blocks_tot
                           start_time BETWEEN now() - interval '1 min' AND clock_timestamp() \
                    FROM pg_stat_progress_prewarm";
 
-/// Waits until a call shows itself and that it has done some of its blocks;
-/// returns what it shows of itself.
+/// Waits until a call reports that it has read some of its blocks, and returns its row.
 fn wait_for_row(client: &mut Client) -> (String, i64, i32) {
     let mut found = None;
     wait_until("a call's row", || {
@@ -463,13 +463,13 @@ fn no_row(client: &mut Client) {
     assert!(client.query_opt(ROW, &[]).unwrap().is_none());
 }
 
-/// A client hears of an error before its transaction has been aborted.
+/// A client receives an error before its transaction has been aborted.
 fn wait_for_no_row(client: &mut Client) {
     wait_until("no row", || client.query_opt(ROW, &[]).unwrap().is_none());
 }
 
 #[test]
-fn a_call_of_pg_prewarm_shows_how_far_it_is_until_it_ends() {
+fn a_call_of_pg_prewarm_reports_its_progress_until_it_ends() {
     let cluster = cluster_with_slow_table();
     let mut observer = cluster.connect("postgres");
     let mut client = cluster.connect("postgres");
@@ -495,7 +495,7 @@ fn a_call_of_pg_prewarm_shows_how_far_it_is_until_it_ends() {
         no_row(&mut observer);
     }
 
-    // Asking for blocks takes no time, so it takes many of them.
+    // `prefetch` takes no time for each block, so it needs many of them.
     let path: String = cluster.value("SELECT pg_relation_filepath('t')");
     cluster.slow_reads(0);
     for segment in 0..8 {
@@ -523,7 +523,7 @@ fn a_call_of_pg_prewarm_shows_how_far_it_is_until_it_ends() {
 }
 
 #[test]
-fn a_call_for_a_schema_or_a_database_shows_how_far_all_of_it_is() {
+fn a_call_for_a_schema_or_a_database_reports_the_progress_of_all_of_it() {
     let cluster = cluster_with_slow_table();
     cluster.sql("CREATE TABLE small AS SELECT 1 AS a; CREATE INDEX ON small (a)");
     let mut observer = cluster.connect("postgres");
@@ -550,7 +550,7 @@ fn a_call_that_fails_or_is_cancelled_leaves_no_row() {
     let cluster = cluster_with_slow_table();
     let mut observer = cluster.connect("postgres");
     let mut client = cluster.connect("postgres");
-    // As the whole transaction fails, and as only a part of it does.
+    // The whole transaction fails, or only a subtransaction.
     let caught = "DO $$ BEGIN \
                     BEGIN PERFORM pg_prewarm('t', 'read'); \
                     EXCEPTION WHEN query_canceled THEN \
@@ -589,7 +589,7 @@ fn a_call_that_fails_or_is_cancelled_leaves_no_row() {
         assert_eq!(result.is_ok(), call.starts_with("DO"), "{call}: {result:?}");
         wait_for_no_row(&mut observer);
     }
-    // A session that is ended.
+    // A session that is terminated.
     thread::scope(|scope| {
         let calling = scope.spawn(|| client.batch_execute("SELECT pg_prewarm('t', 'read')"));
         let (_, _, pid) = wait_for_row(&mut observer);
@@ -602,7 +602,7 @@ fn a_call_that_fails_or_is_cancelled_leaves_no_row() {
 }
 
 #[test]
-fn another_commands_progress_is_not_disturbed() {
+fn the_progress_of_another_command_is_not_disturbed() {
     let cluster = cluster_with_slow_table();
     let mut observer = cluster.connect("postgres");
     let mut client = cluster.connect("postgres");
@@ -626,7 +626,7 @@ fn another_commands_progress_is_not_disturbed() {
         no_row(&mut observer);
         copying.join().unwrap().unwrap();
     });
-    // And the next call shows itself again.
+    // The next call reports its progress again.
     thread::scope(|scope| {
         let calling = scope.spawn(|| client.batch_execute("SELECT pg_prewarm('t', 'read')"));
         wait_for_row(&mut observer);
@@ -636,7 +636,7 @@ fn another_commands_progress_is_not_disturbed() {
 }
 
 #[test]
-fn without_track_activities_nothing_is_shown_and_everything_works() {
+fn without_track_activities_nothing_is_reported_and_everything_works() {
     let cluster = cluster_with_slow_table();
     let mut client = cluster.connect("postgres");
     client.batch_execute("SET track_activities = off").unwrap();
@@ -649,7 +649,7 @@ fn without_track_activities_nothing_is_shown_and_everything_works() {
         }
         assert_eq!(calling.join().unwrap(), 2000);
     });
-    // Switched off and on within a call's query.
+    // Switched off and on within the query of a call.
     client
         .batch_execute(
             "SET track_activities = on; \
@@ -673,7 +673,7 @@ fn without_track_activities_nothing_is_shown_and_everything_works() {
 }
 
 #[test]
-fn a_temporary_table_shows_its_progress_too() {
+fn a_call_for_a_temporary_table_reports_its_progress() {
     let cluster = Cluster::build().setting("temp_buffers = 32MB").start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let mut client = cluster.connect("postgres");
@@ -691,7 +691,7 @@ fn a_temporary_table_shows_its_progress_too() {
 }
 
 #[test]
-fn a_parallel_workers_call_is_shown_under_its_own_process() {
+fn a_call_in_a_parallel_worker_is_reported_with_the_workers_process_id() {
     let cluster = cluster_with_slow_table();
     let forced = match cluster.major() {
         15 => "force_parallel_mode",
@@ -741,7 +741,7 @@ fn the_last_dump_is_described_as_it_was_written() {
     assert_eq!(described(&mut client), records);
     assert_eq!(cluster.listed().len() as i64, records);
 
-    // The leader's as well, and one that fails leaves it as it was.
+    // The leader's dump as well. A dump that fails changes nothing.
     client
         .batch_execute("CREATE TABLE t AS SELECT 1 AS a")
         .unwrap();
@@ -773,7 +773,7 @@ fn the_last_dump_is_described_as_it_was_written() {
 }
 
 #[test]
-fn the_last_error_is_kept_whatever_it_came_from_and_in_any_encoding() {
+fn the_last_error_is_kept_from_any_process_and_in_any_encoding() {
     let cluster = Cluster::build().checksums().start();
     for sql in [
         "CREATE EXTENSION pg_prewarm",
@@ -821,7 +821,7 @@ fn the_last_error_is_kept_whatever_it_came_from_and_in_any_encoding() {
             .unwrap();
     }
 
-    // Nor does a worker's database matter.
+    // A worker's database makes no difference either.
     let table = cluster.table_of_blocks("größe", "t", 100);
     cluster.stop(Shutdown::Fast);
     cluster.write_list(list_of(table.first(100)));
@@ -843,7 +843,7 @@ fn the_last_error_is_kept_whatever_it_came_from_and_in_any_encoding() {
 }
 
 #[test]
-fn what_a_caller_is_told_is_no_error_of_the_leaders() {
+fn the_error_of_a_caller_is_not_the_leaders_last_error() {
     let cluster = Cluster::build().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let mut client = cluster.connect("postgres");

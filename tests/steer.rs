@@ -1,4 +1,4 @@
-//! A load can be asked for, waited for, cancelled, and slowed down.
+//! A load can be requested, waited for, cancelled, and limited in its rate.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -14,15 +14,15 @@ use crate::common::{
 
 const BLOCKS: u32 = 1000;
 
-/// In kB/s: ten blocks a second.
+/// In kB per second: ten blocks.
 const SLOW: u32 = 80;
 
 const LOAD: &str = "SELECT autoprewarm_load_now()";
 const CANCEL: &str = "SELECT autoprewarm_cancel()";
 const WAIT: &str = "SELECT autoprewarm_wait()";
 
-/// A running cluster with a table `t` that is not cached, and a list of its blocks
-/// that has not been loaded.
+/// A running cluster with a table `t` that is not cached, and a list of its blocks that
+/// has not been loaded.
 fn cluster_with_list(builder: Builder) -> (Cluster, Block) {
     let cluster = builder.start();
     cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
@@ -35,7 +35,7 @@ fn cluster_with_list(builder: Builder) -> (Cluster, Block) {
     (cluster, table)
 }
 
-/// The same; a load of the list would take minutes.
+/// The same with a rate limit. A load of the list would take minutes.
 fn slow_cluster(builder: Builder) -> (Cluster, Block) {
     cluster_with_list(builder.setting(&format!("pg_prewarm.autoprewarm_max_rate = {SLOW}")))
 }
@@ -45,14 +45,14 @@ fn set_rate(cluster: &Cluster, rate: u32) {
     cluster.reload();
 }
 
-/// Waits until some blocks are loaded, and the load goes on.
+/// Waits until some blocks are loaded, and the load is still running.
 fn wait_for_load_to_run(client: &mut Client) -> LoadStats {
     LoadStats::wait_for(client, |stats| {
         stats.state == "loading" && stats.loaded + stats.cached > 0
     })
 }
 
-/// Asks for a load, and waits until it runs.
+/// Requests a load, and waits until it has begun.
 fn begin_load(client: &mut Client) {
     client.batch_execute(LOAD).unwrap();
     wait_for_load_to_run(client);
@@ -75,7 +75,7 @@ fn cached_blocks(client: &mut Client, table: &str) -> i64 {
 }
 
 #[test]
-fn a_load_on_demand_brings_in_what_is_listed_and_counts_what_is_cached_already() {
+fn a_load_on_demand_loads_the_list_and_counts_the_blocks_cached_already() {
     for builder in [Cluster::build(), Cluster::build().not_preloaded()] {
         let (cluster, _) = cluster_with_list(builder);
         let list = cluster.list();
@@ -102,7 +102,7 @@ fn a_load_on_demand_brings_in_what_is_listed_and_counts_what_is_cached_already()
         assert_eq!(cluster.wait_for_load(mark), (1000, 1000));
         assert_eq!(cluster.list(), list);
 
-        // Once more, of another list: the numbers begin anew.
+        // Another load of another list resets the counters.
         client.batch_execute("TRUNCATE t").unwrap();
         client.batch_execute(LOAD).unwrap();
         let stats = LoadStats::wait_for_end(&mut client);
@@ -113,8 +113,8 @@ fn a_load_on_demand_brings_in_what_is_listed_and_counts_what_is_cached_already()
 }
 
 #[test]
-fn what_is_cached_needs_no_free_buffer() {
-    // All buffers are in use, by the table that is listed and by another.
+fn blocks_cached_already_need_no_free_buffer() {
+    // All buffers are in use, by the listed table and another.
     let (cluster, _) = cluster_with_list(Cluster::build().setting("shared_buffers = 16MB"));
     cluster.table("other", 4000);
     let mut client = cluster.connect("postgres");
@@ -127,7 +127,7 @@ fn what_is_cached_needs_no_free_buffer() {
 }
 
 #[test]
-fn of_many_sessions_that_ask_at_once_one_starts_the_load() {
+fn of_many_sessions_that_request_a_load_at_once_one_starts_it() {
     for builder in [Cluster::build(), Cluster::build().not_preloaded()] {
         let (cluster, _) = slow_cluster(builder);
         for _ in 0..3 {
@@ -154,13 +154,13 @@ fn of_many_sessions_that_ask_at_once_one_starts_the_load() {
 }
 
 #[test]
-fn what_a_session_asked_for_that_was_ended_can_be_asked_for_again() {
+fn the_request_of_a_terminated_session_can_be_repeated() {
     let cluster = Cluster::build().not_preloaded().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     cluster.write_list("<<0>>\n");
     let [mut first, mut second, mut other] = [(); 3].map(|()| cluster.connect("postgres"));
     let pid: i32 = value(&mut first, "SELECT pg_backend_pid()");
-    // Nobody starts the leader that the first asks for.
+    // No process starts the leader that the first session waits for.
     signal(cluster.postmaster(), libc::SIGSTOP);
     let first = thread::spawn(move || first.batch_execute(LOAD).unwrap_err());
     let waits_for = |other: &mut Client| {
@@ -183,7 +183,7 @@ fn what_a_session_asked_for_that_was_ended_can_be_asked_for_again() {
 }
 
 #[test]
-fn a_load_is_refused_while_another_runs_or_the_list_is_written() {
+fn a_load_on_demand_is_an_error_while_another_runs_or_the_list_is_written() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut client = cluster.connect("postgres");
     begin_load(&mut client);
@@ -195,7 +195,7 @@ fn a_load_is_refused_while_another_runs_or_the_list_is_written() {
     );
     assert!(value::<bool>(&mut client, CANCEL));
 
-    // A session that writes the list again and again.
+    // A session that keeps writing the list.
     let mut writer = cluster.connect("postgres");
     let pid: i32 = value(&mut writer, "SELECT pg_backend_pid()");
     let cancel = writer.cancel_token();
@@ -222,7 +222,7 @@ fn a_load_is_refused_while_another_runs_or_the_list_is_written() {
 }
 
 #[test]
-fn a_load_that_cannot_be_begun_is_an_error_and_not_made_up_for_later() {
+fn a_load_that_cannot_start_is_an_error_and_does_not_start_later() {
     let (cluster, _) = cluster_with_list(Cluster::build());
     cluster.configure("pg_prewarm.autoprewarm = off");
     cluster.restart();
@@ -255,7 +255,7 @@ fn a_load_that_cannot_be_begun_is_an_error_and_not_made_up_for_later() {
 }
 
 #[test]
-fn a_list_that_is_missing_corrupted_or_unreadable_is_told_from_one_that_is_loaded() {
+fn a_missing_a_corrupt_and_an_unreadable_list_give_different_results() {
     let (cluster, table) = cluster_with_list(Cluster::build());
     let mut client = cluster.connect("postgres");
     let error_of = |client: &mut Client| -> Option<String> {
@@ -298,7 +298,7 @@ fn a_list_that_is_missing_corrupted_or_unreadable_is_told_from_one_that_is_loade
     assert_eq!(LoadStats::get(&mut client).state, "idle");
 }
 
-/// Cancels the load that runs, which must end it; returns how long that took.
+/// Cancels the running load, and returns how long that took.
 fn cancel(client: &mut Client) -> Duration {
     let start = Instant::now();
     assert!(value::<bool>(client, CANCEL));
@@ -308,7 +308,7 @@ fn cancel(client: &mut Client) -> Duration {
     took
 }
 
-/// Most must be as short as promised; a busy test machine may add to some.
+/// The median must be as short as promised; a busy test machine may add to some times.
 fn assert_short(mut times: Vec<Duration>) {
     times.sort();
     assert!(
@@ -319,7 +319,7 @@ fn assert_short(mut times: Vec<Duration>) {
 }
 
 #[test]
-fn a_cancel_ends_the_load_at_once_and_leaves_the_list_and_what_is_loaded() {
+fn a_cancel_ends_the_load_at_once_and_keeps_the_list_and_the_loaded_blocks() {
     let (cluster, table) = slow_cluster(Cluster::build());
     let list = cluster.list();
     let mut client = cluster.connect("postgres");
@@ -354,7 +354,7 @@ fn a_cancel_ends_the_load_at_once_and_leaves_the_list_and_what_is_loaded() {
         value::<i64>(&mut client, workers) == 0
     });
 
-    // What is asked for next is not affected.
+    // A later request is not affected.
     set_rate(&cluster, 0);
     client.batch_execute(LOAD).unwrap();
     assert_eq!(LoadStats::wait_for_end(&mut client).result(), "completed");
@@ -365,7 +365,7 @@ fn a_cancel_ends_the_load_at_once_and_leaves_the_list_and_what_is_loaded() {
 }
 
 #[test]
-fn after_a_cancel_a_shutdown_keeps_the_list_and_the_next_dump_replaces_it() {
+fn after_a_cancel_a_shutdown_keeps_the_list_and_the_next_periodic_dump_replaces_it() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let list = cluster.list();
     let mut client = cluster.connect("postgres");
@@ -390,7 +390,7 @@ fn after_a_cancel_a_shutdown_keeps_the_list_and_the_next_dump_replaces_it() {
 }
 
 #[test]
-fn a_load_that_has_not_begun_yet_is_cancelled_as_well() {
+fn a_load_that_has_not_begun_is_cancelled_as_well() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut client = cluster.connect("postgres");
     for _ in 0..10 {
@@ -409,8 +409,8 @@ fn a_load_that_has_not_begun_yet_is_cancelled_as_well() {
 
 const BEGAN: &str = "SELECT load_start_time::text FROM pg_stat_autoprewarm";
 
-/// A running cluster with a client, its leader, which hears nothing before SIGCONT,
-/// and when the load at its start began.
+/// A running cluster, a client, its leader, which is stopped until SIGCONT, and the
+/// time at which the load after the start began.
 fn cluster_with_frozen_leader() -> (Cluster, Client, i32, String) {
     let (cluster, _) = cluster_with_list(Cluster::build());
     let mut client = cluster.connect("postgres");
@@ -421,7 +421,7 @@ fn cluster_with_frozen_leader() -> (Cluster, Client, i32, String) {
 }
 
 #[test]
-fn a_load_is_begun_though_the_leader_ends_that_was_asked_for_it() {
+fn a_requested_load_begins_even_if_the_leader_exits_before_it() {
     let (cluster, mut client, leader, before) = cluster_with_frozen_leader();
     thread::scope(|scope| {
         let asked = scope.spawn(|| cluster.sql(LOAD));
@@ -436,7 +436,7 @@ fn a_load_is_begun_though_the_leader_ends_that_was_asked_for_it() {
 }
 
 #[test]
-fn what_a_session_asked_for_that_is_gone_is_not_asked_of_the_next_leader() {
+fn the_request_of_a_session_that_has_ended_is_not_passed_to_the_next_leader() {
     let (cluster, mut client, leader, before) = cluster_with_frozen_leader();
     let mut asking = cluster.connect("postgres");
     let pid: i32 = value(&mut asking, "SELECT pg_backend_pid()");
@@ -458,11 +458,11 @@ fn what_a_session_asked_for_that_is_gone_is_not_asked_of_the_next_leader() {
 }
 
 #[test]
-fn two_sessions_may_cancel_one_load() {
+fn two_sessions_can_cancel_one_load() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut clients = [(); 2].map(|()| cluster.connect("postgres"));
     begin_load(&mut clients[0]);
-    // The leader notices none before both have asked.
+    // The leader notices the requests only after both were made.
     let leader = cluster.leader().unwrap();
     signal(leader, libc::SIGSTOP);
     let results = thread::scope(|scope| {
@@ -481,7 +481,7 @@ fn two_sessions_may_cancel_one_load() {
 }
 
 #[test]
-fn a_cancel_that_is_cancelled_itself_ends_the_load_all_the_same() {
+fn a_cancel_call_that_is_cancelled_itself_still_ends_the_load() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut client = cluster.connect("postgres");
     begin_load(&mut client);
@@ -566,7 +566,7 @@ fn a_load_that_waits_for_a_locked_catalog_is_cancelled() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut client = cluster.connect("postgres");
     let waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)";
-    // What is asked for below is known to the session then.
+    // The session has these in its caches then.
     client
         .batch_execute("SET statement_timeout = '1min'")
         .unwrap();
@@ -599,7 +599,7 @@ fn a_load_is_cancelled_while_its_list_is_read() {
 }
 
 #[test]
-fn a_wait_after_the_start_of_a_leader_is_one_for_its_load() {
+fn waiting_after_the_start_of_a_leader_waits_for_its_load() {
     let cluster = Cluster::build().not_preloaded().start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let table = cluster.table("t", 100);
@@ -613,7 +613,7 @@ fn a_wait_after_the_start_of_a_leader_is_one_for_its_load() {
 }
 
 #[test]
-fn whoever_waits_learns_of_the_end_or_of_the_timeout() {
+fn autoprewarm_wait_returns_whether_the_load_ended_before_the_timeout() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut client = cluster.connect("postgres");
     for timeout in ["", "'0'", "'1 month'", "NULL"] {
@@ -645,7 +645,7 @@ fn whoever_waits_learns_of_the_end_or_of_the_timeout() {
         );
     }
 
-    // The call itself is cancelled, and the session goes on.
+    // The call itself is cancelled, and the session continues.
     client
         .batch_execute("SET statement_timeout = '100ms'")
         .unwrap();
@@ -677,7 +677,7 @@ fn whoever_waits_learns_of_the_end_or_of_the_timeout() {
 }
 
 #[test]
-fn two_hundred_sessions_wait_at_once_and_all_learn_of_the_end() {
+fn two_hundred_sessions_can_wait_at_once() {
     let (cluster, _) = slow_cluster(Cluster::build().setting("max_connections = 230"));
     let mut client = cluster.connect("postgres");
     begin_load(&mut client);
@@ -701,7 +701,7 @@ fn two_hundred_sessions_wait_at_once_and_all_learn_of_the_end() {
 }
 
 #[test]
-fn nobody_is_told_that_a_starting_server_is_warm_before_it_has_loaded() {
+fn a_wait_while_the_server_starts_does_not_return_before_the_load_has_ended() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let list = cluster.list();
     for crash in [false, true] {
@@ -712,7 +712,7 @@ fn nobody_is_told_that_a_starting_server_is_warm_before_it_has_loaded() {
                 Shutdown::Fast
             });
             cluster.write_list(&list);
-            // From the first moment on in which the server takes connections.
+            // From the moment at which the server accepts connections.
             thread::scope(|scope| {
                 let asking = scope.spawn(|| {
                     let config = cluster.config();
@@ -739,12 +739,12 @@ fn nobody_is_told_that_a_starting_server_is_warm_before_it_has_loaded() {
 }
 
 #[test]
-fn a_server_without_a_slot_for_the_leader_is_not_waited_for_forever() {
+fn a_wait_in_a_server_without_a_slot_for_the_leader_ends() {
     let cluster = Cluster::build().setting("max_worker_processes = 0").start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let mut client = cluster.connect("postgres");
     assert_eq!(LoadStats::get(&mut client).state, "not running");
-    // A probe that does not wait for long hears so in the end, too.
+    // Calls with a short timeout return true in the end, too.
     assert!(!value::<bool>(&mut client, "SELECT autoprewarm_wait('0')"));
     let start = Instant::now();
     wait_until("the answer", || {
@@ -755,7 +755,7 @@ fn a_server_without_a_slot_for_the_leader_is_not_waited_for_forever() {
 }
 
 #[test]
-fn ending_the_leader_in_mid_load_ends_the_wait_and_the_next_one_begins_anew() {
+fn terminating_the_leader_during_a_load_ends_the_wait_and_the_next_leader_loads_again() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let list = cluster.list();
     let mut client = cluster.connect("postgres");
@@ -787,12 +787,12 @@ fn ending_the_leader_in_mid_load_ends_the_wait_and_the_next_one_begins_anew() {
 }
 
 #[test]
-fn a_shutdown_in_a_load_on_demand_keeps_the_list() {
+fn a_shutdown_during_a_load_on_demand_keeps_the_list() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let list = cluster.list();
     for how in [Shutdown::Smart, Shutdown::Fast, Shutdown::Immediate] {
         let mut client = cluster.connect("postgres");
-        // The server's start has begun a load from the second time on.
+        // From the second time on, the start of the server has begun a load.
         if LoadStats::get(&mut client).state == "idle" {
             client.batch_execute(LOAD).unwrap();
         }
@@ -808,7 +808,7 @@ fn a_shutdown_in_a_load_on_demand_keeps_the_list() {
 }
 
 #[test]
-fn a_crash_in_a_load_on_demand_is_followed_by_another_load_with_numbers_of_its_own() {
+fn a_crash_during_a_load_on_demand_is_followed_by_another_load_with_its_own_counters() {
     let (mut cluster, _) = slow_cluster(Cluster::build());
     cluster.expect_crash();
     let list = cluster.list();
@@ -839,12 +839,12 @@ fn a_crash_in_a_load_on_demand_is_followed_by_another_load_with_numbers_of_its_o
 }
 
 #[test]
-fn a_worker_that_is_ended_leaves_no_row_and_the_numbers_add_up() {
+fn a_worker_that_is_terminated_leaves_no_row_and_the_counters_add_up() {
     let (cluster, _) =
         cluster_with_list(Cluster::build().setting("pg_prewarm.autoprewarm_max_rate = 800"));
     let mut client = cluster.connect("postgres");
     begin_load(&mut client);
-    // Of the two chunks each is tried twice.
+    // Each of the two chunks is tried twice.
     for _ in 0..3 {
         let mut pid = None;
         wait_until("a worker's row", || {
@@ -865,8 +865,8 @@ fn a_worker_that_is_ended_leaves_no_row_and_the_numbers_add_up() {
 }
 
 #[test]
-fn the_rate_is_kept_and_a_reload_changes_it_in_mid_load() {
-    // Blocks of 8 kB: 100 and 1600 a second, of which two workers read.
+fn the_rate_limit_is_kept_and_a_reload_changes_it_during_a_load() {
+    // 100 and 1600 blocks of 8 kB a second, which two workers share.
     let cluster = Cluster::build()
         .setting("shared_buffers = 160MB")
         .setting("pg_prewarm.autoprewarm_max_rate = 800")
@@ -887,8 +887,8 @@ fn the_rate_is_kept_and_a_reload_changes_it_in_mid_load() {
         assert_eq!(last.state, "loading");
         let loaded = (last.loaded - first.loaded) as f64;
         let relative = loaded / seconds / rate;
-        // A test machine whose processor is taken by others for a while loads
-        // less; it never has a reason to load more.
+        // On a test machine with a busy processor a load may be slower; nothing makes
+        // it faster.
         assert!(
             (0.7..1.1).contains(&relative),
             "{loaded} blocks in {seconds} s instead of {rate} a second"
@@ -899,7 +899,8 @@ fn the_rate_is_kept_and_a_reload_changes_it_in_mid_load() {
     set_rate(&cluster, 12_800);
     thread::sleep(Duration::from_secs(1));
     measure(&mut client, 1600.0);
-    // One block in eight seconds, once a worker has read its last of the old rate.
+    // One block in eight seconds, after a worker has read its last block at the old
+    // rate.
     set_rate(&cluster, 1);
     thread::sleep(Duration::from_secs(1));
     let before = LoadStats::get(&mut client).loaded;
@@ -915,19 +916,19 @@ fn the_rate_is_kept_and_a_reload_changes_it_in_mid_load() {
 }
 
 #[test]
-fn what_clients_have_read_meanwhile_costs_nothing_of_the_rate() {
+fn blocks_that_clients_have_read_do_not_count_against_the_rate_limit() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut client = cluster.connect("postgres");
     begin_load(&mut client);
     client.batch_execute("SELECT pg_prewarm('t')").unwrap();
-    // To read them would take longer than this waits.
+    // Reading them would take longer than this waits.
     let stats = LoadStats::wait_for_end(&mut client);
     assert_eq!(stats.loaded + stats.cached, 1000);
     assert!(stats.cached > 900, "{stats:?}");
 }
 
 #[test]
-fn a_standby_is_loaded_watched_and_cancelled_like_any_other_server() {
+fn a_load_on_a_standby_is_monitored_and_cancelled_like_on_any_other_server() {
     let (primary, table) = slow_cluster(Cluster::build());
     let standby = primary.standby();
     standby.write_list(list_of(table.first(BLOCKS)));
@@ -950,7 +951,7 @@ fn a_standby_is_loaded_watched_and_cancelled_like_any_other_server() {
 }
 
 #[test]
-fn who_may_steer_and_who_may_watch_is_what_was_granted() {
+fn loads_can_be_controlled_and_monitored_by_those_who_have_the_privileges() {
     let cluster = Cluster::build().start();
     cluster.sql(
         "CREATE EXTENSION pg_prewarm; CREATE ROLE plain LOGIN; \

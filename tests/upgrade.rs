@@ -1,5 +1,5 @@
-//! Coming from contrib's module, and going back to it: what databases, data
-//! folders and lists made with one are like with the other.
+//! Moving from contrib's module to ours, and back: databases, data directories and
+//! lists of one are used with the other.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,8 +9,8 @@ use postgres::Client;
 
 use crate::common::{Block, Cluster, Installation, LIST, Shutdown, error, value};
 
-/// The installation with contrib's module; nothing, with a note, where there is
-/// none to compare with.
+/// The installation with contrib's module. `None`, with a note, if there is none to
+/// compare with.
 fn contrib() -> Option<Installation> {
     let contrib = Installation::contrib();
     if contrib.is_none() {
@@ -19,8 +19,8 @@ fn contrib() -> Option<Installation> {
     contrib
 }
 
-/// Everything that the catalogs hold of the extension, its functions and views, in this
-/// database, but for OIDs and the extension's version.
+/// All objects of the extension in this database, as the catalogs describe them,
+/// without OIDs and the extension's version.
 pub fn objects(client: &mut Client) -> Vec<String> {
     value(
         client,
@@ -38,7 +38,7 @@ pub fn objects(client: &mut Client) -> Vec<String> {
              FROM pg_class c JOIN depending ON classid = 'pg_class'::regclass AND objid = c.oid \
          UNION ALL SELECT format('comment: %s', description) FROM pg_description \
              WHERE objoid IN (SELECT oid FROM extension UNION SELECT oid FROM function) \
-         UNION ALL SELECT format('first rights: %s %s', proname, initprivs) \
+         UNION ALL SELECT format('initial privileges: %s %s', proname, initprivs) \
              FROM pg_init_privs i JOIN function p \
              ON objoid = p.oid AND classoid = 'pg_proc'::regclass \
          UNION ALL SELECT format('depends: %s %s', deptype, \
@@ -55,7 +55,7 @@ fn version(client: &mut Client) -> String {
 }
 
 #[test]
-fn the_library_and_its_state_carry_its_version() {
+fn the_library_and_the_names_of_its_shared_memory_have_its_version() {
     let cluster = Cluster::build().start();
     let mut client = cluster.connect("postgres");
     let is_there = |client: &mut Client, query: &str| value::<bool>(client, query);
@@ -68,7 +68,7 @@ fn the_library_and_its_state_carry_its_version() {
     }
     let allocations = match cluster.major() {
         15 | 16 => "pg_shmem_allocations",
-        // They do not show what lies in dynamic segments.
+        // They do not show dynamic segments.
         17 | 18 => return,
         _ => "pg_dsm_registry_allocations",
     };
@@ -79,7 +79,7 @@ fn the_library_and_its_state_carry_its_version() {
 }
 
 #[test]
-fn every_old_version_has_a_way_to_the_new_one() {
+fn every_old_version_has_an_update_path_to_the_new_one() {
     let cluster = Cluster::build().not_preloaded().start();
     let mut client = cluster.connect("postgres");
     assert_eq!(
@@ -119,8 +119,8 @@ fn an_updated_extension_is_the_same_as_a_new_one() {
         "{fresh:#?}"
     );
 
-    // Version 1.0 was one function, not marked as parallel safe; no script makes
-    // it any more.
+    // Version 1.0 had one function, which was not marked as parallel safe. No script
+    // creates it any more.
     let make_1_0 = "CREATE EXTENSION pg_prewarm VERSION '1.1'; \
                     ALTER FUNCTION pg_prewarm PARALLEL UNSAFE; \
                     SET allow_system_table_mods = on; \
@@ -144,8 +144,8 @@ fn an_updated_extension_is_the_same_as_a_new_one() {
     }
 }
 
-/// An extension of that name beside ours in its installation, until it is dropped:
-/// the same control file, and a script for 2.0 that is given.
+/// An extension of that name in our installation, until it is dropped: with our control
+/// file and the given script as version 2.0.
 struct Beside {
     files: [PathBuf; 2],
 }
@@ -153,9 +153,9 @@ struct Beside {
 impl Beside {
     fn install(name: &str, script: &str) -> Self {
         let mut pg_config = Installation::ours().program("pg_config");
-        let folder = pg_config.arg("--sharedir").output().unwrap().stdout;
-        let folder = Path::new(String::from_utf8(folder).unwrap().trim()).join("extension");
-        let files = [".control", "--2.0.sql"].map(|end| folder.join(format!("{name}{end}")));
+        let directory = pg_config.arg("--sharedir").output().unwrap().stdout;
+        let directory = Path::new(String::from_utf8(directory).unwrap().trim()).join("extension");
+        let files = [".control", "--2.0.sql"].map(|end| directory.join(format!("{name}{end}")));
         let control = include_str!("../pg_prewarm.control");
         for (file, text) in files.iter().zip([control, script]) {
             fs::write(file, text).unwrap();
@@ -213,7 +213,7 @@ fn an_update_keeps_what_was_granted_to_a_role() {
 }
 
 #[test]
-fn an_old_version_made_today_is_what_contrib_makes() {
+fn an_old_version_created_today_is_the_same_as_contribs() {
     let Some(contrib) = contrib() else { return };
     let ours = Cluster::build().not_preloaded().start();
     let theirs = Cluster::build()
@@ -231,8 +231,8 @@ fn an_old_version_made_today_is_what_contrib_makes() {
     }
 }
 
-/// Tables and indexes, logged and not, whose blocks are cached in part; returns
-/// what is cached.
+/// Creates logged and unlogged tables and indexes, whose blocks are partly cached, and
+/// returns the cached blocks.
 fn fill(cluster: &Cluster) -> BTreeSet<Block> {
     cluster.sql(
         "CREATE TABLE t AS \
@@ -244,8 +244,8 @@ fn fill(cluster: &Cluster) -> BTreeSet<Block> {
     cluster.cached()
 }
 
-/// Stops the server, starts it with that installation, and waits for the load of
-/// the list, which must be complete. Returns what is cached then.
+/// Stops the server, starts it with that installation, and waits for the load of the
+/// list, which must be complete. Returns the cached blocks.
 fn restart_with(cluster: &mut Cluster, installation: &Installation) -> BTreeSet<Block> {
     cluster.stop(Shutdown::Fast);
     cluster.switch_to(installation.clone());
@@ -256,7 +256,7 @@ fn restart_with(cluster: &mut Cluster, installation: &Installation) -> BTreeSet<
     cluster.cached()
 }
 
-/// All three functions do what they are for.
+/// Checks that all three functions work.
 fn check_functions(cluster: &Cluster) {
     let mut client = cluster.connect("postgres");
     let blocks: i64 = value(&mut client, "SELECT pg_relation_size('t') / 8192");
@@ -277,7 +277,7 @@ fn check_functions(cluster: &Cluster) {
 }
 
 #[test]
-fn a_data_folder_goes_from_contrib_to_ours_and_back() {
+fn a_data_directory_can_move_from_contrib_to_ours_and_back() {
     let Some(contrib) = contrib() else { return };
     let ours = Installation::ours();
     let mut cluster = Cluster::build().installation(contrib.clone()).start();
@@ -286,7 +286,7 @@ fn a_data_folder_goes_from_contrib_to_ours_and_back() {
     check_functions(&cluster);
     let made_by_contrib = objects(&mut cluster.connect("postgres"));
 
-    // Only the library changes: nothing in the database does.
+    // Only the library changes, nothing in the database.
     restart_with(&mut cluster, &ours);
     check_functions(&cluster);
     assert_eq!(version(&mut cluster.connect("postgres")), "1.2");
@@ -294,11 +294,11 @@ fn a_data_folder_goes_from_contrib_to_ours_and_back() {
     let dump = "SELECT autoprewarm_dump_now()";
     assert!(value::<i64>(&mut cluster.connect_as("plain", "postgres"), dump) > 0);
 
-    // Back, with nothing to be done before.
+    // Back, without any preparation.
     restart_with(&mut cluster, &contrib);
     check_functions(&cluster);
 
-    // And again, this time for good.
+    // To ours again.
     restart_with(&mut cluster, &ours);
     cluster.sql("ALTER EXTENSION pg_prewarm UPDATE");
     check_functions(&cluster);
@@ -307,7 +307,7 @@ fn a_data_folder_goes_from_contrib_to_ours_and_back() {
     restart_with(&mut cluster, &ours);
     check_functions(&cluster);
 
-    // Or not: dropped before, and made anew after.
+    // Or the extension is dropped before and created again after.
     cluster.sql("DROP EXTENSION pg_prewarm");
     restart_with(&mut cluster, &contrib);
     cluster.sql("CREATE EXTENSION pg_prewarm");
@@ -328,7 +328,7 @@ fn each_module_loads_all_of_the_list_that_the_other_wrote() {
     }
 }
 
-/// Roles that were granted something of 2.0, and one that was not.
+/// Roles with privileges on objects of 2.0, and one without.
 const GRANTS: &str =
     "CREATE ROLE operator LOGIN; CREATE ROLE viewer LOGIN; CREATE ROLE plain LOGIN";
 const GRANT: &str = "GRANT EXECUTE ON FUNCTION autoprewarm_load_now(), autoprewarm_dump_now() \
@@ -337,7 +337,7 @@ const GRANT: &str = "GRANT EXECUTE ON FUNCTION autoprewarm_load_now(), autoprewa
     GRANT EXECUTE ON FUNCTION pg_stat_get_autoprewarm() TO viewer; \
     REVOKE EXECUTE ON FUNCTION pg_prewarm FROM PUBLIC";
 
-/// Only what `GRANTS` and `GRANT` gave, is given.
+/// Checks that exactly the privileges of `GRANTS` and `GRANT` exist.
 fn check_grants(cluster: &Cluster, database: &str) {
     let queries = [
         "SELECT autoprewarm_dump_now()",
@@ -366,7 +366,7 @@ fn check_grants(cluster: &Cluster, database: &str) {
 }
 
 #[test]
-fn a_dump_of_a_database_brings_back_the_extension_and_what_was_granted() {
+fn a_dump_of_a_database_restores_the_extension_and_the_privileges() {
     let cluster = Cluster::build().start();
     let dumped = |from: &str, to: &str| {
         let file = cluster.path("dump.sql");
@@ -394,7 +394,7 @@ fn a_dump_of_a_database_brings_back_the_extension_and_what_was_granted() {
     assert_eq!(objects(&mut copy), objects(&mut cluster.connect("new")));
     check_grants(&cluster, "new_copy");
 
-    // A dump names no version, so that a restored 1.2 is 2.0.
+    // A dump names no version, so 1.2 is restored as 2.0.
     make(
         "old",
         "CREATE EXTENSION pg_prewarm VERSION '1.2'; \
@@ -409,21 +409,21 @@ fn a_dump_of_a_database_brings_back_the_extension_and_what_was_granted() {
 }
 
 #[test]
-fn back_at_1_2_a_database_works_with_contribs_library() {
+fn after_a_downgrade_to_1_2_a_database_works_with_contribs_library() {
     let Some(contrib) = contrib() else { return };
     let mut cluster = Cluster::build().start();
     cluster.sql(GRANTS);
     let mut client = cluster.connect("postgres");
-    // How rights are written down is all that differs in the end.
-    let but_rights = |client: &mut Client| {
+    // In the end, only the form of privileges in the catalog differs.
+    let without_privileges = |client: &mut Client| {
         let mut objects = objects(client);
-        objects.retain(|line| !line.contains("proacl") && !line.starts_with("first rights"));
+        objects.retain(|line| !line.contains("proacl") && !line.starts_with("initial privileges"));
         objects
     };
     client
         .batch_execute("CREATE EXTENSION pg_prewarm VERSION '1.2'")
         .unwrap();
-    let made = but_rights(&mut client);
+    let made = without_privileges(&mut client);
     client
         .batch_execute(&format!(
             "DROP EXTENSION pg_prewarm; CREATE EXTENSION pg_prewarm; {GRANT}; \
@@ -432,7 +432,7 @@ fn back_at_1_2_a_database_works_with_contribs_library() {
         .unwrap();
     fill(&cluster);
 
-    // What others made of the new objects is not dropped with them.
+    // The downgrade does not drop what others created from the new objects.
     let back = "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'";
     assert_eq!(error(&mut client, back).sqlstate, "2BP01");
     assert_eq!(version(&mut client), "2.0");
@@ -440,8 +440,8 @@ fn back_at_1_2_a_database_works_with_contribs_library() {
     client.batch_execute(back).unwrap();
     assert_eq!(version(&mut client), "1.2");
 
-    assert_eq!(but_rights(&mut client), made);
-    let rights = |cluster: &Cluster| {
+    assert_eq!(without_privileges(&mut client), made);
+    let check_privileges = |cluster: &Cluster| {
         for (function, may) in [
             ("autoprewarm_dump_now()", true),
             ("autoprewarm_start_worker()", true),
@@ -451,13 +451,13 @@ fn back_at_1_2_a_database_works_with_contribs_library() {
             assert_eq!(cluster.value::<bool>(&query), may, "{function}");
         }
     };
-    rights(&cluster);
+    check_privileges(&cluster);
     check_functions(&cluster);
     restart_with(&mut cluster, &contrib);
     check_functions(&cluster);
-    rights(&cluster);
+    check_privileges(&cluster);
 
-    // And forth again.
+    // And updated again.
     restart_with(&mut cluster, &Installation::ours());
     cluster.sql("ALTER EXTENSION pg_prewarm UPDATE; GRANT SELECT ON t TO plain");
     check_functions(&cluster);
@@ -489,7 +489,7 @@ fn what_is_new_in_2_0_is_an_error_with_contribs_library_and_the_rest_works() {
             "{raised:?}"
         );
     }
-    // Without the new scripts, dropping is what is left.
+    // Without the new scripts, the extension can only be dropped.
     client
         .batch_execute("DROP EXTENSION pg_prewarm; CREATE EXTENSION pg_prewarm")
         .unwrap();
@@ -516,7 +516,7 @@ fn pg_upgrade_keeps_the_extension_and_a_copied_list_warms_the_new_cluster() {
     ];
     old.sql("ALTER TABLE away SET TABLESPACE elsewhere; SELECT count(*) FROM away");
     let tables = [tables[0], old.file_of("postgres", "away"), tables[2]];
-    // Newer versions word views in another way, and say more of what depends on what.
+    // Newer versions print views in another way, and record more dependencies.
     let functions = |cluster: &Cluster, database: &str| {
         let mut objects = objects(&mut cluster.connect(database));
         objects.retain(|line| {
@@ -528,8 +528,8 @@ fn pg_upgrade_keeps_the_extension_and_a_copied_list_warms_the_new_cluster() {
     };
     let before = ["postgres", "old"].map(|database| functions(&old, database));
     for database in ["postgres", "old", "template1"] {
-        // Some releases of 15 mark every column in a way that 18's own pg_dump takes
-        // for an option, which 18 then does not know.
+        // Some releases of 15 mark every column in a way that 18's pg_dump takes for an
+        // option that 18 does not have.
         old.sql_in(
             database,
             "UPDATE pg_attribute SET attoptions = NULL WHERE attoptions::text LIKE '{pg_attver=%'",
@@ -539,14 +539,14 @@ fn pg_upgrade_keeps_the_extension_and_a_copied_list_warms_the_new_cluster() {
     let list = old.list();
     assert!(tables.iter().all(|table| old.lists(*table)));
 
-    // It starts both servers several times, which load and dump nothing.
+    // pg_upgrade starts both servers several times, without loads and dumps.
     let new = Cluster::build().create();
     assert!(old.major() < new.major());
     new.upgrade_from(&old);
     assert_eq!(old.list(), list);
     assert!(!new.data(LIST).exists());
 
-    // Databases, tablespaces and relations have their numbers still.
+    // Databases, tablespaces and relations have kept their numbers.
     new.write_list(&list);
     new.start();
     new.wait_for_load(0);

@@ -1,10 +1,10 @@
-//! How hot blocks were is saved, restored, and decides what is loaded.
+//! Usage counts are saved and restored, and decide which blocks are loaded.
 
 use std::collections::BTreeMap;
 
 use crate::common::{Block, Cluster, LIST, LoadStats, Shutdown, list_of, list_with_usage_counts};
 
-/// A table of that many blocks, and the extensions that the tests use.
+/// Creates a table of so many blocks, and the extensions that the tests use.
 fn table(cluster: &Cluster, blocks: u32) -> Block {
     cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
     cluster.table("t", blocks)
@@ -54,11 +54,11 @@ fn a_restart_restores_usage_counts() {
 }
 
 #[test]
-fn what_clients_use_during_a_load_stays_as_hot_as_they_made_it() {
+fn a_block_that_a_client_uses_during_a_load_keeps_its_higher_usage_count() {
     let cluster = Cluster::build().start();
     let file = table(&cluster, 300);
     cluster.stop(Shutdown::Fast);
-    // By the list, all are as cold as can be.
+    // The list has no usage counts, so all are 1.
     cluster.write_list(list_of(file.first(300)));
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 16");
     cluster.start();
@@ -84,14 +84,14 @@ fn what_clients_use_during_a_load_stays_as_hot_as_they_made_it() {
 }
 
 #[test]
-fn a_cache_that_has_shrunk_keeps_the_hottest() {
+fn if_shared_buffers_have_shrunk_the_blocks_with_the_highest_usage_counts_are_loaded() {
     let cluster = Cluster::build().setting("shared_buffers = 64MB").start();
     let file = table(&cluster, 6000);
     cluster.stop(Shutdown::Fast);
     cluster.write_list("<<0>>\n");
     cluster.start();
     cluster.sql("SELECT pg_prewarm('t')");
-    // Every tenth block is hot.
+    // Every tenth block is used more often.
     for _ in 0..3 {
         cluster.sql(
             "SELECT pg_prewarm('t', 'buffer', 'main', n, n) FROM generate_series(0, 5999, 10) n",
@@ -103,16 +103,16 @@ fn a_cache_that_has_shrunk_keeps_the_hottest() {
     cluster.start();
     let (loaded, total) = cluster.wait_for_load(mark);
     assert!(loaded < 1100 && total > 6000, "{loaded} of {total}");
-    let hot = usage_counts(&cluster)
+    let often_used = usage_counts(&cluster)
         .into_iter()
         .filter(|(block, _)| block % 10 == 0)
         .count();
-    // All 600, less what made room for the session that asks.
-    assert!(hot > 450, "{hot} of {}", file.filenumber);
+    // All 600, except those that the session of the test has evicted.
+    assert!(often_used > 450, "{often_used} of {}", file.filenumber);
 }
 
 #[test]
-fn what_was_used_again_is_loaded_before_all_else() {
+fn blocks_with_a_usage_count_of_2_or_more_are_loaded_first() {
     let cluster = Cluster::build().start();
     let file = table(&cluster, 100);
     cluster.stop(Shutdown::Fast);
@@ -133,7 +133,7 @@ fn what_was_used_again_is_loaded_before_all_else() {
 }
 
 #[test]
-fn a_list_whose_trailer_does_not_fit_is_loaded_without_usage_count() {
+fn a_list_without_a_valid_trailer_is_loaded_with_usage_count_1() {
     let cluster = Cluster::build().start();
     table(&cluster, 100);
     cluster.sql("SELECT pg_prewarm('t'), pg_prewarm('t'), pg_prewarm('t')");
@@ -148,7 +148,7 @@ fn a_list_whose_trailer_does_not_fit_is_loaded_without_usage_count() {
         ),
         (
             edited,
-            format!("ignoring usage counts in \"{LIST}\": its checksum differs"),
+            format!("ignoring usage counts in \"{LIST}\": the checksum does not match"),
         ),
     ] {
         cluster.write_list(list);

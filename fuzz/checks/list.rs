@@ -1,4 +1,4 @@
-//! Reading a list: any bytes, in pieces of any size.
+//! Reading a list of any bytes, which come in pieces of any size.
 
 use std::io::{Cursor, Read};
 
@@ -6,13 +6,13 @@ use pg_prewarm_blocks::{BlockList, ListReader, ListWriter, Record, UsageCount, U
 
 use super::memory;
 
-/// The most that a byte of a list may cost, beside the chunk and what holds its
-/// records.
-const BYTES_FOR_A_BYTE: usize = 16;
-const BYTES_BESIDE: usize = 64 * 1024;
+/// How much memory reading may take: so much for each byte of the list, and so much for
+/// the chunk and its records.
+const MEMORY_FOR_A_BYTE: usize = 16;
+const MEMORY_BESIDE: usize = 64 * 1024;
 
-/// Takes the first two bytes for the sizes of chunks and of reads, and the others
-/// for a list, whose checksum is put right for every other size of a read: the
+/// Takes the first two bytes as the sizes of chunks and of reads, and the others as a
+/// list. If the size of reads is odd, the checksum of the list is corrected, since the
 /// fuzzer would never find it.
 pub fn check(input: &[u8]) {
     let [chunk, step, text @ ..] = input else {
@@ -20,16 +20,16 @@ pub fn check(input: &[u8]) {
     };
     let mut text = text.to_vec();
     if step % 2 == 1 {
-        put_checksum_right(&mut text);
+        correct_checksum(&mut text);
     }
     let text = &text[..];
     let whole = read_at_once(text);
 
-    // In other pieces, and where the file's size is not what it was: no
-    // difference, and little memory.
+    // Neither other pieces nor a wrong file size change the result. Reading takes little
+    // memory.
     let chunk = header_length(text).max(1 + usize::from(*chunk));
     let piecewise = || Pieces::of(text, *step);
-    let limit = BYTES_FOR_A_BYTE * text.len() + BYTES_BESIDE;
+    let limit = MEMORY_FOR_A_BYTE * text.len() + MEMORY_BESIDE;
     for size in [0, text.len()] {
         let list = memory::within(limit, || {
             BlockList::read_in_chunks(piecewise(), size as u64, chunk).unwrap()
@@ -40,9 +40,9 @@ pub fn check(input: &[u8]) {
         assert_eq!(list.usage_counts, whole.usage_counts);
     }
 
-    // One by one.
+    // Records that are read one by one are the same.
     let from = |at| Pieces::of(&text[at as usize..], *step);
-    memory::within(BYTES_BESIDE, || {
+    memory::within(MEMORY_BESIDE, || {
         let mut reader = ListReader::in_chunks(from, chunk).unwrap();
         assert_eq!(reader.first_bad_line(), whole.first_bad_line);
         for record in whole.records() {
@@ -51,7 +51,7 @@ pub fn check(input: &[u8]) {
         assert!(reader.next().is_none());
     });
 
-    // Written, and read again.
+    // A list that is written and read again is the same.
     let records: Vec<_> = whole.records().collect();
     let copy = write(&records);
     let again = read_at_once(&copy);
@@ -73,12 +73,12 @@ pub fn write(records: &[(Record, UsageCount)]) -> Vec<u8> {
     writer.finish().unwrap().1.into_inner()
 }
 
-/// The list of a text that lies in one chunk.
+/// Reads a text as one chunk.
 pub fn read_at_once(text: &[u8]) -> BlockList {
     BlockList::read_in_chunks(text, text.len() as u64, text.len() + 1).unwrap()
 }
 
-fn put_checksum_right(text: &mut [u8]) {
+fn correct_checksum(text: &mut [u8]) {
     let name = b"# crc32c 0x";
     let Some(line) = text.windows(name.len()).position(|bytes| bytes == name) else {
         return;
@@ -89,13 +89,13 @@ fn put_checksum_right(text: &mut [u8]) {
     rest[..length].copy_from_slice(&digits.as_bytes()[..length]);
 }
 
-/// How long the header is, if there is one: it must lie within a chunk.
+/// The length of the header, if there is one: it must fit into a chunk.
 fn header_length(text: &[u8]) -> usize {
     let end = text.windows(2).position(|two| two == b">>");
     end.map_or(0, |end| end + 2)
 }
 
-/// Bytes that come in pieces of different sizes.
+/// An input that returns pieces of different sizes, of at most `most` bytes.
 struct Pieces<'a> {
     bytes: &'a [u8],
     step: usize,

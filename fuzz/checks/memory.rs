@@ -1,9 +1,9 @@
-//! How much memory a call asks for at most at a time.
+//! The most memory that a call has allocated at a time.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-/// The system's allocator, which keeps count for each thread.
+/// The system's allocator, which counts the bytes of each thread.
 struct Counting;
 
 #[global_allocator]
@@ -20,23 +20,23 @@ fn count(bytes: isize) {
     MOST.set(MOST.get().max(now));
 }
 
-// SAFETY: the system's allocator does all of it. A memory block that is made
-// larger is taken as copied, which is the worst that may happen.
+// SAFETY: all calls go to the system's allocator. The trait's own `realloc` allocates
+// and copies, so it counts both the old and the new memory, which is the worst case.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller passes a layout of non-zero size.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
         count(-(layout.size() as isize));
-        // SAFETY: the caller's promise.
+        // SAFETY: `alloc` got the memory from the system's allocator, with this layout.
         unsafe { System.dealloc(memory, layout) }
     }
 }
 
-/// Does that, and fails where it asks for more than that many bytes.
+/// Runs `action`, and panics if it allocates more than `limit` bytes at a time.
 pub fn within<T>(limit: usize, action: impl FnOnce() -> T) -> T {
     let before = NOW.get();
     MOST.set(before);
@@ -44,7 +44,7 @@ pub fn within<T>(limit: usize, action: impl FnOnce() -> T) -> T {
     let most = MOST.get() - before;
     assert!(
         most <= limit as isize,
-        "asks for {most} bytes, and {limit} must do"
+        "{most} bytes were allocated, and the limit is {limit}"
     );
     result
 }

@@ -1,5 +1,5 @@
-//! What holds for every list and every plan, checked for one input: the fuzz
-//! targets make inputs up, and a test goes through those of the corpus.
+//! Checks that must hold for every input. The fuzz targets run them on generated inputs,
+//! and the test `fuzz_corpus` on those of the corpus.
 
 pub mod list;
 mod memory;

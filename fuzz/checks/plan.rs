@@ -1,4 +1,4 @@
-//! Planning a load: any records and usage_counts, whatever is cached, any budget.
+//! Planning a load with any records, usage counts, cached blocks and budget.
 
 use std::collections::{HashMap, HashSet};
 
@@ -6,19 +6,19 @@ use pg_prewarm_blocks::{CHUNK_BLOCKS, Fork, Plan, PlanView, Record, UsageCount};
 
 use super::{list, memory};
 
-/// The most that a record may cost, with its share of a file and of a chunk, and
-/// the least that is asked for.
-const BYTES_FOR_A_RECORD: usize = 160;
-const BYTES_BESIDE: usize = 16 * 1024;
+/// How much memory a plan may take: so much for each record, which includes its file and
+/// its chunk, and so much besides.
+const MEMORY_FOR_A_RECORD: usize = 160;
+const MEMORY_BESIDE: usize = 16 * 1024;
 
-/// A record and its usage_count, in the order in which a plan has them.
+/// A record and its usage count, after the database and the tier: plans are sorted so.
 type Place = (u32, bool, Record, UsageCount);
 
-/// More than that many times blocks take long, and show nothing new.
+/// How often five bytes are taken as blocks. More take long and find nothing new.
 const MOST: usize = 50;
 
-/// Takes the first two bytes for the budget, and each five of the others for
-/// blocks that are listed, cached, or both.
+/// Takes the first two bytes as the budget, and every five of the others as blocks that
+/// are listed, cached, or both.
 pub fn check(input: &[u8]) {
     let Some((budget, blocks)) = input.split_first_chunk() else {
         return;
@@ -30,23 +30,23 @@ pub fn check(input: &[u8]) {
     }
     let text = list::write(&listed);
     let list = list::read_at_once(&text);
-    let limit = BYTES_FOR_A_RECORD * (listed.len() + cached.len()) + BYTES_BESIDE;
+    let limit = MEMORY_FOR_A_RECORD * (listed.len() + cached.len()) + MEMORY_BESIDE;
     let plan = memory::within(limit, || {
         Plan::new(list, cached.iter().copied(), budget).unwrap()
     });
     let planned = decode(&plan);
 
-    // In order, and as many as there is room for.
+    // The plan is sorted, and uses the budget.
     assert!(planned.is_sorted());
     assert!(planned.len() as u64 <= budget);
     assert!(plan.over_budget() == 0 || planned.len() as u64 == budget);
 
-    // Each block that is listed is in the plan, or in one of the counts.
+    // Each listed block is in the plan, or in one of the counts.
     let cached: HashSet<_> = cached.into_iter().collect();
     let mut left = HashMap::new();
     let (mut illegal, mut found) = (0, 0);
     for (record, usage_count) in listed.iter().copied() {
-        if !is_legal(&record) {
+        if !is_valid(&record) {
             illegal += 1;
         } else if cached.contains(&record) {
             found += 1;
@@ -58,22 +58,22 @@ pub fn check(input: &[u8]) {
     for &(_, _, record, usage_count) in &planned {
         let times = left
             .get_mut(&(record, usage_count))
-            .expect("a block not asked for");
+            .expect("a planned block that is not listed");
         *times = times
             .checked_sub(1)
-            .expect("a block more often than listed");
+            .expect("a block that is planned more often than listed");
     }
     left.retain(|_, times| *times > 0);
     assert_eq!(left.values().sum::<u64>(), plan.over_budget());
 
-    // The hottest win.
-    let coldest = planned
+    // No block is left out for one with a lower usage count.
+    let lowest_planned = planned
         .iter()
         .map(|&(_, _, _, usage_count)| usage_count)
         .min();
-    let hottest_left = left.keys().map(|&(_, usage_count)| usage_count).max();
-    if let (Some(coldest), Some(left)) = (coldest, hottest_left) {
-        assert!(left <= coldest);
+    let highest_left = left.keys().map(|&(_, usage_count)| usage_count).max();
+    if let (Some(planned), Some(left)) = (lowest_planned, highest_left) {
+        assert!(left <= planned);
     }
 }
 
@@ -105,11 +105,11 @@ fn add_blocks(bytes: [u8; 5], listed: &mut Vec<(Record, UsageCount)>, cached: &m
     }
 }
 
-fn is_legal(record: &Record) -> bool {
+fn is_valid(record: &Record) -> bool {
     record.block != u32::MAX && record.filenumber != 0 && Fork::from_number(record.fork).is_some()
 }
 
-/// The blocks of a plan as a worker reads them in shared memory, in their order.
+/// The blocks of a plan in their order, as a worker reads them in shared memory.
 fn decode(plan: &Plan) -> Vec<Place> {
     let mut words = vec![u32::MAX; plan.words()];
     plan.encode(&mut words);

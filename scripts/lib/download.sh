@@ -1,16 +1,15 @@
-# Fetching things, and room to put them: what fails for a while is tried again,
-# and what cannot be mended here ends with one line that says what to do.
-# Sourced, never run.
+# Fetching, and disk space. Failed downloads are tried again; other failures end the script
+# with one line that says what to do. Sourced, never run.
 
-# The error of the command whose output is in the file $1, in one line: the first
-# file that could not be had, or else its last word.
+# The error of the command whose output is in the file $1, in one line: the first file
+# that could not be fetched, or else the last error.
 last_error() {
     { grep -am1 'Failed to fetch' "$1" || grep -aiE '^E: |error: |^(tar|patchelf|dpkg-deb): ' "$1" | tail -1; } |
         sed 's/^E: //; s/ *\[IP:.*//' | cut -c1-300 || true
 }
 
-# Ends the script if that command failed because there was no room: its words may
-# have had no room either, so a little is written to see.
+# Ends the script if a command failed because the disk is full. There may have been no
+# space for its output either, so this tries to write a little.
 check_room_left() {
     local log=$1
     if ! grep -aqs 'No space left on device' "$log" &&
@@ -19,21 +18,21 @@ check_room_left() {
         return
     fi
     rm -f "$cache/.probe"
-    die "no room left in $cache: free some (it is a cache: all in it can be made again)," \
-        "or name another folder in PG_PREWARM_CACHE; then call again"
+    die "no space left in $cache: free some (everything in the cache can be made again)," \
+        "or set PG_PREWARM_CACHE to another directory; then call again"
 }
 
-# Ends the script if the cache's file system has less than $1 MB, for $2.
+# Ends the script if the cache's file system has less than the $1 MB that $2 needs.
 need_room() {
     local needed=$1 what=$2 free
     free=$(df -m --output=avail "$cache" | tail -1)
     [ "$free" -ge "$needed" ] ||
-        die "$what takes $needed MB in $cache, where $((free)) MB are free: free some," \
-            "or name another folder in PG_PREWARM_CACHE; then call again"
+        die "$what needs $needed MB in $cache, which has $((free)) MB: free some," \
+            "or set PG_PREWARM_CACHE to another directory; then call again"
 }
 
-# Runs a command that fetches something, with its output in the file $1: three
-# times, with a pause that grows, unless the answer was that it is not there.
+# Runs a command that fetches something, with its output in the file $1. Tries it three
+# times, with growing pauses, unless the answer is that the file does not exist.
 fetch() {
     local log=$1 try
     shift
@@ -46,10 +45,10 @@ fetch() {
     return 1
 }
 
-# What another try would not change.
+# Errors that another try would not change.
 is_gone() { grep -aqE '404 +Not Found|File not found|Unable to (find|locate)|could not compile' "$1"; }
 
-# Packages of this machine's own suites, installed.
+# Installs packages from this machine's own suites.
 install_packages() {
     local missing=() package sudo=() log=$cache/apt.log
     for package in "$@"; do
@@ -64,11 +63,11 @@ install_packages() {
         sudo=(sudo)
     fi
     update_machine_lists
-    # Nothing of the user's is to go: Debian's Rust conflicts with its rustup, say.
+    # No package may be removed: Debian's Rust conflicts with its rustup, for example.
     fetch "$log" "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get -qq install -y --no-install-recommends --no-remove "${missing[@]}" ||
-        die "apt-get cannot install ${missing[*]} ($(last_error "$log")): see to what it says" \
-            "(is there a network?), then call again; $log has it all"
+        die "apt-get cannot install ${missing[*]} ($(last_error "$log")): fix that (is there" \
+            "a network?), then call again; the whole output is in $log"
 }
 
 # Once in a call is enough.
@@ -80,7 +79,7 @@ update_machine_lists() {
     "${sudo[@]}" apt-get -qq update >"$cache/apt.log" 2>&1 || true
 }
 
-# The address of Debian's archive, as the machine's own packages have it.
+# The address of the Debian archive in the machine's package sources.
 archive() {
     if [ -n "${PG_PREWARM_ARCHIVE:-}" ]; then
         printf '%s' "$PG_PREWARM_ARCHIVE"
@@ -90,17 +89,16 @@ archive() {
     fi
 }
 
-# Writes to apt_of_suites how apt-get is called for Debian's newer suites, which
-# are none of the machine's: nothing of the machine's counts, neither its lists
-# nor its preferences nor what is installed. Their lists are fetched at most once
-# in a call. For the major version $1: its packages come from the suite that has
-# it, and so do their libraries.
+# Sets apt_of_suites to apt-get's options for Debian's newer suites. The machine's own
+# lists, preferences and installed packages are ignored. The suites' lists are fetched at
+# most once in a call. Packages of major version $1 come from the suite that has it, and
+# so do their libraries.
 use_suites() {
     local major=$1 apt=$cache/apt uri suite=sid trusted=
     [ "$major" != 17 ] || suite=trixie
     mkdir -p "$apt/sources" "$apt/lists/partial" "$apt/archives/partial" "$apt/preferences-$major"
     : >"$apt/status"
-    # Libraries of an older or newer PostgreSQL do not go with it.
+    # Libraries of another PostgreSQL do not fit.
     printf 'Package: src:postgresql-%s\nPin: version %s*\nPin-Priority: 995\n' "$major" "$major" \
         >"$apt/preferences-$major/major"
     apt_of_suites=(-qq -o Dir::Etc::SourceList=/dev/null -o Dir::Etc::SourceParts="$apt/sources"
@@ -116,7 +114,7 @@ use_suites() {
         update_machine_lists
         uri=$(archive)
     fi
-    [ -n "$uri" ] || die "no Debian archive among the machine's package sources: name its address in PG_PREWARM_ARCHIVE"
+    [ -n "$uri" ] || die "no Debian archive among the machine's package sources: set PG_PREWARM_ARCHIVE to its address"
     [ "${PG_PREWARM_ARCHIVE_TRUSTED:-}" != yes ] || trusted=$'\nTrusted: yes'
     for suite in 'deb deb-src:trixie sid forky experimental' 'deb-src:bookworm'; do
         printf 'Types: %s\nURIs: %s\nSuites: %s\nComponents: main\nSigned-By: %s%s\n\n' \
@@ -125,8 +123,7 @@ use_suites() {
     update_suites
 }
 
-# What an archive has not got of these, another may have: a list that cannot be
-# fetched is seen when something is not found in it.
+# A list that cannot be fetched is no error yet: the packages may be in others.
 update_suites() {
     suites_are_new=yes
     lists_failure=
@@ -136,15 +133,15 @@ update_suites() {
     say "$lists_failure"
 }
 
-# Fetches, in the folder $1, with apt-get's other arguments; why_not then says what
-# was the matter. (The lists are those of this very call: newer ones would not help.)
+# Runs apt-get in the directory $1 with the other arguments. If that fails, why_not has the
+# reason. (The lists were fetched in this call, so newer ones would not help.)
 fetch_of_suites() {
-    local folder=$1 log=$cache/fetch.log
+    local directory=$1 log=$cache/fetch.log
     shift
-    mkdir -p "$folder"
-    fetch "$log" in_folder "$folder" apt-get "${apt_of_suites[@]}" "$@" && return
+    mkdir -p "$directory"
+    fetch "$log" in_directory "$directory" apt-get "${apt_of_suites[@]}" "$@" && return
     why_not=$(last_error "$log")
     return 1
 }
 
-in_folder() ( cd "$1" && shift && "$@" )
+in_directory() ( cd "$1" && shift && "$@" )

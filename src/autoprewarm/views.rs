@@ -79,7 +79,9 @@ fn pg_stat_get_autoprewarm() -> TableIterator<
         skipped(SkipReason::Cancelled),
         dump_time,
         was_dumped.then_some(dump_blocks as i64),
-        was_dumped.then(|| Interval::from_micros(dump_duration.as_micros() as i64)),
+        was_dumped.then(|| {
+            Interval::from_micros(i64::try_from(dump_duration.as_micros()).unwrap_or(i64::MAX))
+        }),
         error
             .as_ref()
             .map(|(message, _)| in_server_encoding(message)),

@@ -197,6 +197,10 @@ impl Worker<'_> {
         let mut one_by_one = 0;
         let mut warned = false;
         let set_aside = |reason| {
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "a chunk has at most CHUNK_BLOCKS blocks"
+            )]
             let done = done.get() as u32;
             let claim = Claim { done, ..claim };
             ChunkEnd::SetAside(Rest { claim, reason })
@@ -386,7 +390,12 @@ impl Drop for Tally<'_> {
             false => (buffer::hits() - self.hits).min(blocks),
         };
         let loaded = blocks - cached;
-        self.turn.read.set(loaded as usize);
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a chunk has at most CHUNK_BLOCKS blocks"
+        )]
+        let read = loaded as usize;
+        self.turn.read.set(read);
         let worker = self.worker;
         worker
             .state

@@ -112,7 +112,7 @@ impl<'a> Filled<'a> {
         let start = Instant::now();
         let is_due = self.next_count.get().is_none_or(|next| start >= next);
         if known != u64::MAX && (known >= 2 * most as u64 || !is_due) {
-            return known as usize;
+            return usize::try_from(known).unwrap_or(usize::MAX);
         }
         let free = room::count_free();
         self.free.0.store(free as u64, Relaxed);

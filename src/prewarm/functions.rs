@@ -135,14 +135,15 @@ impl Request {
             .map(|blocks| u64::try_from(blocks).map_err(|_| Error::NegativeMaxBlocks))
             .transpose()?;
         let workers = workers.ok_or(Error::NullArgument("workers"))?;
-        if !(0..=Self::MOST_WORKERS).contains(&workers) {
-            return Err(Error::WorkersOutOfRange(Self::MOST_WORKERS));
-        }
+        let workers = u16::try_from(workers)
+            .ok()
+            .filter(|&workers| i32::from(workers) <= Self::MOST_WORKERS)
+            .ok_or(Error::WorkersOutOfRange(Self::MOST_WORKERS))?;
         Ok(Self {
             mode,
             wanted,
             max_blocks,
-            workers: workers as u16,
+            workers,
         })
     }
 }
@@ -200,7 +201,12 @@ fn run(
             let blocks = upper::read(&share, part, target, left);
             target.pause();
             left -= (blocks.len() as u64).min(left);
-            target.except = ((words.len() + done.len()) as u32, blocks.len() as u32);
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "a call stops when it has filled shared buffers, which have fewer than 2^31 blocks"
+            )]
+            let except = ((words.len() + done.len()) as u32, blocks.len() as u32);
+            target.except = except;
             done.extend(blocks);
         }
         full = header.full();
@@ -214,6 +220,10 @@ fn run(
     }
 
     const LEAST_FOR_A_WORKER: u64 = 512;
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "it is at most request.workers, which has 16 bits"
+    )]
     let workers = match full {
         Some(Full::Shared) => 0,
         _ => for_others(&targets)

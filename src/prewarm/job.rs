@@ -158,6 +158,10 @@ impl Target {
             return most - wanted;
         }
         // Each block before the end that is done already moves the end by one.
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "it is less than `wanted`, which has 32 bits"
+        )]
         let mut end = most as BlockNumber;
         for block in self.done_before(words) {
             if end == 0 || block.load(Relaxed) >= end {

@@ -125,15 +125,12 @@ fn prewarm(
         relation.check_not_others();
     }
 
-    // Both lie within the fork, so they fit into 32 bits.
-    Ok(run(
-        transaction,
-        relation,
-        mode,
-        fork,
-        first as BlockNumber,
-        last as BlockNumber + 1,
-    ))
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "both are block numbers of the fork"
+    )]
+    let (first, end) = (first as BlockNumber, last as BlockNumber + 1);
+    Ok(run(transaction, relation, mode, fork, first, end))
 }
 
 /// The caller's bound, which has to lie within the fork, or the default if it is NULL.

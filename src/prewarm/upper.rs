@@ -41,7 +41,8 @@ pub fn read(share: &Share, part: &Collected, target: &Target, most: u64) -> Vec<
         && share.header.full().is_none()
     {
         blocks.retain(|&block| block < part.blocks && !done.contains(&block));
-        blocks.truncate(most.saturating_sub(done.len() as u64) as usize);
+        let left = most.saturating_sub(done.len() as u64);
+        blocks.truncate(usize::try_from(left).unwrap_or(usize::MAX));
         let mut children = Vec::new();
         share.read(target, Work::List(&blocks), &mut |block, buffer| {
             done.insert(block);

@@ -1,12 +1,11 @@
 /*
- * Makes a server's disk slow or bad, and its clock wrong: preloaded into the
- * server, it does as the numbers in the file that FAULTS names say, at once and in
- * every process, since all have that file mapped.
+ * Injects faults of the disk, the clock and memory into a server that preloads this
+ * library. The environment variable FAULTS names a file with the numbers of struct
+ * faults. Every process maps it, so a change takes effect in all of them at once.
  *
- * Reads are those of user relations' files, and of the list by who looks at it;
- * writes are those of the list that autoprewarm is making. As on a real disk, no
- * signal cuts a delay short. Memory is refused to the library, or, to one process,
- * whoever asks in it.
+ * Reads are those of user relations' files, and of the list by autoprewarm_blocks().
+ * Writes are those of the new list. As on a real disk, signals do not interrupt a
+ * delay. Memory is refused to the library, or to all code of one process.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -27,23 +26,23 @@
 #define LIST "/autoprewarm.blocks"
 #define NEW_LIST LIST ".tmp"
 
-/* What can be asked for; the same as `Fault` in mod.rs. */
+/* The same as `Fault` in mod.rs. */
 struct faults
 {
-	int64_t clock;			/* microseconds that the time of day is ahead */
-	int64_t uptime;			/* seconds that the clock is ahead that nobody sets */
+	int64_t clock;			/* microseconds added to the time of day */
+	int64_t uptime;			/* seconds added to the monotonic clock */
 	int64_t read_delay;		/* milliseconds that a read takes */
-	int64_t read_errors;	/* one read of so many fails */
-	int64_t list_end;		/* milliseconds that it takes to find the list's end */
-	int64_t list_delay;		/* milliseconds that a write or a rename takes */
-	int64_t flush_delay;	/* milliseconds that flushing it takes */
-	int64_t list_write;		/* what writing the list fails with */
-	int64_t list_close;		/* what closing it fails with */
-	int64_t list_flush;		/* what flushing it fails with */
-	int64_t list_rename;	/* what renaming it fails with */
-	int64_t refused_memory; /* one request for memory of the library's of so many fails */
-	int64_t poor_process;	/* the process that may not have much more memory */
-	int64_t memory_left;	/* bytes that it may have more, from then on */
+	int64_t read_errors;	/* one of so many reads fails */
+	int64_t list_end;		/* milliseconds that finding the end of the list takes */
+	int64_t list_delay;		/* milliseconds that a write or rename of the list takes */
+	int64_t flush_delay;	/* milliseconds that flushing the list takes */
+	int64_t list_write;		/* the error number of writing the list */
+	int64_t list_close;		/* the error number of closing it */
+	int64_t list_flush;		/* the error number of flushing it */
+	int64_t list_rename;	/* the error number of renaming it */
+	int64_t refused_memory; /* one of so many memory requests of the library fails */
+	int64_t limited_process;	/* the process whose memory is limited */
+	int64_t memory_left;	/* bytes more than now that it can have */
 };
 
 static const struct faults none;
@@ -64,7 +63,7 @@ static void map_faults(void)
 	close(file);
 }
 
-/* The next definition of a function of that name: the C library's own. */
+/* The C library's function of that name. */
 #define NEXT(name) \
 	static __typeof__(name) *next; \
 	if (!next) \
@@ -110,7 +109,7 @@ static void delay(long milliseconds)
 		;
 }
 
-/* Whether this is one of so many, by chance. */
+/* Returns true randomly, once in so many calls. */
 static int is_one_of(long many)
 {
 	static unsigned chance;
@@ -124,7 +123,7 @@ static int is_one_of(long many)
 	return (chance >> 8) % many == 0;
 }
 
-/* Delays a read; true where it is to fail. */
+/* Delays a read, and returns true if it must fail. */
 static int bad_read(int file)
 {
 	int kept = errno;
@@ -179,7 +178,7 @@ ssize_t write(int file, const void *from, size_t length)
 
 	if ((milliseconds > 0 || error > 0) && is_named(file, NEW_LIST))
 	{
-		/* Half of it is on the disk before anything happens. */
+		/* Half of it is written before the delay or the error. */
 		ssize_t half = length > 1 ? next(file, from, length / 2) : 0;
 
 		delay(milliseconds);
@@ -242,7 +241,7 @@ int rename(const char *from, const char *to)
 	return next(from, to);
 }
 
-/* Whether what returns there is refused memory. */
+/* Whether the code at `caller` is refused memory. */
 static int is_refused(void *caller)
 {
 	Dl_info library;
@@ -255,29 +254,29 @@ static int is_refused(void *caller)
 	return 1;
 }
 
-/* What this process has taken of the memory that it may have. */
+/* How much memory this process has allocated since it was limited. */
 static int64_t taken;
 
 static int is_too_much(size_t size)
 {
-	if (faults->poor_process == 0 || faults->poor_process != getpid() ||
+	if (faults->limited_process == 0 || faults->limited_process != getpid() ||
 		taken + (int64_t) size <= faults->memory_left)
 		return 0;
 	errno = ENOMEM;
 	return 1;
 }
 
-/* Counts memory that was given, or taken back. */
+/* Counts memory that was allocated (sign 1) or freed (sign -1). */
 static void *count(void *memory, int sign)
 {
-	if (memory && faults->poor_process != 0 && faults->poor_process == getpid())
+	if (memory && faults->limited_process != 0 && faults->limited_process == getpid())
 		taken += sign * (int64_t) malloc_usable_size(memory);
 	return memory;
 }
 
 #define REFUSED(size) (is_refused(__builtin_return_address(0)) || is_too_much(size))
 
-/* The C library's own; looking them up would ask for memory. */
+/* The C library's functions. Looking them up would allocate memory. */
 void *__libc_malloc(size_t size);
 void *__libc_calloc(size_t count, size_t size);
 void *__libc_realloc(void *memory, size_t size);

@@ -1,9 +1,9 @@
-//! A throw-away PostgreSQL cluster.
+//! A temporary PostgreSQL cluster.
 //!
-//! [`Cluster::build`] makes one from a copy of a freshly initialised data folder;
-//! dropping it stops the server, removes the folder, and fails the test if a
-//! server process died of a signal that the test did not send. As root, servers
-//! run as user `postgres`, since PostgreSQL refuses to run as root.
+//! [`Cluster::build`] makes one from a copy of a freshly initialised data directory.
+//! Dropping it stops the server, removes the directory, and fails the test if a server
+//! process was terminated by a signal that the test did not send. If the tests run as
+//! root, servers run as user `postgres`, since PostgreSQL refuses to run as root.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -21,46 +21,47 @@ use std::time::{Duration, Instant};
 use postgres::types::FromSqlOwned;
 use postgres::{CancelToken, Client, Config, NoTls};
 
-/// How long anything may take that a test waits for: far more than it should,
-/// so that a busy machine fails no test.
+/// How long a test waits for anything: far longer than it should take, so that a busy
+/// machine fails no test.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The list, in the data folder.
+/// The list, in the data directory.
 pub const LIST: &str = "autoprewarm.blocks";
 
-/// What the server's disk and clock are to do wrong, beside the data; see
+/// The file with the server's faults, beside the data directory; see
 /// [`Cluster::set_fault`].
 const FAULTS: &str = "faults";
 
-/// What can be wrong with a server's disk and clock: the numbers in the file
-/// [`FAULTS`], in its order, each 0 where nothing is.
+/// The faults that a server's disk, clock and memory can have. Each is a number in the
+/// file [`FAULTS`], in this order; 0 means no fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Microseconds that the time of day is ahead.
+    /// Microseconds that are added to the time of day.
     Clock,
-    /// Seconds that the clock is ahead that nobody sets.
+    /// Seconds that are added to the monotonic clock.
     Uptime,
-    /// Milliseconds that a read of a user relation's file takes (with
-    /// `io_method = io_uring` it does nothing).
+    /// Milliseconds that a read of a user relation's file takes. It has no effect with
+    /// `io_method = io_uring`.
     ReadDelay,
-    /// One such read of so many fails.
+    /// One of so many such reads fails.
     ReadErrors,
-    /// Milliseconds that it takes `autoprewarm_blocks()` to find the list's end.
+    /// Milliseconds that `autoprewarm_blocks()` takes to find the end of the list.
     ListEnd,
     /// Milliseconds that a write to the new list takes.
     ListDelay,
-    /// Milliseconds that flushing it takes, where `fsync` is on.
+    /// Milliseconds that flushing the new list takes, if `fsync` is on.
     FlushDelay,
-    /// The error that writing, closing, flushing or renaming the new list fails with.
+    /// The error number with which writing, closing, flushing or renaming the new list
+    /// fails.
     ListWrite,
     ListClose,
     ListFlush,
     ListRename,
-    /// One request of the library for memory of so many fails.
+    /// One of so many memory requests of the library fails.
     RefusedMemory,
-    /// The process of that ID may have hardly more memory than it has,
-    PoorProcess,
-    /// but so many bytes.
+    /// The ID of a process whose memory is limited.
+    LimitedProcess,
+    /// How many bytes more than now that process can have.
     MemoryLeft,
 }
 
@@ -78,7 +79,7 @@ impl Fault {
         Self::ListFlush,
         Self::ListRename,
         Self::RefusedMemory,
-        Self::PoorProcess,
+        Self::LimitedProcess,
         Self::MemoryLeft,
     ];
 }
@@ -91,20 +92,20 @@ pub struct Installation {
 }
 
 impl Installation {
-    /// The one with this extension in it.
+    /// The installation with this extension.
     pub fn ours() -> Self {
         Self::from_env("PG_CONFIG", "ours")
             .expect("PG_CONFIG must name an installation with this extension: run `make test`")
     }
 
-    /// One of the same major version with contrib's own module; nothing where
-    /// there is none (for 16).
+    /// An installation of the same major version with contrib's module. `None` if there
+    /// is none (for 16).
     pub fn contrib() -> Option<Self> {
         Self::from_env("CONTRIB_PG_CONFIG", "contrib")
     }
 
-    /// One of an older PostgreSQL with this extension: `pg_upgrade` goes from that
-    /// to ours.
+    /// An installation of an older major version with this extension, from which
+    /// `pg_upgrade` upgrades to ours.
     pub fn old() -> Option<Self> {
         Self::from_env("OLD_PG_CONFIG", "old")
     }
@@ -118,12 +119,12 @@ impl Installation {
         })
     }
 
-    /// A program of this installation, to be run as the server's user.
+    /// A program of this installation, run as the server's user.
     pub fn program(&self, name: &str) -> Command {
         as_server_user(self.bin.join(name))
     }
 
-    /// Where its programs are.
+    /// The directory of its programs.
     pub fn bin(&self) -> &Path {
         &self.bin
     }
@@ -131,19 +132,19 @@ impl Installation {
     pub fn major(&self) -> u32 {
         let version = run(Command::new(self.bin.join("postgres")).arg("--version"));
         let number = version.split_whitespace().nth(2).unwrap();
-        // Of "19rc1" as well.
+        // The version may be "19rc1".
         let digits = number.find(|c: char| !c.is_ascii_digit());
         number[..digits.unwrap_or(number.len())].parse().unwrap()
     }
 
-    /// A freshly initialised data folder, made once and copied for each cluster.
+    /// A freshly initialised data directory, which is copied for each cluster.
     fn template(&self, checksums: bool) -> &'static Path {
         static TEMPLATES: [OnceLock<PathBuf>; 6] = [const { OnceLock::new() }; 6];
         let kind = ["ours", "contrib", "old"]
             .iter()
             .position(|&name| name == self.name);
         TEMPLATES[kind.unwrap() * 2 + usize::from(checksums)].get_or_init(|| {
-            let folder = new_folder("template");
+            let directory = new_directory("template");
             let mut initdb = self.program("initdb");
             initdb.args([
                 "-A",
@@ -160,8 +161,8 @@ impl Installation {
             } else if self.major() >= 18 {
                 initdb.arg("--no-data-checksums");
             }
-            run(initdb.arg("-D").arg(folder.join("data")));
-            folder.join("data")
+            run(initdb.arg("-D").arg(directory.join("data")));
+            directory.join("data")
         })
     }
 }
@@ -181,17 +182,17 @@ fn as_server_user(program: impl AsRef<OsStr>) -> Command {
     } else {
         Command::new(program)
     };
-    // A backtrace in every error's DETAIL is not what users see.
+    // Users' servers have no backtrace in the DETAIL of every error.
     command.env_remove("RUST_BACKTRACE").current_dir("/");
     command
 }
 
 fn is_root() -> bool {
-    // SAFETY: asks, and cannot fail.
+    // SAFETY: `geteuid` has no preconditions and cannot fail.
     unsafe { libc::geteuid() == 0 }
 }
 
-/// Makes the server's user the owner of a file that this process made.
+/// Makes the server's user the owner of a file that this process created.
 pub fn give_to_server(path: &Path) {
     if is_root() {
         static OWNER: OnceLock<(u32, u32)> = OnceLock::new();
@@ -206,27 +207,27 @@ pub fn give_to_server(path: &Path) {
     }
 }
 
-/// A new folder of the server's user, below the cache. Its path is short: a
-/// socket's may not be long.
-fn new_folder(kind: &str) -> PathBuf {
+/// Creates a directory of the server's user in the cache. Its path is short, since the
+/// length of a socket's path is limited.
+fn new_directory(kind: &str) -> PathBuf {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let cache = std::env::var_os("PG_PREWARM_CACHE").expect(
-        "PG_PREWARM_CACHE must name a folder that the server's user can enter: run `make test`",
+        "PG_PREWARM_CACHE must name a directory that the server's user can enter: run `make test`",
     );
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let folder = Path::new(&cache)
+    let directory = Path::new(&cache)
         .join("clusters")
         .join(format!("{}-{kind}-{number}", std::process::id()));
-    fs::create_dir_all(&folder).unwrap();
-    give_to_server(&folder);
-    folder
+    fs::create_dir_all(&directory).unwrap();
+    give_to_server(&directory);
+    directory
 }
 
-/// The library that makes a disk slow or bad and a clock wrong, compiled once.
+/// The library that injects the faults, compiled once.
 fn faults_library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
-        let library = new_folder("library").join("faults.so");
+        let library = new_directory("library").join("faults.so");
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/faults.c");
         run(Command::new("cc")
             .args(["-O1", "-shared", "-fPIC", "-o"])
@@ -259,7 +260,7 @@ fn output(command: &mut Command) -> Output {
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < PATIENCE, "waited in vain for: {what}");
+        assert!(start.elapsed() < PATIENCE, "timed out waiting for: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -272,7 +273,7 @@ pub enum Shutdown {
     Immediate,
 }
 
-/// What a cluster is to be like.
+/// How a cluster is set up.
 pub struct Builder {
     installation: Installation,
     checksums: bool,
@@ -281,7 +282,7 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// With contrib's module instead of ours.
+    /// With this installation instead of ours.
     pub fn installation(mut self, installation: Installation) -> Self {
         self.installation = installation;
         self
@@ -299,24 +300,24 @@ impl Builder {
         self
     }
 
-    /// With a line in `postgresql.conf`.
+    /// With this line in `postgresql.conf`.
     pub fn setting(mut self, line: &str) -> Self {
         self.settings.push(line.to_owned());
         self
     }
 
-    /// Makes the cluster, not started.
+    /// Creates the cluster, but does not start it.
     pub fn create(self) -> Cluster {
-        let folder = new_folder("cluster");
+        let directory = new_directory("cluster");
         let template = self.installation.template(self.checksums);
-        let data = folder.join("data");
+        let data = directory.join("data");
         run(as_server_user("cp").arg("-a").arg(template).arg(&data));
         let cluster = Cluster {
             installation: self.installation,
-            folder,
+            directory,
             crash_expected: false,
         };
-        // Autovacuum would fill the cache while a test looks at it.
+        // Autovacuum would read blocks into shared buffers during a test.
         cluster.configure(&format!(
             "listen_addresses = ''\n\
              unix_socket_directories = '{}'\n\
@@ -329,7 +330,7 @@ impl Builder {
              wal_level = replica\n\
              hot_standby = on\n\
              restart_after_crash = on",
-            cluster.folder.display()
+            cluster.directory.display()
         ));
         if self.preload {
             cluster.configure("shared_preload_libraries = 'pg_prewarm'");
@@ -340,7 +341,7 @@ impl Builder {
         cluster
     }
 
-    /// Makes the cluster and starts it.
+    /// Creates the cluster and starts it.
     pub fn start(self) -> Cluster {
         let cluster = self.create();
         cluster.start();
@@ -348,15 +349,15 @@ impl Builder {
     }
 }
 
-/// A cluster of one test.
+/// The cluster of a test.
 pub struct Cluster {
     installation: Installation,
-    folder: PathBuf,
+    directory: PathBuf,
     crash_expected: bool,
 }
 
 impl Cluster {
-    /// Begins with our module preloaded, and PostgreSQL's defaults otherwise.
+    /// A cluster with our module preloaded, and PostgreSQL's defaults otherwise.
     pub fn build() -> Builder {
         Builder {
             installation: Installation::ours(),
@@ -366,12 +367,12 @@ impl Cluster {
         }
     }
 
-    /// The same data with another installation's programs and libraries.
+    /// Uses another installation's programs and libraries for the same data.
     pub fn switch_to(&mut self, installation: Installation) {
         self.installation = installation;
     }
 
-    /// A process is going to die, or be killed, in this test.
+    /// The test terminates a server process, or expects one to die.
     pub fn expect_crash(&mut self) {
         self.crash_expected = true;
     }
@@ -380,14 +381,14 @@ impl Cluster {
         self.installation.major()
     }
 
-    /// A file below the cluster's own folder, beside its data.
+    /// A file in the cluster's own directory, beside the data directory.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.join(name)
+        self.directory.join(name)
     }
 
-    /// A file in the data folder.
+    /// A file in the data directory.
     pub fn data(&self, name: &str) -> PathBuf {
-        self.folder.join("data").join(name)
+        self.directory.join("data").join(name)
     }
 
     /// Appends to `postgresql.conf`.
@@ -409,8 +410,8 @@ impl Cluster {
         command
     }
 
-    /// Has the server's disk or clock be wrong like that from now on. The first
-    /// call comes before the start of the server.
+    /// Sets a fault of the server's disk, clock or memory. The first call must precede
+    /// the start of the server.
     pub fn set_fault(&self, fault: Fault, number: i64) {
         let path = self.path(FAULTS);
         if !path.exists() {
@@ -421,7 +422,7 @@ impl Cluster {
         file.write_all_at(&number.to_ne_bytes(), at as u64).unwrap();
     }
 
-    /// Lets every read of a user relation's file take so long from now on.
+    /// Makes every read of a user relation's file take so long.
     pub fn slow_reads(&self, milliseconds: u32) {
         self.set_fault(Fault::ReadDelay, milliseconds.into());
     }
@@ -434,9 +435,9 @@ impl Cluster {
         );
     }
 
-    /// False where the server does not start.
+    /// Returns false if the server does not start.
     pub fn try_start(&self) -> bool {
-        // The server inherits what pg_ctl's output goes to.
+        // The server inherits the output of pg_ctl.
         let mut command = self.pg_ctl();
         if self.path(FAULTS).exists() {
             command
@@ -459,13 +460,13 @@ impl Cluster {
         run(self.pg_ctl().args(["-m", mode, "stop"]));
     }
 
-    /// Stops fast, as most do, and starts again.
+    /// Stops the server in fast mode, and starts it.
     pub fn restart(&self) {
         self.stop(Shutdown::Fast);
         self.start();
     }
 
-    /// Has the server read its configuration again.
+    /// Makes the server reload its configuration.
     pub fn reload(&self) {
         run(self.pg_ctl().arg("reload"));
     }
@@ -483,7 +484,7 @@ impl Cluster {
     pub fn config(&self) -> Config {
         let mut config = Config::new();
         config
-            .host_path(&self.folder)
+            .host_path(&self.directory)
             .user("postgres")
             .dbname("postgres");
         config
@@ -526,17 +527,17 @@ impl Cluster {
         }
     }
 
-    /// The only value of a query's only row.
+    /// The value of a query that returns one row with one column.
     pub fn value<T: FromSqlOwned>(&self, sql: &str) -> T {
         value(&mut self.connect("postgres"), sql)
     }
 
-    /// Everything that the server has logged.
+    /// All of the server's log.
     pub fn log(&self) -> String {
         self.log_since(0)
     }
 
-    /// Where the log ends now; see [`Cluster::log_since`].
+    /// The current end of the log; see [`Cluster::log_since`].
     pub fn log_end(&self) -> usize {
         fs::metadata(self.path("log")).map_or(0, |metadata| metadata.len() as usize)
     }
@@ -550,15 +551,14 @@ impl Cluster {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Waits until a line with that text has been logged after `mark`, and
-    /// returns the line.
+    /// Waits until a line with that text has been logged after `mark`, and returns it.
     pub fn wait_for_log(&self, mark: usize, text: &str) -> String {
         let mut found = None;
         let start = Instant::now();
         while found.is_none() {
             assert!(
                 start.elapsed() < PATIENCE,
-                "waited in vain for \"{text}\" in the log:\n{}",
+                "timed out waiting for \"{text}\" in the log:\n{}",
                 self.log_since(mark)
             );
             std::thread::sleep(Duration::from_millis(10));
@@ -571,8 +571,8 @@ impl Cluster {
         found.unwrap()
     }
 
-    /// Waits until a load has ended after `mark`, and returns how many blocks
-    /// were loaded, of how many.
+    /// Waits until a load has ended after `mark`, and returns how many blocks were
+    /// loaded and how many the list had.
     pub fn wait_for_load(&self, mark: usize) -> (u64, u64) {
         let line = self.wait_for_log(mark, "autoprewarm successfully prewarmed");
         let numbers: Vec<u64> = line
@@ -585,13 +585,13 @@ impl Cluster {
         (numbers[0], numbers[1])
     }
 
-    /// What a load that ended after `mark` skipped, and why.
+    /// What a load that ended after `mark` has logged about skipped blocks.
     pub fn wait_for_skipped(&self, mark: usize) -> String {
         let line = self.wait_for_log(mark, "autoprewarm skipped ");
         line.split_once("skipped ").unwrap().1.to_owned()
     }
 
-    /// Has a parallel query take a background worker's slot, until the guard is
+    /// Occupies a background worker slot with a parallel query until the guard is
     /// dropped.
     pub fn take_worker_slot(&self) -> WorkerSlot {
         let mut client = self.connect("postgres");
@@ -615,7 +615,7 @@ impl Cluster {
         }
     }
 
-    /// The leader's process ID, where there is one.
+    /// The leader's process ID. `None` if no leader is running.
     pub fn leader(&self) -> Option<i32> {
         let rows = self
             .connect("postgres")
@@ -627,8 +627,8 @@ impl Cluster {
         rows.first().map(|row| row.get(0))
     }
 
-    /// Waits until there is a leader that has taken over, and sleeps or waits for
-    /// something; returns its process ID.
+    /// Waits until a leader is running and waits for something, and returns its process
+    /// ID.
     pub fn wait_for_leader(&self) -> i32 {
         let mut client = self.connect("postgres");
         let mut leader = None;
@@ -652,12 +652,12 @@ impl Cluster {
         give_to_server(&path);
     }
 
-    /// The list's text.
+    /// The text of the list.
     pub fn list(&self) -> String {
         fs::read_to_string(self.data(LIST)).unwrap()
     }
 
-    /// The list's records.
+    /// The records of the list.
     pub fn listed(&self) -> BTreeSet<Block> {
         let list = self.list();
         let blocks: BTreeSet<Block> = list
@@ -675,19 +675,19 @@ impl Cluster {
         blocks
     }
 
-    /// Whether the list names a block of that relation.
+    /// Whether the list has a block of that relation.
     pub fn lists(&self, relation: Block) -> bool {
         let listed = self.listed();
         listed.iter().any(|block| block.same_relation(&relation))
     }
 
-    /// The blocks in shared buffers, as `pg_buffercache` has them.
+    /// The blocks in shared buffers, according to `pg_buffercache`.
     pub fn cached(&self) -> BTreeSet<Block> {
         self.sql("CREATE EXTENSION IF NOT EXISTS pg_buffercache");
         self.cached_without_extension()
     }
 
-    /// The same where the extension is there already, as on a standby.
+    /// The same if the extension exists already, as it must on a standby.
     pub fn cached_without_extension(&self) -> BTreeSet<Block> {
         self.connect("postgres")
             .query(
@@ -707,19 +707,19 @@ impl Cluster {
             .collect()
     }
 
-    /// Makes a tablespace, in a folder beside the data.
+    /// Creates a tablespace, in a directory beside the data directory.
     pub fn create_tablespace(&self, name: &str) {
-        let folder = self.path(name);
-        fs::create_dir(&folder).unwrap();
-        give_to_server(&folder);
+        let directory = self.path(name);
+        fs::create_dir(&directory).unwrap();
+        give_to_server(&directory);
         self.sql(&format!(
             "CREATE TABLESPACE {name} LOCATION '{}'",
-            folder.display()
+            directory.display()
         ));
     }
 
-    /// Makes a table of that many blocks, one row in each, and returns its file.
-    /// The blocks are cached, if they fit.
+    /// Creates a table of so many blocks with one row each, and returns its file. Its
+    /// blocks are cached, if they fit.
     pub fn table_of_blocks(&self, database: &str, name: &str, blocks: u32) -> Block {
         self.sql_in(
             database,
@@ -736,8 +736,8 @@ impl Cluster {
         self.table_of_blocks("postgres", name, blocks)
     }
 
-    /// The file that a relation of a database has now, as the first four fields
-    /// of its records.
+    /// The current file of a relation, as a block of which the first four fields are
+    /// set.
     pub fn file_of(&self, database: &str, relation: &str) -> Block {
         let row = self
             .connect(database)
@@ -758,52 +758,58 @@ impl Cluster {
         }
     }
 
-    /// What a client program of this installation prints, connected to this cluster.
+    /// The output of a client program of this installation, connected to this cluster.
     pub fn run_client(&self, program: &str, arguments: &[&str]) -> String {
         let mut command = self.installation.program(program);
-        command.arg("-h").arg(&self.folder).args(["-U", "postgres"]);
+        command
+            .arg("-h")
+            .arg(&self.directory)
+            .args(["-U", "postgres"]);
         run(command.args(arguments))
     }
 
-    /// Fills this cluster, which is new, with what `old` holds; both are stopped.
+    /// Runs `pg_upgrade` from `old` to this cluster, which must be new. Both are
+    /// stopped.
     pub fn upgrade_from(&self, old: &Cluster) {
         let mut command = self.installation.program("pg_upgrade");
-        command.current_dir(&self.folder).args(["-U", "postgres"]);
+        command
+            .current_dir(&self.directory)
+            .args(["-U", "postgres"]);
         for (option, path) in [
             ("-b", old.installation.bin()),
             ("-B", self.installation.bin()),
             ("-d", &old.data("")),
             ("-D", &self.data("")),
-            ("-s", &self.folder),
+            ("-s", &self.directory),
         ] {
             command.arg(option).arg(path);
         }
         run(&mut command);
     }
 
-    /// A standby that follows this cluster, not started.
+    /// Creates a standby of this cluster, but does not start it.
     pub fn standby(&self) -> Cluster {
-        let folder = new_folder("standby");
+        let directory = new_directory("standby");
         let mut backup = self.installation.program("pg_basebackup");
-        backup.arg("-h").arg(&self.folder);
+        backup.arg("-h").arg(&self.directory);
         backup.args([
             "-U", "postgres", "-R", "-N", "-c", "fast", "-X", "stream", "-D",
         ]);
-        run(backup.arg(folder.join("data")));
+        run(backup.arg(directory.join("data")));
         let standby = Cluster {
             installation: self.installation.clone(),
-            folder,
+            directory,
             crash_expected: false,
         };
         standby.configure(&format!(
             "unix_socket_directories = '{}'",
-            standby.folder.display()
+            standby.directory.display()
         ));
         standby
     }
 }
 
-/// A background worker's slot that a parallel query has.
+/// A background worker slot that a parallel query occupies.
 pub struct WorkerSlot {
     cancel: CancelToken,
     query: Option<JoinHandle<bool>>,
@@ -811,7 +817,7 @@ pub struct WorkerSlot {
 
 impl Drop for WorkerSlot {
     fn drop(&mut self) {
-        // Where the server is gone, so is the query.
+        // If the server has stopped, so has the query.
         let _ = self.cancel.cancel_query(NoTls);
         let _ = self.query.take().unwrap().join();
     }
@@ -828,7 +834,7 @@ impl Drop for Cluster {
                 assert!(!log.contains(sign), "a server process died:\n{log}");
             }
         }
-        let _ = fs::remove_dir_all(&self.folder);
+        let _ = fs::remove_dir_all(&self.directory);
     }
 }
 
@@ -836,8 +842,8 @@ impl Drop for Cluster {
 pub fn cached_pages(file: &fs::File) -> Vec<bool> {
     let size = file.metadata().unwrap().len() as usize;
     let mut pages = vec![0u8; size.div_ceil(4096)];
-    // SAFETY: a mapping of the whole file, which nobody reads, and room for a byte
-    // of each of its pages.
+    // SAFETY: the mapping is of the whole file and is not accessed, and `pages` has a
+    // byte for each of its pages.
     unsafe {
         let start = libc::mmap(
             std::ptr::null_mut(),
@@ -854,16 +860,17 @@ pub fn cached_pages(file: &fs::File) -> Vec<bool> {
     pages.into_iter().map(|page| page & 1 == 1).collect()
 }
 
-/// Has the operating system forget blocks of a file, which must have been written.
+/// Removes blocks of a file from the operating system's cache. They must have been
+/// flushed.
 pub fn drop_pages(file: &fs::File, first: i64, blocks: i64) {
     let (offset, size) = (first * 8192, blocks * 8192);
-    // SAFETY: an open file.
+    // SAFETY: the file is open.
     let result =
         unsafe { libc::posix_fadvise(file.as_raw_fd(), offset, size, libc::POSIX_FADV_DONTNEED) };
     assert_eq!(result, 0);
 }
 
-/// The only value of a query's only row.
+/// The value of a query that returns one row with one column.
 pub fn value<T: FromSqlOwned>(client: &mut Client, sql: &str) -> T {
     match client.query_one(sql, &[]) {
         Ok(row) => row.get(0),
@@ -927,7 +934,7 @@ impl From<postgres::Error> for SqlError {
     }
 }
 
-/// What `pg_stat_autoprewarm` says of a load.
+/// The columns of `pg_stat_autoprewarm` about a load.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadStats {
     pub state: String,
@@ -953,19 +960,19 @@ impl LoadStats {
         }
     }
 
-    /// Waits until they are as they should be.
+    /// Waits until `condition` is true.
     pub fn wait_for(client: &mut Client, mut condition: impl FnMut(&Self) -> bool) -> Self {
         let mut stats = Self::get(client);
         let start = Instant::now();
         while !condition(&stats) {
-            assert!(start.elapsed() < PATIENCE, "waited in vain: {stats:?}");
+            assert!(start.elapsed() < PATIENCE, "timed out: {stats:?}");
             std::thread::sleep(Duration::from_millis(5));
             stats = Self::get(client);
         }
         stats
     }
 
-    /// Waits for the end of the load that runs, or was asked for.
+    /// Waits until the load that is running or has been requested has ended.
     pub fn wait_for_end(client: &mut Client) -> Self {
         assert!(value::<bool>(client, "SELECT autoprewarm_wait('1 min')"));
         let stats = Self::get(client);
@@ -982,21 +989,20 @@ impl LoadStats {
     }
 }
 
-/// Kills a process, or asks it for something.
+/// Sends a signal to a process.
 pub fn signal(pid: i32, signal: i32) {
-    // SAFETY: a process of this test's own cluster.
+    // SAFETY: it is a process of this test's cluster.
     let result = unsafe { libc::kill(pid, signal) };
     assert_eq!(result, 0, "process {pid} is gone");
 }
 
-/// Lets a server process write no file beyond that many bytes; without a number,
-/// any file again.
+/// Limits the size of files that a server process can write. `None` removes the limit.
 pub fn limit_file_size(pid: i32, bytes: Option<u64>) {
     assert!(limit(pid, "fsize", bytes), "process {pid} is gone");
 }
 
-/// Lets a server process have no more of something than that, as `prlimit` names
-/// it; without a number, as much as it likes. False where the process is gone.
+/// Limits a resource of a server process, by its name in `prlimit`. `None` removes the
+/// limit. Returns false if the process does not exist any more.
 pub fn limit(pid: i32, resource: &str, number: Option<u64>) -> bool {
     let limit = number.map_or("unlimited".to_owned(), |number| number.to_string());
     let mut command = as_server_user("prlimit");
@@ -1004,7 +1010,7 @@ pub fn limit(pid: i32, resource: &str, number: Option<u64>) -> bool {
     output(&mut command).status.success()
 }
 
-/// A block, as a record of the list names it.
+/// A block, with the fields of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Block {
     pub database: u32,
@@ -1027,7 +1033,7 @@ impl Block {
         }
     }
 
-    /// Whether both are of the same relation.
+    /// Whether both blocks are of the same relation.
     pub fn same_relation(&self, other: &Self) -> bool {
         (self.database, self.tablespace, self.filenumber)
             == (other.database, other.tablespace, other.filenumber)
@@ -1062,7 +1068,7 @@ pub fn list_of(blocks: impl IntoIterator<Item = Block>) -> String {
     text
 }
 
-/// The same with a trailer, whose digits are the blocks' usage counts, in one line.
+/// The same with a trailer. `digits` has the usage counts of all blocks, in one line.
 pub fn list_with_usage_counts(blocks: impl IntoIterator<Item = Block>, digits: &str) -> String {
     let mut list = list_of(blocks);
     list.push_str(&format!("# pg_prewarm 2.0\n# usage counts\n{digits}\n"));

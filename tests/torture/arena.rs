@@ -1,9 +1,8 @@
-//! The cluster that all rounds happen to, what it holds, and what a round has done
-//! to it.
+//! The cluster of all rounds, its content, and what a round has done to it.
 //!
-//! Rows can be checked by themselves: a table holds the ids from `low` up to
-//! `high`, each with a filler that follows from it. The tables named `anchor` are
-//! never changed, so that no list may ever lose a block of theirs without a reason.
+//! Each row can be checked by itself: a table has the ids from `low` up to `high`, each
+//! with a filler that is computed from it. The tables named `anchor` never change, so a
+//! list must not lose their blocks without a reason.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,16 +23,16 @@ use crate::common::{
 
 pub const DATABASES: [&str; 3] = ["postgres", "one", "two"];
 
-/// More than anything that is asked of the server should ever take.
+/// Longer than anything that the server does should take.
 const STATEMENT_TIMEOUT: &str = "SET statement_timeout = '30s'";
 
 pub struct Arena {
     pub cluster: Cluster,
     pub tables: Vec<Table>,
     pub anchors: Vec<Block>,
-    /// The list as it was last checked, or made anew by a round.
+    /// The list as of the last check, or as a round has replaced it.
     pub list: Option<List>,
-    /// The last error that `pg_stat_autoprewarm` has shown.
+    /// The last error that `pg_stat_autoprewarm` has reported.
     pub last_error: Option<String>,
     pub census: Census,
     pub round: Round,
@@ -51,20 +50,21 @@ pub struct Table {
     pub unlogged: bool,
 }
 
-/// What one round does, and so what may be otherwise after it.
+/// What a round has done, and therefore what may differ after it.
 pub struct Round {
     pub rng: StdRng,
-    /// Where the log ended before it.
+    /// The end of the log before the round.
     pub mark: usize,
-    /// Processes that it killed.
+    /// The processes that the round has killed.
     pub killed: Vec<i32>,
-    /// What autoprewarm's warnings and errors may say, besides what is fine always.
+    /// Texts that autoprewarm's warnings and errors may have, besides those that are
+    /// always allowed.
     pub allowed: Vec<&'static str>,
-    /// Blocks that could be read may have been skipped; and a list may lack them.
+    /// Readable blocks may have been skipped, and may be missing in the list.
     pub may_skip: bool,
-    /// The list was written by the round itself.
+    /// The round has written the list itself.
     pub list_replaced: bool,
-    /// The clock was set.
+    /// The round has set the clock.
     pub clock_set: bool,
 }
 
@@ -81,7 +81,7 @@ impl Round {
         }
     }
 
-    /// One of them.
+    /// A random one of `from`.
     pub fn choose<T: Clone>(&mut self, from: &[T]) -> T {
         from.choose(&mut self.rng).unwrap().clone()
     }
@@ -90,7 +90,7 @@ impl Round {
         self.rng.random()
     }
 
-    /// Lets up to so many milliseconds pass.
+    /// Waits for a random time of up to so many milliseconds.
     pub fn pause(&mut self, milliseconds: u64) {
         let micros = self.rng.random_range(0..=milliseconds * 1000);
         std::thread::sleep(Duration::from_micros(micros));
@@ -102,12 +102,12 @@ impl Round {
     }
 }
 
-/// What is left to chance in a round, or in the order of the rounds.
+/// The random numbers of a round, or of the order of rounds.
 pub fn rng(seed: u64, number: u64) -> StdRng {
     StdRng::seed_from_u64(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ number)
 }
 
-/// How many shared buffers there are, far more than the anchors need.
+/// The number of shared buffers, far more than the anchors need.
 pub const BUFFERS: i64 = 8192;
 
 /// A call in a session of its own.
@@ -117,7 +117,8 @@ pub struct Call {
 }
 
 impl Call {
-    /// Its SQLSTATE, empty where the connection was lost; nothing where it succeeded.
+    /// Waits for its end, and returns its SQLSTATE: `None` if it succeeded, and an
+    /// empty string if the connection was lost.
     pub fn wait(self) -> Option<String> {
         let error = self.thread.join().unwrap().err()?;
         let state = error.code().map(|code| code.code().to_owned());
@@ -247,7 +248,7 @@ impl Arena {
         self.tables.push(table);
     }
 
-    /// Changes a few tables, and keeps in mind what they then hold.
+    /// Changes a few tables, and records what they have then.
     pub fn work(&mut self) {
         for _ in 0..self.round.rng.random_range(1..=3) {
             let changeable: Vec<usize> = (0..self.tables.len())
@@ -291,7 +292,7 @@ impl Arena {
         }
     }
 
-    /// Runs SQL that must succeed, if need be after others have had their way.
+    /// Runs SQL, which must succeed, though it may have to be repeated.
     pub fn run(&self, database: &str, sql: &str) {
         let mut client = self.connect(database);
         wait_until(sql, || match client.batch_execute(sql) {
@@ -316,7 +317,7 @@ impl Arena {
         }
     }
 
-    /// Calls something in a session of its own, and does not wait for it.
+    /// Starts a call in a session of its own, and does not wait for it.
     pub fn call(&self, database: &str, sql: &str) -> Call {
         let mut client = self.connect(database);
         let sql = sql.to_owned();
@@ -326,7 +327,7 @@ impl Arena {
         }
     }
 
-    /// Puts a setting into the configuration, which the server has to read yet.
+    /// Sets a setting in the configuration, which the server has to reload.
     pub fn set(&mut self, name: &'static str, value: &str) {
         self.settings.insert(name, value.to_owned());
         self.write_settings();
@@ -343,19 +344,19 @@ impl Arena {
             .iter()
             .map(|(name, value)| format!("{name} = {value}\n"))
             .collect();
-        // In one step, so that the server never reads half of it.
+        // Atomically, so that the server never reads half of it.
         let new = self.cluster.data("torture.conf.new");
         fs::write(&new, lines).unwrap();
         give_to_server(&new);
         fs::rename(&new, self.cluster.data("torture.conf")).unwrap();
     }
 
-    /// Has the running server read its configuration.
+    /// Makes the running server reload its configuration.
     pub fn reload(&self) {
         process::signal(self.cluster.postmaster(), libc::SIGHUP);
     }
 
-    /// Has loads take seconds from now on, by slow reads or by a limit.
+    /// Makes loads take seconds, by slow reads or by a rate limit.
     pub fn slow_down(&mut self) {
         match self.round.rng.random_range(0..3) {
             0 => {
@@ -376,7 +377,7 @@ impl Arena {
         self.set("pg_prewarm.autoprewarm_max_rate", &rate.to_string());
     }
 
-    /// Lets all be as fast and as good as it can.
+    /// Removes all faults and limits.
     pub fn back_to_normal(&mut self) {
         for fault in Fault::ALL {
             self.cluster.set_fault(fault, 0);
@@ -387,8 +388,8 @@ impl Arena {
         }
     }
 
-    /// Has the server start anew, in one of all ways, with a load that takes
-    /// seconds, and lets some of them pass.
+    /// Restarts the server in one of all ways, with a load that takes seconds, and
+    /// waits for a random time.
     pub fn begin_slow_load(&mut self) {
         self.slow_down();
         match self.round.rng.random_range(0..4) {
@@ -408,14 +409,14 @@ impl Arena {
         self.cluster.start();
     }
 
-    /// Kills a session's process, after which the server starts over.
+    /// Kills a backend, after which the server reinitializes.
     pub fn crash(&mut self) {
         let mut client = self.connect("postgres");
         let pid = value(&mut client, "SELECT pg_backend_pid()");
         self.kill_and_recover(pid);
     }
 
-    /// Kills a server process, and waits until the server starts over.
+    /// Kills a server process, and waits until the server reinitializes.
     pub fn kill_and_recover(&mut self, pid: i32) {
         let mark = self.cluster.log_end();
         self.round.kill(pid);
@@ -423,8 +424,8 @@ impl Arena {
             .wait_for_log(mark, "all server processes terminated; reinitializing");
     }
 
-    /// The process ID of a process of that name, as soon as there is one; nothing
-    /// where none comes for a second.
+    /// The process ID of a process of that name, once it exists. `None` if none is
+    /// started within a second.
     pub fn find(&mut self, name: &str) -> Option<i32> {
         let data = self.cluster.data("");
         for _ in 0..200 {
@@ -437,8 +438,8 @@ impl Arena {
         None
     }
 
-    /// Waits until the leader has come and has nothing to load any more, and
-    /// returns its process ID.
+    /// Waits until the leader is running and its load has ended, and returns its
+    /// process ID.
     pub fn settle(&self) -> i32 {
         let mut leader = None;
         let start = std::time::Instant::now();
@@ -451,7 +452,7 @@ impl Arena {
 
     fn try_to_settle(&self) -> Option<i32> {
         let mut client = self.connect("postgres");
-        // The server may be just about to crash.
+        // The server may be about to crash.
         let done: bool = client
             .query_one("SELECT autoprewarm_wait('20s')", &[])
             .ok()?
@@ -467,7 +468,7 @@ impl Arena {
         None
     }
 
-    /// Has all tables cached, the list say so, and the last load be one of that.
+    /// Loads and dumps, so that all tables are cached and listed.
     pub fn warm(&mut self) {
         self.settle();
         for database in DATABASES {
@@ -485,7 +486,7 @@ impl Arena {
     }
 }
 
-/// A query for the rows of these ids.
+/// A query for the rows with these ids.
 fn rows(low: i64, high: i64) -> String {
     format!(
         "SELECT g, repeat(md5(g::text), 20) FROM generate_series({low}, {}) g",
@@ -493,7 +494,7 @@ fn rows(low: i64, high: i64) -> String {
     )
 }
 
-/// The wheel that 16 comes from has no contrib modules.
+/// The wheel from which 16 is installed has no contrib modules.
 pub fn has_amcheck(cluster: &Cluster) -> bool {
     cluster.major() != 16
 }

@@ -1,4 +1,4 @@
-//! What must not grow: counted from the system, for each process that lives on
+//! Resources that must not grow, counted in the system for each process that lives
 //! through several rounds.
 
 use std::collections::BTreeMap;
@@ -8,13 +8,13 @@ use std::fs;
 use super::process;
 use crate::common::Cluster;
 
-/// What the leader and the postmaster have at rest, and the cluster's dynamic
-/// shared memory.
+/// The resources of the idle leader and postmaster, and the cluster's dynamic shared
+/// memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Count {
     pub leader: Holdings,
     pub postmaster: Holdings,
-    /// Dynamic segments: files, since the suite's clusters have
+    /// Dynamic shared memory segments. They are files, since the suite's clusters have
     /// `dynamic_shared_memory_type = mmap`.
     pub segments: u64,
 }
@@ -27,9 +27,8 @@ pub struct Holdings {
     memory: u64,
 }
 
-/// How much more a process may have at rest than when it was first counted: a
-/// server process keeps some relations' files open, and its caches grow with what
-/// it has seen.
+/// How much more an idle process may have than when it was first counted. A server
+/// process keeps files of relations open, and its caches grow.
 const MORE_FILES: u64 = 16;
 const MORE_MEMORY: u64 = 4096;
 
@@ -54,12 +53,12 @@ impl Count {
     }
 }
 
-/// The cluster's dynamic segments.
+/// The number of the cluster's dynamic shared memory segments.
 pub fn segments(cluster: &Cluster) -> u64 {
     fs::read_dir(cluster.data("pg_dynshmem")).unwrap().count() as u64
 }
 
-/// What was first counted for each process, and the most that came to be.
+/// The first count of each process, and the highest.
 #[derive(Default)]
 pub struct Census {
     first: BTreeMap<i32, Holdings>,
@@ -67,7 +66,7 @@ pub struct Census {
     pub most: Most,
 }
 
-/// The most that was ever counted, and by how much it had grown.
+/// The highest count ever, and its growth.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Most {
     pub counts: u64,
@@ -85,7 +84,7 @@ pub struct Growth {
 }
 
 impl Census {
-    /// What is too much about that count, if anything is.
+    /// Describes what exceeds the limits. `None` if nothing does.
     pub fn judge(&self, count: &Count, segments_may_be: u64) -> Option<String> {
         for (name, now) in [("leader", count.leader), ("postmaster", count.postmaster)] {
             let first = self.first.get(&now.pid).unwrap_or(&now);

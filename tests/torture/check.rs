@@ -1,4 +1,4 @@
-//! What must hold after every round.
+//! What must be true after every round.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -11,8 +11,8 @@ use super::census::Count;
 use super::process;
 use crate::common::{Block, Installation, PATIENCE, Shutdown, run};
 
-/// Skipped blocks that need no excuse: a list may be older than what became of
-/// its relations, and what lies in template databases is never loaded.
+/// Reasons for skipped blocks that are always allowed: relations may have changed since
+/// the dump, and template databases are never loaded.
 const ALWAYS_EXCUSED: [&str; 4] = [
     "skipped_template_database",
     "skipped_no_database",
@@ -29,8 +29,8 @@ const OTHER_REASONS: [&str; 6] = [
     "skipped_cancelled",
 ];
 
-/// What autoprewarm's processes may log at any time: they are told to end, or the
-/// server goes down around them.
+/// What autoprewarm's processes may log at any time, since they may be terminated or
+/// the server may go down.
 const ALWAYS_ALLOWED: [&str; 3] = [
     "due to administrator command",
     "because of crash of another server process",
@@ -38,8 +38,8 @@ const ALWAYS_ALLOWED: [&str; 3] = [
 ];
 
 impl Arena {
-    /// Checks everything, and has all be warm again for the next round. Panics
-    /// where something does not hold.
+    /// Checks everything, and loads everything again for the next round. Panics if a
+    /// check fails.
     pub fn check(&mut self) {
         let leader = self.settle();
         self.check_processes(leader);
@@ -65,7 +65,7 @@ impl Arena {
         assert_eq!(shown, [leader], "pg_stat_activity's leader");
     }
 
-    /// `pg_stat_autoprewarm` must tell the truth of a load that has ended.
+    /// `pg_stat_autoprewarm` must be right about a load that has ended.
     fn check_stats(&mut self, leader: i32) -> Row {
         let row = self
             .query("postgres", "SELECT * FROM pg_stat_autoprewarm")
@@ -80,9 +80,10 @@ impl Arena {
             ["total", "loaded", "cached", "skipped"].map(|name| count(&format!("blocks_{name}")));
         assert_eq!(loaded + cached + skipped, total, "blocks of the load");
         let log = self.cluster.log_since(self.round.mark);
-        // Not all of a list that fills shared buffers fits: a few are left free.
+        // If the list fills shared buffers, it does not fit completely: a few buffers
+        // stay free.
         let is_long = total > BUFFERS - 1000;
-        // Clients have waited for each other until the server ended that.
+        // Clients have waited for each other until the server resolved the deadlock.
         let was_deadlocked = log.contains("deadlock detected");
         let has_excuse = |name| match name {
             "skipped_no_free_buffer" => is_long,
@@ -101,7 +102,7 @@ impl Arena {
             self.round.may_skip || others.iter().all(|(name, _)| has_excuse(name)),
             "skipped without an excuse: {others:?}"
         );
-        // Then it need not all be cached, either.
+        // Then not all of it has to be cached.
         self.round.may_skip |= is_long && unexcused > 0;
         if let Some((_, line)) = log.rsplit_once("autoprewarm successfully prewarmed ")
             && result == Some("completed")
@@ -131,8 +132,9 @@ impl Arena {
         row
     }
 
-    /// What the list named and is still there must be cached; nobody may hold a
-    /// buffer, or a lock, or show progress. Returns whether an anchor is missing.
+    /// The listed blocks that still exist must be cached. No process may hold a buffer
+    /// pin or a lock, or report progress. Returns whether a block of an anchor is
+    /// missing.
     fn check_cache(&self) -> bool {
         let cached = self.cluster.cached_without_extension();
         let missing = self.missing_anchors(&cached);
@@ -165,7 +167,7 @@ impl Arena {
         missing > 0
     }
 
-    /// How many anchors' blocks are not among those.
+    /// The number of the anchors' blocks that are not among `blocks`.
     fn missing_anchors(&self, blocks: &BTreeSet<Block>) -> usize {
         let missing = self.anchors.iter().filter(|block| !blocks.contains(block));
         missing.count()
@@ -179,14 +181,14 @@ impl Arena {
             if left == 0 {
                 return;
             }
-            // A process that ends takes a while.
+            // A process that exits takes a while.
             assert!(start.elapsed() < PATIENCE / 6, "{left} {what}");
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    /// The list on disk must be complete, the newest there was, and as long as it
-    /// should be.
+    /// The list must be complete, be the last one that was written, and have all the
+    /// blocks that it should.
     fn check_list(&mut self, stats: &Row, anchors_were_missing: bool) {
         let list = self.read_list();
         let records = list.blocks.len();
@@ -198,7 +200,7 @@ impl Arena {
                 .and_then(|(_, rest)| rest.split_once(' '))
                 .map(|(number, _)| number.parse::<usize>().unwrap());
             let unchanged = self.list.as_ref() == Some(&list);
-            // A process may end between the list's last step and the line.
+            // A process may exit after it has written the list and before it logs that.
             let ended = !self.round.killed.is_empty() || log.contains("FATAL:  out of memory");
             if !ended || unchanged && logged.is_none() {
                 assert!(
@@ -219,7 +221,7 @@ impl Arena {
         self.list = Some(list);
     }
 
-    /// All rows must be there and right, all pages and indexes sound.
+    /// All rows must exist and be right, and pages and indexes must be sound.
     fn check_data(&mut self) {
         let log = self.cluster.log_since(self.round.mark);
         let recovered = log.contains("automatic recovery in progress");
@@ -242,7 +244,7 @@ impl Arena {
                     )
                     .unwrap_or_else(|error| panic!("{table:?}: {error:?}"));
                 let found: [i64; 4] = [0, 1, 2, 3].map(|index| row.get(index));
-                // Of an unlogged table, the rows since the recovery are there.
+                // Of an unlogged table, the rows inserted since the recovery exist.
                 if recovered && table.unlogged && (table.low..=table.high).contains(&found[1]) {
                     table.low = found[1];
                 }
@@ -267,7 +269,7 @@ impl Arena {
         }
     }
 
-    /// Nothing may be left open, mapped or allocated.
+    /// No files, memory or segments may have leaked.
     fn check_census(&mut self, leader: i32) {
         let start = Instant::now();
         loop {
@@ -281,13 +283,13 @@ impl Arena {
         }
     }
 
-    /// No process may have died of what the round has not done, and autoprewarm's
-    /// may have complained of that only.
+    /// No process may have died of anything but what the round has done, and
+    /// autoprewarm's processes may have complained about nothing else.
     pub fn check_log(&self) {
         check_log(&self.cluster.log_since(self.round.mark), &self.round);
     }
 
-    /// The server's own programs must find nothing, either. The server is stopped
+    /// The server's own programs must find nothing wrong either. The server is stopped
     /// after that.
     pub fn check_thoroughly(&mut self) {
         if has_amcheck(&self.cluster) {
@@ -362,9 +364,9 @@ pub fn check_log(log: &str, round: &super::arena::Round) {
     }
 }
 
-/// A client whose parallel workers wait when the postmaster dies ends twice at once,
-/// with whatever query: `DestroyParallelContext` raises a FATAL while the first end
-/// aborts the transaction. A server with assertions notices.
+/// A client whose parallel workers are waiting when the postmaster dies exits in a
+/// second FATAL while it handles the first, with any query: `DestroyParallelContext`
+/// raises one while the transaction is aborted. A server with assertions fails one.
 fn is_trap_of_any_parallel_query(line: &str, log: &str) -> bool {
     line.contains("!IsTransactionOrTransactionBlock()")
         && line.rsplit_once("PID: ").is_some_and(|(_, pid)| {

@@ -1,5 +1,5 @@
-//! Sessions that do one thing after another beside what a round does, each with
-//! tables of its own, or with tables whose content it leaves as it is.
+//! Sessions that run statements during a round, in tables of their own, or in tables
+//! whose content they do not change.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -12,10 +12,10 @@ use rand::seq::IndexedRandom;
 
 use super::arena::{Arena, DATABASES, rng};
 
-/// Makes up the next statement for a session of that number.
+/// Generates the next statement for the session of that number.
 type Statements = fn(&mut StdRng, usize, &[(&'static str, String)]) -> (&'static str, String);
 
-/// Sessions at work. They end when told to.
+/// Running sessions. They end when `end` is called.
 pub struct Churn {
     stop: Arc<AtomicBool>,
     sessions: Vec<JoinHandle<Vec<String>>>,
@@ -48,7 +48,7 @@ impl Churn {
         Self { stop, sessions }
     }
 
-    /// Ends them; panics where one was told something that should never be.
+    /// Ends them, and panics if one received an error that should not occur.
     pub fn end(mut self) {
         self.stop.store(true, Relaxed);
         let wrong: Vec<String> = std::mem::take(&mut self.sessions)
@@ -59,20 +59,20 @@ impl Churn {
     }
 }
 
-/// A round that has found something does not wait for them.
+/// A round that has failed does not wait for them.
 impl Drop for Churn {
     fn drop(&mut self) {
         self.stop.store(true, Relaxed);
     }
 }
 
-/// Runs one statement in a session of its own; says what is wrong with its error,
-/// if that is no ordinary one.
+/// Runs one statement in a new session, and describes its error if that is not an
+/// ordinary one.
 fn run(config: &Config, database: &str, sql: &str) -> Option<String> {
     let mut config = config.clone();
     let connected = config.dbname(database).options("-c statement_timeout=30s");
     let error = match connected.connect(NoTls) {
-        // It may be restarting, or have no connection left.
+        // The server may be restarting, or have no free connection.
         Err(_) => {
             std::thread::sleep(std::time::Duration::from_millis(10));
             return None;
@@ -84,8 +84,8 @@ fn run(config: &Config, database: &str, sql: &str) -> Option<String> {
     (internal || code == "57014").then(|| format!("{sql}: {error:?}"))
 }
 
-/// What PostgreSQL says when two sessions do DDL at once, and contrib's module, and
-/// so ours, where two dump: errors without a code of their own.
+/// Errors without SQLSTATEs of their own: PostgreSQL raises them if two sessions run
+/// DDL at the same time, and contrib's module and ours if two dump.
 fn is_known(error: &postgres::Error) -> bool {
     error.as_db_error().is_some_and(|error| {
         [
@@ -99,7 +99,7 @@ fn is_known(error: &postgres::Error) -> bool {
     })
 }
 
-/// What any application may do, and what looks at autoprewarm.
+/// What any application may do, and queries of autoprewarm's views.
 pub fn ordinary(
     rng: &mut StdRng,
     number: usize,
@@ -127,7 +127,7 @@ pub fn ordinary(
     (database, sql)
 }
 
-/// DDL that leaves a table's content as it is, but not where it lies.
+/// DDL that moves a table's content to another file or tablespace.
 pub fn rewrites(
     rng: &mut StdRng,
     _number: usize,
@@ -147,7 +147,7 @@ pub fn rewrites(
     (database, sql)
 }
 
-/// Databases that come and go.
+/// Creates and drops databases.
 pub fn databases(
     rng: &mut StdRng,
     number: usize,
@@ -168,7 +168,7 @@ pub fn databases(
 }
 
 impl Arena {
-    /// Drops what sessions have left behind.
+    /// Drops what sessions have left.
     pub fn clear_up(&self) {
         for database in DATABASES {
             let tables = self.query(

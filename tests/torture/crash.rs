@@ -1,5 +1,4 @@
-//! Processes that are killed, and stops that nobody prepared for, at moments that
-//! chance decides.
+//! Processes that are killed, and immediate shutdowns, at random times.
 
 use super::arena::{Arena, Call, DATABASES};
 use super::process;
@@ -44,7 +43,7 @@ fn kill_leader_at_rest(arena: &mut Arena) {
     kill(arena, "autoprewarm leader");
 }
 
-/// The next one is killed as soon as it is there, or nearly so.
+/// The next process is killed once it exists, or soon after.
 fn kill_again_and_again(arena: &mut Arena) {
     arena.begin_slow_load();
     for _ in 0..3 {
@@ -63,13 +62,13 @@ fn kill(arena: &mut Arena, name: &str) {
     }
 }
 
-/// Kills a process that may be about to end.
+/// Kills a process that may be about to exit.
 fn kill_if_there(arena: &mut Arena, pid: i32) {
     let mark = arena.cluster.log_end();
     arena.round.kill(pid);
     let died = format!("(PID {pid}) was terminated by signal 9");
     process::wait_for_end(pid);
-    // Its end is logged before the next connection is served.
+    // Its exit is logged before the next connection is accepted.
     drop(arena.connect("postgres"));
     if arena.cluster.log_since(mark).contains(&died) {
         arena
@@ -84,7 +83,7 @@ fn slow_dumps(arena: &mut Arena) {
     arena.cluster.set_fault(Fault::ListDelay, delay);
 }
 
-/// The leader dumps every second, slowly; returns at some moment of that.
+/// Makes the leader dump every second, slowly, and returns at a random time.
 fn begin_dumps(arena: &mut Arena) {
     arena.settle();
     slow_dumps(arena);
@@ -104,7 +103,7 @@ fn kill_leader_in_dump(arena: &mut Arena) {
     end_dumps(arena);
 }
 
-/// One of the calls that there are, with cold buffers to read into.
+/// Starts one of the calls, with blocks to read that are not cached.
 pub fn begin_call(arena: &mut Arena, workers: bool) -> Call {
     arena.slow_down();
     arena.restart(Shutdown::Immediate);
@@ -154,10 +153,10 @@ fn kill_caller_in_dump(arena: &mut Arena) {
     call.wait();
 }
 
-/// Whatever process it is: all start over.
+/// Kills a random process: the server reinitializes.
 fn kill_any(arena: &mut Arena) {
     arena.begin_slow_load();
-    // The startup process is no process of a server that is up.
+    // The startup process does not belong to a running server.
     drop(arena.connect("postgres"));
     let postmaster = arena.cluster.postmaster();
     let pids: Vec<i32> = process::all(&arena.cluster.data(""))
@@ -170,7 +169,7 @@ fn kill_any(arena: &mut Arena) {
     arena.back_to_normal();
 }
 
-/// What is left behind notices, and ends, before the next server can start.
+/// The remaining processes notice it and exit before the next server can start.
 fn kill_postmaster(arena: &mut Arena) {
     let postmaster = arena.cluster.postmaster();
     arena.round.kill(postmaster);
@@ -180,7 +179,7 @@ fn kill_postmaster(arena: &mut Arena) {
         arena.cluster.set_fault(fault, 0);
     }
     process::wait_for_none(&data);
-    // While anybody has yet to learn of its end, the system keeps its process ID.
+    // The system keeps the process ID until the parent has waited for the process.
     process::wait_for_end(postmaster);
     arena.cluster.start();
 }
@@ -232,7 +231,7 @@ fn stop_in_load(arena: &mut Arena) {
     arena.back_to_normal();
 }
 
-/// The dump at shutdown, and others, are cut short.
+/// Interrupts dumps, and the one at shutdown.
 fn stop_in_dump(arena: &mut Arena) {
     begin_dumps(arena);
     let how = arena.round.choose(&SHUTDOWNS);
@@ -244,7 +243,7 @@ fn stop_in_call(arena: &mut Arena) {
     let workers = arena.round.coin();
     let call = begin_call(arena, workers);
     arena.round.pause(300);
-    // A smart one would wait for the caller.
+    // A smart shutdown would wait for the caller.
     let how = arena.round.choose(&[Shutdown::Fast, Shutdown::Immediate]);
     arena.restart(how);
     arena.back_to_normal();

@@ -1,5 +1,5 @@
-//! The list on disk, as one who trusts nobody reads it: every line, the count and
-//! the checksum must be right.
+//! Reads the list strictly: every line, the number of records and the checksum must be
+//! right.
 
 use std::collections::BTreeSet;
 use std::fs;

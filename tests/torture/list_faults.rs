@@ -1,5 +1,5 @@
-//! What can go wrong with the list's file: a disk that is full or fails, something
-//! else in its place, or a list that somebody else has spoilt.
+//! Faults of the list's file: a disk that is full or fails, something else in place of
+//! the list, and damaged lists.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -17,19 +17,22 @@ pub const FAULTS: &[super::Kind] = &[
     ("disk-full-at-shutdown", disk_full_at_shutdown),
     ("file-size-limit", file_size_limit),
     ("link-in-place-of-new-list", link_in_place_of_new_list),
-    ("folder-in-place-of-new-list", folder_in_place_of_new_list),
+    (
+        "directory-in-place-of-new-list",
+        directory_in_place_of_new_list,
+    ),
     ("pipe-in-place-of-new-list", pipe_in_place_of_new_list),
-    ("folder-in-place-of-list", folder_in_place_of_list),
+    ("directory-in-place-of-list", directory_in_place_of_list),
     ("pipe-in-place-of-list", pipe_in_place_of_list),
-    ("no-rights-to-list", no_rights_to_list),
-    ("read-only-folder", read_only_folder),
-    ("spoilt-list", spoilt_list),
+    ("no-permission-for-list", no_permission_for_list),
+    ("read-only-directory", read_only_directory),
+    ("damaged-list", damaged_list),
     ("no-list", no_list),
 ];
 
 const NEW_LIST: &str = "autoprewarm.blocks.tmp";
 
-/// A dump, by the leader or by a caller, that must fail and leave the list alone.
+/// A dump, by the leader or by a session, that must fail and keep the list.
 fn failing_dump(arena: &mut Arena, error: &'static str) {
     let before = arena.read_list();
     if arena.round.coin() {
@@ -47,7 +50,7 @@ fn failing_dump(arena: &mut Arena, error: &'static str) {
             .wait_for_log(mark, "The previous block dump file is kept");
         arena.set("pg_prewarm.autoprewarm_interval", "0");
         arena.reload();
-        // It may be at the next one.
+        // The leader may have begun the next one.
         arena.settle();
         let rows = arena.query("postgres", "SELECT last_error FROM pg_stat_autoprewarm");
         let shown: Option<&str> = rows[0].get(0);
@@ -62,7 +65,7 @@ fn failing_dump(arena: &mut Arena, error: &'static str) {
     );
 }
 
-/// An error of the disk, at some step of the dump.
+/// A disk error at a random step of the dump.
 fn bad_disk(arena: &mut Arena) -> &'static str {
     let error = arena.round.choose(&[libc::ENOSPC, libc::EIO, libc::EDQUOT]);
     let (fault, text) = arena.round.choose(&[
@@ -78,7 +81,7 @@ fn disk_full_in_dump(arena: &mut Arena) {
     arena.settle();
     let error = bad_disk(arena);
     match error {
-        // Raised by the server, so without the hint that is waited for.
+        // The server raises this error, without the hint that the round waits for.
         "could not rename file" => {
             let before = arena.read_list();
             let state = arena
@@ -111,7 +114,7 @@ fn disk_full_at_shutdown(arena: &mut Arena) {
 fn file_size_limit(arena: &mut Arena) {
     let leader = arena.settle();
     let bytes = arena.round.rng.random_range(0..30_000);
-    // Its own log is beyond that: nothing is logged, and nothing more happens.
+    // The leader's log exceeds the limit, so the leader logs nothing.
     limit_file_size(leader, Some(bytes));
     let before = arena.read_list();
     arena.set("pg_prewarm.autoprewarm_interval", "1");
@@ -132,8 +135,7 @@ fn file_size_limit(arena: &mut Arena) {
     arena.reload();
 }
 
-/// Puts something where the new list is made, has the server dump over it, and
-/// takes it away.
+/// Puts something in place of the new list, makes the server dump, and removes it.
 fn in_place_of_new_list(arena: &mut Arena, put: impl Fn(&Path), may_be_replaced: bool) {
     arena.settle();
     let path = arena.cluster.data(NEW_LIST);
@@ -153,7 +155,7 @@ fn in_place_of_new_list(arena: &mut Arena, put: impl Fn(&Path), may_be_replaced:
     assert!(fs::symlink_metadata(&path).is_err());
 }
 
-/// The link is replaced, and what it leads to is not written to.
+/// The link is replaced, and its target is not written to.
 fn link_in_place_of_new_list(arena: &mut Arena) {
     let planted = arena.cluster.path("planted");
     fs::write(&planted, "precious").unwrap();
@@ -167,12 +169,12 @@ fn pipe_in_place_of_new_list(arena: &mut Arena) {
     in_place_of_new_list(arena, make_pipe, true);
 }
 
-fn folder_in_place_of_new_list(arena: &mut Arena) {
-    let folder = |path: &Path| {
+fn directory_in_place_of_new_list(arena: &mut Arena) {
+    let directory = |path: &Path| {
         fs::create_dir(path).unwrap();
         give_to_server(path);
     };
-    in_place_of_new_list(arena, folder, false);
+    in_place_of_new_list(arena, directory, false);
 }
 
 fn make_pipe(path: &Path) {
@@ -181,14 +183,14 @@ fn make_pipe(path: &Path) {
     give_to_server(path);
 }
 
-/// The list cannot be read, and what is in its place is not replaced until it can
-/// be: then it is loaded.
-fn in_place_of_list(arena: &mut Arena, spoil: impl Fn(&Path), repair: impl Fn(&Path)) {
+/// The list cannot be read, and what is in its place is not replaced. Once the list can
+/// be read, it is loaded.
+fn in_place_of_list(arena: &mut Arena, damage: impl Fn(&Path), repair: impl Fn(&Path)) {
     let path = arena.cluster.data(LIST);
     arena.round.allowed.push("could not read file");
     arena.cluster.stop(Shutdown::Fast);
     let before = arena.read_list();
-    spoil(&path);
+    damage(&path);
     let mark = arena.cluster.log_end();
     arena.cluster.start();
     arena
@@ -214,7 +216,7 @@ fn aside(path: &Path) -> std::path::PathBuf {
     path.with_file_name("aside")
 }
 
-fn folder_in_place_of_list(arena: &mut Arena) {
+fn directory_in_place_of_list(arena: &mut Arena) {
     in_place_of_list(
         arena,
         |path| {
@@ -236,34 +238,34 @@ fn pipe_in_place_of_list(arena: &mut Arena) {
             fs::rename(path, aside(path)).unwrap();
             make_pipe(path);
         },
-        // Over the pipe, in one step.
+        // It replaces the pipe atomically.
         |path| fs::rename(aside(path), path).unwrap(),
     );
 }
 
-fn set_rights(path: &Path, mode: u32) {
+fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-fn no_rights_to_list(arena: &mut Arena) {
+fn no_permission_for_list(arena: &mut Arena) {
     in_place_of_list(
         arena,
-        |path| set_rights(path, 0),
-        |path| set_rights(path, 0o600),
+        |path| set_mode(path, 0),
+        |path| set_mode(path, 0o600),
     );
 }
 
-/// No new file can be made: no dump, but a load all the same.
-fn read_only_folder(arena: &mut Arena) {
+/// No file can be created, so dumps fail, but loads work.
+fn read_only_directory(arena: &mut Arena) {
     arena.settle();
-    let folder = arena.cluster.data("");
-    let rights = fs::metadata(&folder).unwrap().permissions().mode();
-    set_rights(&folder, 0o500);
-    failing_dump_in_read_only_folder(arena);
-    set_rights(&folder, rights);
+    let directory = arena.cluster.data("");
+    let mode = fs::metadata(&directory).unwrap().permissions().mode();
+    set_mode(&directory, 0o500);
+    failing_dump_in_read_only_directory(arena);
+    set_mode(&directory, mode);
 }
 
-fn failing_dump_in_read_only_folder(arena: &mut Arena) {
+fn failing_dump_in_read_only_directory(arena: &mut Arena) {
     let before = arena.read_list();
     let state = arena
         .call("postgres", "SELECT autoprewarm_dump_now()")
@@ -280,9 +282,8 @@ fn failing_dump_in_read_only_folder(arena: &mut Arena) {
     );
 }
 
-/// Any bytes at all may lie in the list's place: what is a record is loaded, and
-/// the server goes on.
-fn spoilt_list(arena: &mut Arena) {
+/// The list is damaged randomly: its valid records are loaded, and the server goes on.
+fn damaged_list(arena: &mut Arena) {
     arena.round.may_skip = true;
     arena
         .round
@@ -292,7 +293,7 @@ fn spoilt_list(arena: &mut Arena) {
     let path = arena.cluster.data(LIST);
     let mut bytes = fs::read(&path).unwrap();
     for _ in 0..arena.round.rng.random_range(1..5) {
-        spoil(arena, &mut bytes);
+        damage(arena, &mut bytes);
     }
     arena.cluster.write_list(&bytes);
     arena.cluster.start();
@@ -307,7 +308,7 @@ fn spoilt_list(arena: &mut Arena) {
     arena.warm();
 }
 
-fn spoil(arena: &mut Arena, bytes: &mut Vec<u8>) {
+fn damage(arena: &mut Arena, bytes: &mut Vec<u8>) {
     let rng = &mut arena.round.rng;
     let at = rng.random_range(0..=bytes.len());
     match rng.random_range(0..6) {
@@ -335,7 +336,7 @@ fn spoil(arena: &mut Arena, bytes: &mut Vec<u8>) {
     }
 }
 
-/// Somebody has removed it: nothing is loaded, and the next dump makes a new one.
+/// The list was removed: nothing is loaded, and the next dump creates one.
 fn no_list(arena: &mut Arena) {
     arena.round.may_skip = true;
     arena.settle();

@@ -1,37 +1,38 @@
-//! What `make torture` and `make restarts` run: a real server, and everything that
-//! can be done to it, round after round.
+//! `make torture` and `make restarts`: faults of all kinds in a real server, round
+//! after round.
 //!
-//! A round changes the workload (three databases, one of them in a tablespace of
-//! its own; tables and indexes that come, grow, shrink and go; unlogged tables),
-//! then does one kind of fault, most of them in mid-load, in mid-dump or in
-//! mid-call at a moment that chance decides, in half of the rounds while other
-//! sessions work beside it. What is done to the server is in one file a family:
-//! `crash`, `signals`, `list_faults`, `pages`, `scarcity`, `rivals`, `standbys`.
+//! A round changes the workload (three databases, one of them in a tablespace of its
+//! own; tables and indexes that are created, grow, shrink and are dropped; unlogged
+//! tables). Then it injects one kind of fault, mostly at a random time during a load, a
+//! dump or a call. In half of the rounds other sessions are busy at the same time. Each
+//! family of faults has a file: `crash`, `signals`, `list_faults`, `pages`, `scarcity`,
+//! `rivals`, `standbys`.
 //!
-//! After each round, `check` sees that
-//! - the server answers, there is one leader, and the load has ended;
-//! - no process died of a signal that the round had not sent, nothing panicked, no
-//!   assertion failed, and autoprewarm's processes complained of nothing else than
-//!   what was done to them (the server's log tells);
-//! - `pg_stat_autoprewarm` tells the truth: the leader's process ID, a load whose
-//!   blocks add up and are what the log says, skipped blocks only for the reasons
-//!   that there were, the last error if there had to be one and none otherwise,
-//!   the number of records of the last dump;
-//! - what the list named is cached, and no process at rest has a buffer pinned, a
-//!   lock, or a row in `pg_stat_progress_prewarm`;
-//! - the list on disk is complete to its checksum, is the one that was logged last,
-//!   and still names every block of tables that nobody has changed;
-//! - every row of every table is there and right, and amcheck finds nothing wrong
-//!   (`pg_amcheck` and `pg_checksums` over everything at the end);
-//! - nothing has leaked: open files and private memory of the leader and the
-//!   postmaster (from /proc), dynamic shared memory (files of the cluster).
+//! After each round, `check` verifies that
+//! - the server answers, one leader is running, and the load has ended;
+//! - no process was terminated by a signal that the round had not sent, nothing
+//!   panicked, no assertion failed, and autoprewarm's processes logged errors only about
+//!   what the round has done;
+//! - `pg_stat_autoprewarm` is right: the leader's process ID, the counters of the load,
+//!   which must add up and equal those in the log, the reasons for skipped blocks, the
+//!   last error, and the number of records of the last dump;
+//! - all listed blocks are cached, and no idle process has a buffer pin, a lock, or a row
+//!   in `pg_stat_progress_prewarm`;
+//! - the list is complete, its checksum is right, it is the last one that was logged, and
+//!   it has every block of the tables that never change;
+//! - every row of every table exists and is right, and amcheck finds nothing wrong
+//!   (`pg_amcheck` and `pg_checksums` check everything at the end);
+//! - nothing has leaked: open files and private memory of the leader and the postmaster
+//!   (from /proc), and dynamic shared memory (files of the cluster).
 //!
-//! Everything that is left to chance follows from the seed and the round's number,
-//! but for the system's own timing; every kind of fault comes up once before any
-//! comes up again. The environment says: `ROUNDS`, or `DURATION` in seconds;
-//! `SEED`; `ONLY`, a part of the kinds' names; `ROUND`, to do one round alone. A
-//! round that finds something is printed with the server's log, and the next one
-//! has a new cluster. The exit status tells whether there was any.
+//! Except for the system's own timing, everything random follows from the seed and the
+//! number of the round. Every kind of fault occurs once before any occurs again. The
+//! environment variables are `ROUNDS`, or `DURATION` in seconds; `SEED`; `ONLY`, a part
+//! of the names of kinds; `ROUND`, to run one round only. If a check fails, the round
+//! is printed with the server's log, and the next round has a new cluster. The exit
+//! status is 1 if any check has failed.
+
+#![allow(clippy::cast_possible_truncation)]
 
 #[allow(dead_code)]
 #[path = "../common/mod.rs"]
@@ -63,10 +64,10 @@ use rand::seq::SliceRandom;
 use arena::{Arena, Round};
 use churn::Churn;
 
-/// A kind of fault: its name, and what it does.
+/// A kind of fault: its name, and the function that injects it.
 type Kind = (&'static str, fn(&mut Arena));
 
-/// A number of the environment's.
+/// A number in an environment variable.
 fn number(name: &str) -> Option<u64> {
     let value = std::env::var(name).ok().filter(|value| !value.is_empty())?;
     Some(
@@ -76,7 +77,7 @@ fn number(name: &str) -> Option<u64> {
     )
 }
 
-/// Which rounds there are to be.
+/// Which rounds are run.
 pub struct Plan {
     seed: u64,
     rounds: std::ops::Range<u64>,
@@ -102,18 +103,18 @@ impl Plan {
         }
     }
 
-    /// The rounds, until their time is over.
+    /// The rounds, until the time is over.
     pub fn rounds(&self) -> impl Iterator<Item = u64> {
         let is_over = || self.end.is_some_and(|end| Instant::now() >= end);
         self.rounds.clone().take_while(move |_| !is_over())
     }
 }
 
-/// Findings after which it makes no sense to go on.
+/// After so many failed rounds, the run ends.
 const ENOUGH: usize = 10;
 
 fn main() -> ExitCode {
-    // Cargo has options of its own for tests.
+    // Cargo passes the options of its own test harness.
     let mode = std::env::args()
         .skip(1)
         .find(|argument| !argument.starts_with('-'));
@@ -150,7 +151,7 @@ fn kinds() -> Vec<Kind> {
     kinds
 }
 
-/// The kind of a round: all come up once before any comes up again.
+/// The kind of a round: every kind occurs once before any occurs again.
 fn kind_of(kinds: &[Kind], seed: u64, round: u64) -> Kind {
     let count = kinds.len() as u64;
     let mut order = kinds.to_vec();
@@ -158,8 +159,8 @@ fn kind_of(kinds: &[Kind], seed: u64, round: u64) -> Kind {
     order[(round % count) as usize]
 }
 
-/// The rounds of one kind, and how often autoprewarm's processes have complained of
-/// what was done: that shows whether it has hurt.
+/// The rounds of a kind, and how many errors autoprewarm's processes have logged about
+/// the faults, which shows whether these had an effect.
 #[derive(Default)]
 struct Sum {
     rounds: u32,

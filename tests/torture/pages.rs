@@ -1,6 +1,6 @@
-//! Data files that are broken while a load reads them, and whole again after it:
-//! pages that are corrupt or torn, files that are cut short or gone, a disk that
-//! fails now and then. Every other block is loaded, and those are counted.
+//! Data files that are damaged while a load reads them, and repaired after it: corrupt
+//! and torn pages, truncated and missing files, reads that fail. All other blocks are
+//! loaded, and the unreadable ones are counted.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -24,8 +24,7 @@ const PAGE: usize = 8192;
 
 /// An anchor's file, and how many blocks it has.
 fn choose_file(arena: &mut Arena) -> (PathBuf, u64) {
-    // Those of database two lie in a tablespace, whose folder has a name of the
-    // server's making.
+    // Files of database two are in a tablespace, in a directory that the server names.
     let database = arena.round.choose(&["postgres", "one"]);
     let relation = arena.round.choose(&["anchor", "anchor_pkey"]);
     let row = arena
@@ -40,12 +39,13 @@ fn choose_file(arena: &mut Arena) -> (PathBuf, u64) {
     (path, row.get::<_, i64>(1) as u64)
 }
 
-/// Has the server load its list while that is done to one of its files; returns
-/// how many blocks `pg_stat_autoprewarm` counted as unreadable, and how many of
-/// that file are not cached.
+/// Loads the list while one of its files is damaged. Returns how many blocks
+/// `pg_stat_autoprewarm` has counted as unreadable, and how many blocks of the file are
+/// not cached.
 fn load_broken(arena: &mut Arena, damage: impl FnOnce(&mut Arena, &PathBuf, u64)) -> (i64, i64) {
     arena.settle();
-    // The list is to name all blocks, and nothing is to be written to the file.
+    // The list must name all blocks, and nothing may be written to the file during the
+    // load.
     arena.run("postgres", "CHECKPOINT");
     let (path, blocks) = choose_file(arena);
     arena.cluster.stop(Shutdown::Fast);
@@ -55,14 +55,14 @@ fn load_broken(arena: &mut Arena, damage: impl FnOnce(&mut Arena, &PathBuf, u64)
     arena.round.allowed.extend([
         "page verification failed",
         "invalid page in block",
-        // 18 says so of several that it reads at once.
+        // 18 uses this text for several pages that it reads at once.
         "invalid pages among blocks",
         "could not read block",
         "could not open file",
     ]);
     arena.cluster.start();
     if arena.round.coin() {
-        // One in mid-load is no other than one at the start.
+        // A load on demand is the same as one at the start.
         arena.slow_down();
         arena.crash();
         arena.back_to_normal();
@@ -83,7 +83,7 @@ fn load_broken(arena: &mut Arena, damage: impl FnOnce(&mut Arena, &PathBuf, u64)
     let cached = arena.cluster.cached_without_extension();
     let missing = arena.anchors.iter().filter(|block| !cached.contains(block));
     let missing = missing.count() as i64;
-    // Others may have been cut short since they were listed.
+    // Other relations may have been truncated since the dump.
     assert!(
         (unreadable..=unreadable + gone).contains(&missing),
         "{missing} blocks are not cached, {unreadable} unreadable, {gone} gone"
@@ -120,7 +120,7 @@ fn corrupt_pages(arena: &mut Arena) {
     assert_eq!(counts, (broken, broken), "unreadable blocks, missing ones");
 }
 
-/// A part of the page is of another one.
+/// A part of the page is that of another page.
 fn torn_pages(arena: &mut Arena) {
     let mut broken = 0;
     let counts = load_broken(arena, |arena, path, blocks| {
@@ -157,13 +157,13 @@ fn missing_segment(arena: &mut Arena) {
     assert_eq!(missing, gone, "missing blocks");
 }
 
-/// One read of some fails, and the next may not.
+/// Some reads fail, and the next may succeed.
 fn failing_reads(arena: &mut Arena) {
     arena.settle();
     arena.round.may_skip = true;
     arena.round.allowed.push("could not read block");
     let often = arena.round.rng.random_range(2..40);
-    // A recovery that cannot read ends the server.
+    // If the recovery cannot read a block, the server exits.
     if arena.round.coin() {
         arena.cluster.set_fault(Fault::ReadErrors, often);
         arena.restart(Shutdown::Fast);

@@ -1,5 +1,5 @@
-//! The processes of a cluster, as the system knows them: by the folder that they
-//! work in, so that none of another server is ever meant.
+//! The processes of a cluster in the system, identified by their working directory, so
+//! that no process of another server is signalled.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ pub struct Process {
     pub title: String,
 }
 
-/// All processes that work in that data folder.
+/// All processes whose working directory is that data directory.
 pub fn all(data: &Path) -> Vec<Process> {
     let data = fs::canonicalize(data).unwrap();
     fs::read_dir("/proc")
@@ -20,9 +20,9 @@ pub fn all(data: &Path) -> Vec<Process> {
         .filter_map(|entry| {
             let path = entry.ok()?.path();
             let pid = path.file_name()?.to_str()?.parse().ok()?;
-            let folder = fs::read_link(path.join("cwd")).ok()?;
+            let directory = fs::read_link(path.join("cwd")).ok()?;
             let title = fs::read(path.join("cmdline")).ok()?;
-            (folder == data).then(|| Process {
+            (directory == data).then(|| Process {
                 pid,
                 title: String::from_utf8_lossy(&title).into_owned(),
             })
@@ -30,7 +30,7 @@ pub fn all(data: &Path) -> Vec<Process> {
         .collect()
 }
 
-/// Those whose title says so.
+/// Those with that text in their title.
 pub fn named(data: &Path, title: &str) -> Vec<i32> {
     all(data)
         .into_iter()
@@ -39,9 +39,9 @@ pub fn named(data: &Path, title: &str) -> Vec<i32> {
         .collect()
 }
 
-/// Sends a signal, unless the process has ended.
+/// Sends a signal, unless the process has exited.
 pub fn signal(pid: i32, signal: i32) {
-    // SAFETY: a process of the suite's own cluster.
+    // SAFETY: it is a process of the suite's own cluster.
     unsafe { libc::kill(pid, signal) };
 }
 
@@ -54,7 +54,7 @@ pub fn wait_for_end(pid: i32) {
     wait_until("the end of a process", || !Path::new(&path).exists());
 }
 
-/// A number of `/proc/PID/status`, in kB; nothing where the process is gone.
+/// A number in `/proc/PID/status`, in kB. `None` if the process has exited.
 pub fn status(pid: i32, name: &str) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = text.lines().find(|line| line.starts_with(name))?;

@@ -1,8 +1,9 @@
 //! A server that is restarted again and again with a changing workload.
 //!
-//! Nothing is ever evicted here, so what the list must hold is known to the block:
-//! after a clean stop all that was cached before, after another what it held; and
-//! after the load all of it must be cached again but for what is gone.
+//! Nothing is ever evicted here, so the expected list is known to the block: after a
+//! clean shutdown it has all blocks that were cached, otherwise those that it had
+//! before. After the load all of them must be cached again, except those that do not
+//! exist any more.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -79,7 +80,7 @@ fn restart(arena: &mut Arena, seed: u64, round: u64) {
     arena.cluster.start();
     arena.settle();
     check_loaded(arena, &list.blocks);
-    // Every tenth time: it takes longer than all the rest.
+    // Every tenth time only, since it takes longer than all other checks.
     if round.is_multiple_of(10) {
         arena.check();
     } else {
@@ -88,8 +89,8 @@ fn restart(arena: &mut Arena, seed: u64, round: u64) {
     arena.list = Some(list);
 }
 
-/// All that was listed is cached, but for as many blocks as the server says to be
-/// of relations that are gone, or beyond their end.
+/// All listed blocks must be cached, except as many as the server reports to be of
+/// dropped relations or beyond the end of their relation.
 fn check_loaded(arena: &Arena, listed: &BTreeSet<Block>) {
     let cached = arena.cluster.cached_without_extension();
     let row = arena

@@ -1,5 +1,5 @@
-//! What others do while a load runs: DDL on the relations that it reads, databases
-//! that come and go, commands that steer it, a clock that is set.
+//! What other sessions do during a load: DDL on the relations that it reads, databases
+//! that are created and dropped, requests to the leader, and changes of the clock.
 
 use rand::Rng;
 
@@ -30,7 +30,7 @@ fn rewrites(arena: &mut Arena) {
     leave_nothing_half_built(arena);
 }
 
-/// REINDEX CONCURRENTLY that was cut short leaves an invalid index.
+/// REINDEX CONCURRENTLY that was interrupted leaves an invalid index.
 fn leave_nothing_half_built(arena: &Arena) {
     for database in super::arena::DATABASES {
         let rows = arena.query(
@@ -59,18 +59,18 @@ fn databases(arena: &mut Arena) {
     arena.round.pause(300);
     churn.end();
     if arena.round.coin() {
-        // They are in the list now, and then gone.
+        // The list names them, and then they are dropped.
         arena.restart(Shutdown::Fast);
     }
-    // A worker connects to a database that is being dropped.
+    // A worker may connect to a database that is being dropped.
     arena
         .round
         .allowed
         .extend(["does not exist", "is not currently accepting connections"]);
 }
 
-/// Everything that can be asked of the leader, at once. Whoever dumps in mid-load
-/// lists what is there so far.
+/// All requests to the leader, at the same time. A dump on demand during a load lists
+/// what is cached so far.
 fn steering(arena: &mut Arena) {
     arena.round.may_skip = true;
     arena
@@ -97,21 +97,20 @@ fn steering(arena: &mut Arena) {
     arena.back_to_normal();
     arena.round.list_replaced = true;
     arena.settle();
-    // It may have been the last one that was cancelled.
+    // The last load may have been cancelled.
     arena.run("postgres", "SELECT autoprewarm_load_now()");
     arena.settle();
-    // Of workers that were ended by a cancel's impatience.
+    // That load may have skipped blocks whose workers a cancel had terminated.
     arena.warm();
 }
 
-/// One leader that loads and dumps again and again has no more than one that has
-/// done so a few times.
+/// A leader that loads and dumps many times has no more memory than after a few times.
 fn many_loads(arena: &mut Arena) {
     let leader = arena.settle();
     load_and_dump(arena, 5);
     let mut in_use = vec![memory_in_use(arena, leader)];
-    // What is told to it of changes to catalogs makes some difference, and what the
-    // server keeps once it was needed makes more, once.
+    // Invalidations of its catalog caches make some difference. What the server keeps
+    // after it was first needed makes more, but only once.
     const TRIES: usize = 3;
     let has_leaked = |in_use: &[u64]| in_use.windows(2).all(|pair| pair[1] >= pair[0] + 20 * 256);
     while has_leaked(&in_use) && in_use.len() <= TRIES {
@@ -133,7 +132,7 @@ fn load_and_dump(arena: &Arena, times: u32) {
     }
 }
 
-/// Bytes in use in a process's memory contexts, as it says itself.
+/// The bytes in use in a process's memory contexts, as the process reports them.
 fn memory_in_use(arena: &Arena, pid: i32) -> u64 {
     let mark = arena.cluster.log_end();
     arena.run(
@@ -145,14 +144,14 @@ fn memory_in_use(arena: &Arena, pid: i32) -> u64 {
     used.split_once(' ').unwrap().0.parse().unwrap()
 }
 
-/// The time of day goes back, forth, and back again.
+/// The time of day is set back, forward, and back again.
 fn clock(arena: &mut Arena) {
     arena.round.clock_set = true;
     arena.set("pg_prewarm.autoprewarm_interval", "1");
     arena.begin_slow_load();
     for _ in 0..arena.round.rng.random_range(1..6) {
-        // By more than that, the server's own checkpointer would come to grief: it
-        // sleeps for as many milliseconds as a 32-bit number can hold.
+        // With a larger step the server's checkpointer would fail: it sleeps for a
+        // number of milliseconds that must fit into 32 bits.
         let hours = arena.round.rng.random_range(-250..250);
         arena
             .cluster
@@ -165,7 +164,7 @@ fn clock(arena: &mut Arena) {
     }
     arena.set("pg_prewarm.autoprewarm_interval", "0");
     arena.back_to_normal();
-    // Times that were taken while the clock was wrong are not to be compared with.
+    // Times that were taken while the clock was wrong cannot be compared.
     arena.settle();
     arena.restart(Shutdown::Fast);
 }

@@ -1,4 +1,4 @@
-//! What there may be too little of: worker slots, connections, locks, memory.
+//! Shortages: worker slots, connections, locks, memory.
 
 use postgres::{Client, NoTls};
 use rand::Rng;
@@ -16,7 +16,7 @@ pub const FAULTS: &[super::Kind] = &[
     ("refused-memory", refused_memory),
 ];
 
-/// Queries take slots while the list is loaded, some for longer than others.
+/// Queries take slots during a load, some for longer than others.
 fn no_worker_slots(arena: &mut Arena) {
     arena.begin_slow_load();
     let slots: Vec<_> = (0..arena.round.rng.random_range(1..=4))
@@ -24,7 +24,7 @@ fn no_worker_slots(arena: &mut Arena) {
         .collect();
     let pids = process::named(&arena.cluster.data(""), "autoprewarm worker");
     if arena.round.coin() {
-        // Their slots are free, until somebody else takes them.
+        // Their slots are free until other processes take them.
         arena.round.may_skip = true;
         for pid in pids {
             process::signal(pid, libc::SIGTERM);
@@ -48,7 +48,8 @@ fn take_slot(arena: &Arena) -> Call {
     arena.call("postgres", &sql)
 }
 
-/// All are in use when the list is loaded, and when somebody asks for a load.
+/// All connections are in use when the list is loaded, and when a session requests a
+/// load.
 fn no_connections(arena: &mut Arena) {
     arena.begin_slow_load();
     let mut first = arena.connect("postgres");
@@ -76,7 +77,7 @@ fn all_connections(arena: &Arena) -> Vec<Client> {
         .collect()
 }
 
-/// A session has all the locks that there is room for.
+/// A session has all the locks for which the lock table has space.
 fn no_locks(arena: &mut Arena) {
     arena.round.may_skip = true;
     arena.round.allowed.push("out of shared memory");
@@ -87,7 +88,7 @@ fn no_locks(arena: &mut Arena) {
         .batch_execute("SELECT pg_advisory_lock(g) FROM generate_series(1, 1000000) g")
         .unwrap_err();
     assert_eq!(error.code().unwrap().code(), "53200");
-    // There is no lock left for a lookup by name, either.
+    // There is no lock left to look up a name either.
     let sql = format!(
         "SELECT pg_prewarm_database(workers => {})",
         arena.round.choose(&[0, 2])
@@ -114,14 +115,13 @@ fn no_locks(arena: &mut Arena) {
     }
 }
 
-/// A process may have ended.
+/// The process may have exited.
 fn limit_memory(pid: i32, kilobytes: Option<u64>) {
     let limited = limit(pid, "as", kilobytes.map(|kilobytes| kilobytes << 10));
     assert!(limited || process::status(pid, "VmSize").is_none());
 }
 
-/// Out of memory is an error as any other, to autoprewarm's processes and to
-/// callers.
+/// Autoprewarm's processes and callers may report that they are out of memory.
 fn allow_out_of_memory(arena: &mut Arena) {
     arena.round.may_skip = true;
     arena.round.allowed.extend([
@@ -138,7 +138,7 @@ fn allow_out_of_memory(arena: &mut Arena) {
     ]);
 }
 
-/// The leader, a worker or a caller may have hardly more memory than it has.
+/// The leader, a worker or a caller can have hardly more memory than it has.
 fn little_memory_for_one(arena: &mut Arena) {
     allow_out_of_memory(arena);
     arena.begin_slow_load();
@@ -179,15 +179,15 @@ fn little_memory_for_one(arena: &mut Arena) {
     arena.restart(Shutdown::Immediate);
 }
 
-/// `ulimit -v` for the server: each process may have so much more than the
-/// postmaster has, which may not do for much.
+/// `ulimit -v` for the server: each process can have a little more than the postmaster
+/// has, which may not be enough for much.
 fn little_memory_for_all(arena: &mut Arena) {
     allow_out_of_memory(arena);
     arena.settle();
     let postmaster = arena.cluster.postmaster();
     let size = process::status(postmaster, "VmSize").unwrap();
     let more = arena.round.rng.random_range(100..4000);
-    // Processes inherit it.
+    // Processes inherit the limit.
     limit_memory(postmaster, Some(size + more));
     let pid = arena.find("autoprewarm leader").unwrap();
     process::signal(pid, libc::SIGTERM);
@@ -196,7 +196,7 @@ fn little_memory_for_all(arena: &mut Arena) {
     arena.restart(Shutdown::Immediate);
 }
 
-/// One in some requests of the library's for memory is refused, whoever asks.
+/// One of so many memory requests of the library is refused, in any process.
 fn refused_memory(arena: &mut Arena) {
     allow_out_of_memory(arena);
     arena.begin_slow_load();
@@ -207,7 +207,8 @@ fn refused_memory(arena: &mut Arena) {
     arena.restart(Shutdown::Immediate);
 }
 
-/// Where there is hardly any memory; often there is not enough for a session.
+/// Makes calls while there is hardly any memory; often there is not enough for a
+/// session.
 fn call_whatever_can_be_called(arena: &mut Arena) {
     for _ in 0..4 {
         let database = arena.round.choose(&DATABASES);

@@ -1,5 +1,5 @@
-//! Signals that do not kill: processes are told to end, to cancel, to read the
-//! configuration again, or are just not running for a while.
+//! Signals that do not kill: processes are terminated, cancelled, made to reload the
+//! configuration, or stopped for a while.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ fn end_leader_at_rest(arena: &mut Arena) {
     end_leader(arena);
 }
 
-/// The server does not start one again that ended because it was told to.
+/// The server does not start a leader again that was terminated.
 fn end_leader(arena: &mut Arena) {
     let Some(pid) = arena.find("autoprewarm leader") else {
         panic!("there is no leader");
@@ -38,7 +38,7 @@ fn end_leader(arena: &mut Arena) {
     let mark = arena.cluster.log_end();
     process::signal(pid, libc::SIGTERM);
     process::wait_for_end(pid);
-    // One that was about to start had no handler yet: it is started again.
+    // A leader that was just starting had no handler yet; it is started again.
     let log = arena.cluster.log_since(mark);
     arena
         .round
@@ -50,14 +50,14 @@ fn end_leader(arena: &mut Arena) {
     let error = arena
         .call("postgres", "SELECT autoprewarm_start_worker()")
         .wait();
-    // There may be one again already.
+    // A new one may be running already.
     assert!(
         error.as_ref().is_none_or(|state| state == "55000"),
         "{error:?}"
     );
 }
 
-/// What they had begun is tried a second time, and no third.
+/// Their chunks are tried a second time, but not a third.
 fn end_workers(arena: &mut Arena) {
     arena.round.may_skip = true;
     arena.begin_slow_load();
@@ -70,7 +70,7 @@ fn end_workers(arena: &mut Arena) {
     arena.back_to_normal();
 }
 
-/// A caller is cancelled, or its session ended, in mid-call.
+/// A call is cancelled, or its session terminated.
 fn end_caller(arena: &mut Arena) {
     let workers = arena.round.coin();
     let call = begin_call(arena, workers);
@@ -79,7 +79,7 @@ fn end_caller(arena: &mut Arena) {
     process::signal(call.pid, how);
     arena.back_to_normal();
     let state = call.wait();
-    // A client whose session ends may hear no more than that.
+    // A client whose session is terminated may only see that the connection is lost.
     assert!(
         matches!(state.as_deref(), None | Some("57014" | "57P01"))
             || how == libc::SIGTERM && state.as_deref() == Some(""),
@@ -87,7 +87,7 @@ fn end_caller(arena: &mut Arena) {
     );
 }
 
-/// A cancel is not for the leader and its workers.
+/// The leader and its workers ignore a cancel.
 fn interrupt_all(arena: &mut Arena) {
     arena.begin_slow_load();
     for _ in 0..100 {
@@ -104,7 +104,7 @@ fn interrupt_all(arena: &mut Arena) {
     arena.back_to_normal();
 }
 
-/// The leader or a worker stands still, as if there were no processor for it.
+/// The leader or a worker is stopped for a while, as if it got no processor time.
 fn freeze(arena: &mut Arena) {
     arena.begin_slow_load();
     let name = arena

@@ -1,5 +1,5 @@
-//! A standby that loads while it replays: what the primary does conflicts with it,
-//! and it is promoted in mid-load.
+//! A standby that loads while it replays: what the primary does conflicts with the
+//! load, and the standby is promoted during it.
 
 use postgres::NoTls;
 
@@ -12,9 +12,9 @@ use crate::common::{Cluster, Fault, LIST, LoadStats, Shutdown, value, wait_until
 
 pub const FAULTS: &[super::Kind] = &[("promotion", promotion), ("recovery-conflicts", conflicts)];
 
-/// A standby whose list is the primary's, and which takes seconds to load it.
+/// A standby with the primary's list, which it loads slowly.
 fn slow_standby(arena: &mut Arena) -> Cluster {
-    // What replay takes away is skipped, or loaded later.
+    // Blocks whose relation replay locks or drops are loaded later, or skipped.
     arena.round.allowed.push("due to conflict with recovery");
     arena.settle();
     let mut standby = arena.cluster.standby();
@@ -29,8 +29,7 @@ fn slow_standby(arena: &mut Arena) -> Cluster {
     standby
 }
 
-/// The load must have ended, whatever it had to leave out; and what the primary
-/// holds must be there.
+/// The load must have ended, and the standby must have the primary's content.
 fn check_standby(arena: &Arena, standby: &Cluster) {
     standby.set_fault(Fault::ReadDelay, 0);
     standby.configure("max_standby_streaming_delay = -1");
@@ -86,7 +85,7 @@ fn check_standby(arena: &Arena, standby: &Cluster) {
 
 fn promotion(arena: &mut Arena) {
     let standby = slow_standby(arena);
-    // A query might be in the way of replay.
+    // A query could conflict with replay.
     let leader = || process::named(&standby.data(""), "autoprewarm leader");
     let before = leader();
     standby.promote();

@@ -1,15 +1,15 @@
-//! Block lists: what is read from `autoprewarm.blocks`, planned, and written there.
+//! Block lists: reading, planning and writing `autoprewarm.blocks`.
 //!
-//! A list goes one way: [`BlockList`] holds the records of the file, with the usage
-//! count that each block had; [`Plan`] chooses and orders what is loaded, and lays it
-//! out for shared memory; [`ListWriter`] writes the next file from what is cached.
-//! [`ListReader`] hands out the records one by one, for those who only want to look.
+//! A list flows in one direction: [`BlockList`] holds the records of the file and the
+//! usage count of each block; [`Plan`] chooses and orders the blocks to load, and lays
+//! them out for shared memory; [`ListWriter`] writes the next file from what is cached.
+//! [`ListReader`] returns the records one by one, without a list in memory.
 //!
-//! Nothing here calls PostgreSQL, so that all of it runs under plain `cargo test` and
-//! under a fuzzer.
+//! Nothing here calls PostgreSQL, so all of it runs under plain `cargo test` and under
+//! a fuzzer.
 //!
-//! All memory is asked for in ways that can fail: where an allocator refuses some,
-//! the result is an error that says so, never the end of the process.
+//! All memory is requested in ways that can fail: if the allocator refuses a request,
+//! the result is an error, and the process goes on.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 

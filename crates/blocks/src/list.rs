@@ -1,5 +1,5 @@
-//! A block list in memory, to be loaded: eight bytes for each record that is
-//! there, and some for each file.
+//! A block list in memory, to be loaded: eight bytes for each record, and some for each
+//! file.
 
 use std::collections::TryReserveError;
 use std::io::Read;
@@ -10,7 +10,7 @@ use crate::parser::{CHUNK, ReadError, SHORTEST_RECORD, Sink, read_all};
 use crate::trailer::UsageCounts;
 use crate::{BlockNumber, Oid, Record, UsageCount};
 
-/// The file of one fork of a relation: all of a record but the block.
+/// The file of one fork of a relation: all fields of a record except the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileFork {
     /// The database's OID; 0 for a shared catalog.
@@ -19,7 +19,7 @@ pub struct FileFork {
     pub tablespace: Oid,
     /// The relation's file number (`relfilenode`), not its OID.
     pub filenumber: Oid,
-    /// A fork's number, legal or not; see [`Fork`](crate::Fork).
+    /// A fork number, which may be invalid; see [`Fork`](crate::Fork).
     pub fork: u32,
 }
 
@@ -35,13 +35,13 @@ impl FileFork {
     }
 }
 
-/// A record: its block, which of the list's files it is in, and its usage count, in
-/// eight bytes.
+/// A record in eight bytes: its block number, its file's index in the list, and its usage
+/// count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry(u64);
 
 impl Entry {
-    /// How many files a list can name.
+    /// The most files that a list can name.
     const MAX_FILES: usize = 1 << 29;
 
     fn new(file: u32, block: BlockNumber) -> Self {
@@ -52,12 +52,16 @@ impl Entry {
         Self(self.0 & (u64::MAX >> 3) | u64::from(usage_count.get()) << 61)
     }
 
-    /// The index of its file in [`BlockList::files`].
+    /// The index of the block's file in [`BlockList::files`].
     pub fn file(self) -> usize {
         (self.0 >> 32) as usize & (Self::MAX_FILES - 1)
     }
 
-    /// The block's number within that file.
+    /// The block number within that file.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the lower 32 bits are the block number"
+    )]
     pub fn block(self) -> BlockNumber {
         self.0 as BlockNumber
     }
@@ -68,24 +72,24 @@ impl Entry {
     }
 }
 
-/// What a file held.
+/// The content of a list.
 #[derive(Debug, Default)]
 pub struct BlockList {
     /// The files that records name, in the order of their first mention.
     pub files: Vec<FileFork>,
-    /// The records that parse, in the file's order.
+    /// The valid records, in the file's order.
     pub entries: Vec<Entry>,
-    /// The first line that should be a header or a record and is neither,
-    /// counted from 1; one past the last line where the file ends too early.
+    /// The number, starting at 1, of the first line that should be a header or a record
+    /// and is neither. If the file ends too early, it is the line after the last.
     pub first_bad_line: Option<u64>,
-    /// Where the entries' usage counts come from; all have the same where it is not
-    /// the trailer.
+    /// Where the usage counts of the entries come from. If that is not the trailer, all
+    /// are [`UsageCount::ONCE`].
     pub usage_counts: UsageCounts,
 }
 
 impl BlockList {
-    /// Reads the list of a file of `size` bytes, which bounds the memory that
-    /// is asked for. Bad lines are no errors: see [`BlockList::first_bad_line`].
+    /// Reads the list of a file of `size` bytes, which limits how much memory is
+    /// requested. A bad line is no error: see [`BlockList::first_bad_line`].
     ///
     /// # Errors
     /// If `input` fails, memory is refused, or the list names too many files.
@@ -93,11 +97,10 @@ impl BlockList {
         Self::read_in_chunks(input, size, CHUNK)
     }
 
-    /// The same with chunks of another size, in bytes, which hold the header at
-    /// least.
+    /// The same with chunks of `chunk` bytes. The header must fit into one.
     ///
     /// # Errors
-    /// As of [`BlockList::read`].
+    /// See [`BlockList::read`].
     pub fn read_in_chunks(input: impl Read, size: u64, chunk: usize) -> Result<Self, ReadError> {
         let most = usize::try_from(size).unwrap_or(usize::MAX) / SHORTEST_RECORD + 1;
         let builder = ListBuilder::new(most);
@@ -131,19 +134,20 @@ impl BlockList {
     }
 }
 
-/// Gathers the records of a list.
+/// Collects the records of a list.
 struct ListBuilder {
     files: Vec<FileFork>,
-    /// Which of `files` each is, and which was named last.
+    /// The index of each file in `files`, and that of the last record's file.
     indexes: FxHashMap<FileFork, u32>,
     last: u32,
     entries: Vec<Entry>,
-    /// The most records that the file can hold.
+    /// The most records that a file of this size can have.
     most: usize,
 }
 
 impl Sink for ListBuilder {
-    /// Asks for as much memory as is claimed, if the file can hold it.
+    /// Requests memory for the number of records in the header, if the file can have so
+    /// many.
     fn expect(&mut self, records: u64) -> Result<(), ReadError> {
         let records = usize::try_from(records).unwrap_or(usize::MAX);
         Ok(self.entries.try_reserve_exact(records.min(self.most))?)
@@ -169,27 +173,32 @@ impl ListBuilder {
     }
 
     fn index(&mut self, file: FileFork) -> Result<u32, ReadError> {
-        // Buffers that were filled together often lie together.
+        // A list has the order of the buffers, and consecutive buffers often have blocks
+        // of the same file.
         if self.files.get(self.last as usize) != Some(&file) {
             self.last = match self.indexes.get(&file) {
                 Some(index) => *index,
                 None => {
-                    let index = self.files.len();
-                    if index == Entry::MAX_FILES {
+                    if self.files.len() == Entry::MAX_FILES {
                         return Err(ReadError::TooManyFiles);
                     }
+                    #[expect(
+                        clippy::cast_possible_truncation,
+                        reason = "it is less than MAX_FILES"
+                    )]
+                    let index = self.files.len() as u32;
                     reserve(&mut self.files, self.most)?;
                     self.indexes.try_reserve(1)?;
                     self.files.push(file);
-                    self.indexes.insert(file, index as u32);
-                    index as u32
+                    self.indexes.insert(file, index);
+                    index
                 }
             };
         }
         Ok(self.last)
     }
 
-    /// Gives a record its usage count; false where there is no such record.
+    /// Sets a record's usage count. Returns false if there is no such record.
     fn set_usage_count(&mut self, record: u64, usage_count: UsageCount) -> bool {
         let entry = usize::try_from(record)
             .ok()
@@ -204,7 +213,7 @@ impl ListBuilder {
     }
 }
 
-/// Makes room for one more, doubling, but never beyond `most`.
+/// Reserves space for one more element. The capacity doubles, up to `most`.
 fn reserve<T>(vec: &mut Vec<T>, most: usize) -> Result<(), TryReserveError> {
     let length = vec.len();
     if length < vec.capacity() {

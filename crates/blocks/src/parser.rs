@@ -1,18 +1,17 @@
-//! Reading the text of a block list, whoever it is for.
+//! Parsing the text of a block list, into memory or record by record.
 //!
 //! ```text
 //! <<N>>
 //! database,tablespace,filenumber,fork,block      (N records, unsigned decimal)
 //! ```
 //!
-//! and, after the records, a trailer with their usage count (see [`crate::trailer`]).
+//! and, after the records, a trailer with their usage counts (see [`crate::trailer`]).
 //!
-//! The file outlives the server that wrote it, may be edited, and may have been
-//! cut short by a full disk, so nothing in it is believed: N is only a claim, and
-//! a line that is no record costs that line alone. Any white space separates
-//! records (so CRLF will do), blanks may stand before a number, and what follows
-//! the Nth record is left alone unless it is a trailer that fits. Records go to a
-//! [`Sink`] as they are read; nothing of them is held here.
+//! The file outlives the server that wrote it, and may have been edited, or truncated by
+//! a full disk. So nothing in it is trusted: N is only a claim, and a bad line costs
+//! that line only. Any white space separates records (such as CRLF), and spaces may
+//! precede a number. What follows the Nth record is ignored unless it is a valid
+//! trailer. Records go to a [`Sink`] as they are read; the parser keeps none.
 
 use std::collections::TryReserveError;
 use std::io::{self, Read};
@@ -20,17 +19,17 @@ use std::io::{self, Read};
 use crate::trailer::{TrailerReader, UsageCounts};
 use crate::{Record, UsageCount};
 
-/// How much of the file is looked at in one go.
+/// How many bytes of the file are read at a time.
 pub(super) const CHUNK: usize = 256 * 1024;
 
-/// The bytes of the shortest record, `0,0,0,0,0` and what separates it from the
-/// next: no text holds more records than its size divided by this.
+/// The length of the shortest record, `0,0,0,0,0` and a separator: a file has no more
+/// records than its size divided by this.
 pub(super) const SHORTEST_RECORD: usize = 10;
 
-/// The most bytes of a record without leading zeros, and its line break.
+/// The length of the longest record without leading zeros, and its line break.
 const LONGEST_RECORD: usize = 5 * 11;
 
-/// Why no list could be read.
+/// Why a list could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// The file could not be read.
@@ -39,14 +38,14 @@ pub enum ReadError {
     /// Memory was refused.
     #[error("out of memory")]
     OutOfMemory(#[from] TryReserveError),
-    /// The list names more files than can be told apart: half a billion.
+    /// The list names more files than are supported: half a billion.
     #[error("too many relations")]
     TooManyFiles,
 }
 
-/// What takes the records of a list, in the file's order.
+/// Receives the records of a list, in the file's order.
 pub(super) trait Sink {
-    /// The header claims that many.
+    /// The header claims so many records.
     fn expect(&mut self, _records: u64) -> Result<(), ReadError> {
         Ok(())
     }
@@ -54,16 +53,16 @@ pub(super) trait Sink {
     fn record(&mut self, record: Record) -> Result<(), ReadError>;
 }
 
-/// What is known of a list when all of it has been read.
+/// What is known about a list after all of it has been read.
 pub(super) struct Summary {
     /// See [`BlockList::first_bad_line`](crate::BlockList::first_bad_line).
     pub first_bad_line: Option<u64>,
     pub usage_counts: UsageCounts,
-    /// Where in the file the digits of a trailer begin.
+    /// The offset in the file at which the digits of a trailer begin.
     pub digits_at: u64,
 }
 
-/// Memory for so many bytes of the file.
+/// Memory for `size` bytes of the file.
 pub(super) fn new_chunk(size: usize) -> Result<Vec<u8>, TryReserveError> {
     let mut chunk = Vec::new();
     chunk.try_reserve_exact(size)?;
@@ -71,14 +70,14 @@ pub(super) fn new_chunk(size: usize) -> Result<Vec<u8>, TryReserveError> {
     Ok(chunk)
 }
 
-/// Reads a list to its end, `chunk` bytes in one go. `usage_count` is told the usage count of each
-/// record, by the number of the record, and returns whether there is such a record;
-/// only the summary tells whether any of it is to be believed.
+/// Reads a list to its end, `chunk` bytes at a time. `set_usage_count` gets the number of
+/// each record and its usage count, and returns whether there is such a record. Whether
+/// the usage counts are valid is known only from the summary.
 pub(super) fn read_all<S: Sink>(
     mut input: impl Read,
     chunk: usize,
     sink: S,
-    mut usage_count: impl FnMut(&mut S, u64, UsageCount) -> bool,
+    mut set_usage_count: impl FnMut(&mut S, u64, UsageCount) -> bool,
 ) -> Result<(S, Summary), ReadError> {
     let mut parser = Parser::new(sink);
     let mut trailer = TrailerReader::default();
@@ -93,7 +92,7 @@ pub(super) fn read_all<S: Sink>(
         checksum = crc32c::crc32c_append(checksum, &bytes[..at]);
         trailer.read(&bytes[at..], &mut checksum, |index, digit| {
             UsageCount::from_digit(digit)
-                .is_some_and(|digit| usage_count(&mut parser.sink, index, digit))
+                .is_some_and(|count| set_usage_count(&mut parser.sink, index, count))
         })?;
         if filled < chunk.len() || trailer.has_ended() {
             break;
@@ -108,7 +107,8 @@ pub(super) fn read_all<S: Sink>(
     Ok((parser.sink, summary))
 }
 
-/// Fills `buffer`; less only at the end of the input.
+/// Fills `buffer`, and returns how many bytes it has: fewer than its length only at the
+/// end of the input.
 pub(super) fn fill(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -122,23 +122,22 @@ pub(super) fn fill(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize
     Ok(filled)
 }
 
-/// Where the parser stands. A record may lie across two chunks, so all of it
-/// survives the end of one.
+/// The parser's state. A record may begin in one chunk and end in the next.
 pub(super) struct Parser<S> {
     pub sink: S,
     /// The header has been read, if there is one.
     begun: bool,
-    /// How many records the header claims; none where there is no header that
-    /// could be believed, and then everything up to a trailer is read.
+    /// How many records the header claims. `None` if there is no usable header; then
+    /// everything up to a trailer is read.
     claimed: Option<u64>,
-    /// Records and bad lines so far: both use up the claim.
+    /// How many records and bad lines have been read: `claimed` counts both.
     seen: u64,
-    /// Line breaks so far.
+    /// How many line breaks have been read.
     breaks: u64,
     first_bad_line: Option<u64>,
     ended: bool,
     state: State,
-    /// The fields of the record begun, and which of them is next.
+    /// The fields of the current record, and the index of the current field.
     fields: [u32; 5],
     field: usize,
 }
@@ -152,7 +151,7 @@ enum State {
     BeforeField,
     /// Within the digits of a field.
     InField,
-    /// Within a line that is no record, up to its end.
+    /// Within a bad line, up to its end.
     BadLine,
 }
 
@@ -172,8 +171,8 @@ impl<S: Sink> Parser<S> {
         }
     }
 
-    /// Reads the file's next bytes, and returns how many of them are the list's.
-    /// The header must lie within the first of them.
+    /// Reads the next bytes of the file, and returns how many of them belong to the list.
+    /// The first call must get the complete header.
     pub fn read(&mut self, bytes: &[u8]) -> Result<usize, ReadError> {
         let header = match std::mem::replace(&mut self.begun, true) {
             false => self.header(bytes)?,
@@ -182,19 +181,18 @@ impl<S: Sink> Parser<S> {
         Ok(header + self.records(&bytes[header..])?)
     }
 
-    /// Whether nothing that follows belongs to the list.
+    /// Whether the following bytes do not belong to the list.
     pub fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// Reads the header at the start of the file's first `bytes`, and returns
-    /// where the records begin.
+    /// Reads the header at the start of the file, and returns its length.
     fn header(&mut self, bytes: &[u8]) -> Result<usize, ReadError> {
         let Some((claimed, length)) = parse_header(bytes) else {
             self.first_bad_line = Some(1);
             return Ok(0);
         };
-        // The number may stand on a line below.
+        // There may be line breaks before the number.
         let breaks = bytes[..length].iter().filter(|&&byte| byte == b'\n');
         self.breaks = breaks.count() as u64;
         self.claimed = u64::try_from(claimed).ok();
@@ -206,8 +204,8 @@ impl<S: Sink> Parser<S> {
         Ok(length)
     }
 
-    /// Reads records up to the end of the bytes or of the list, and returns how
-    /// many bytes that were.
+    /// Reads records up to the end of the bytes or of the list, and returns how many
+    /// bytes it has read.
     fn records(&mut self, bytes: &[u8]) -> Result<usize, ReadError> {
         let mut at = 0;
         while at < bytes.len() && !self.ended {
@@ -219,18 +217,17 @@ impl<S: Sink> Parser<S> {
                 self.record()?;
             } else {
                 self.byte(bytes[at])?;
-                // A trailer begins with the byte that ends the list.
+                // The byte that ends the list may be the first of the trailer.
                 at += usize::from(bytes[at] != b'#' || !self.ended);
             }
         }
         Ok(at)
     }
 
-    /// The length of a record as the server writes it, at the start of the
-    /// bytes; nothing where there is none, or something else, which is then left
-    /// to [`Parser::byte`].
+    /// Reads the fields of a record at the start of the bytes, if it has the usual form,
+    /// and returns its length. `None` if it has not; then [`Parser::byte`] reads it.
     fn plain_record(&mut self, bytes: &[u8]) -> Option<usize> {
-        // Nine digits fit into 32 bits whatever they are.
+        // Every number of nine digits fits into 32 bits.
         const DIGITS: usize = 9;
         if bytes.len() < LONGEST_RECORD {
             return None;
@@ -264,7 +261,7 @@ impl<S: Sink> Parser<S> {
                     self.field = 0;
                     self.state = State::InField;
                 }
-                // A trailer: nothing that a record could begin with.
+                // A trailer begins.
                 b'#' => self.list_ends(),
                 _ if is_space(byte) => {}
                 _ => self.bad_line(byte),
@@ -309,13 +306,13 @@ impl<S: Sink> Parser<S> {
         Ok(())
     }
 
-    /// The end of the file.
+    /// Ends the list at the end of the file.
     pub fn end(&mut self) -> Result<(), ReadError> {
         if self.ended {
             return Ok(());
         }
         match self.state {
-            // The last record needs no line break after it.
+            // The last record need not end with a line break.
             State::InField if self.field == 4 => self.record()?,
             State::InField | State::BeforeField => self.bad_line(0),
             State::Between | State::BadLine => {}
@@ -324,8 +321,7 @@ impl<S: Sink> Parser<S> {
         Ok(())
     }
 
-    /// Nothing that follows belongs to the list, which may be shorter than it
-    /// claims to be.
+    /// Ends the list, which may have fewer records than the header claims.
     fn list_ends(&mut self) {
         if self.claimed.is_some_and(|claimed| self.seen < claimed) {
             self.first_bad_line.get_or_insert(self.breaks + 1);
@@ -333,7 +329,7 @@ impl<S: Sink> Parser<S> {
         self.ended = true;
     }
 
-    /// The record whose fields have been read.
+    /// Passes the current record to the sink.
     fn record(&mut self) -> Result<(), ReadError> {
         let [database, tablespace, filenumber, fork, block] = self.fields;
         self.sink.record(Record {
@@ -348,7 +344,7 @@ impl<S: Sink> Parser<S> {
         Ok(())
     }
 
-    /// The current line is no record; `byte` is what gave it away.
+    /// Counts the current line as a bad one. `byte` is the first that is invalid.
     fn bad_line(&mut self, byte: u8) {
         self.first_bad_line.get_or_insert(self.breaks + 1);
         if byte == b'\n' {
@@ -366,8 +362,8 @@ impl<S: Sink> Parser<S> {
     }
 }
 
-/// `<<N>>`: the number claimed and the header's length; nothing where the bytes
-/// do not begin with a header.
+/// The number in a header `<<N>>`, and the header's length. `None` if the bytes do not
+/// begin with a header.
 fn parse_header(bytes: &[u8]) -> Option<(i128, usize)> {
     let mut rest = bytes.strip_prefix(b"<<")?;
     while let [byte, tail @ ..] = rest
@@ -383,7 +379,7 @@ fn parse_header(bytes: &[u8]) -> Option<(i128, usize)> {
     if digits == 0 || !rest[digits..].starts_with(b">>") {
         return None;
     }
-    // A number of more digits than any file has records is as good as none.
+    // No file has as many records as the largest number here.
     let claimed = rest[..digits]
         .iter()
         .fold(0i128, |value, digit| {
@@ -396,7 +392,8 @@ fn parse_header(bytes: &[u8]) -> Option<(i128, usize)> {
     Some((if negative { -claimed } else { claimed }, length))
 }
 
-/// White space as C's `isspace` knows it, which is what contrib separates by.
+/// Whether C's `isspace` is true for the byte: contrib's module separates records by
+/// that.
 fn is_space(byte: u8) -> bool {
     matches!(byte, b' ' | b'\t' | b'\n' | 0x0b | 0x0c | b'\r')
 }

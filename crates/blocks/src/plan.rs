@@ -1,18 +1,17 @@
-//! What will be loaded, in which order, and how the work is cut.
+//! Plans: which blocks are loaded, in which order, and how they are divided into chunks.
 //!
-//! The plan of a list holds its blocks in the order in which they are loaded, as
-//! [`Chunk`]s: at most [`CHUNK_BLOCKS`] blocks of one fork, in ascending order,
-//! which one worker loads in one go. A database's chunks stand together; so a
-//! worker, which is tied to one database, takes the next chunk of its database.
+//! A plan has the blocks of a list in the order in which they are loaded, as [`Chunk`]s:
+//! at most [`CHUNK_BLOCKS`] blocks of one fork, in ascending order. One worker loads a
+//! chunk. The chunks of a database are consecutive, since a worker is connected to one
+//! database and claims the next chunk of it.
 //!
-//! A database's blocks stand in two tiers, the hot ones before the others, so that
-//! clients find soon what they mostly ask for; within a tier they stand in physical
-//! order. Where the list is larger than the budget, the hottest blocks are in the
-//! plan and the others are not.
+//! The blocks of a database are in two tiers. The first has those with a higher usage
+//! count, so that clients soon find the blocks that they use most. Each tier is in
+//! physical order. If the list is larger than the budget, the blocks with the lowest
+//! usage counts are left out.
 //!
-//! The plan is laid out as 32-bit words, so that the leader can put it into shared
-//! memory and the workers can read it there without any pointer in it, about five
-//! bytes a block:
+//! The plan is laid out as 32-bit words without pointers, so that the leader can put it
+//! into shared memory and workers can read it there. It takes about five bytes a block:
 //!
 //! ```text
 //! chunks, blocks │ chunks: 6 words each │ block numbers: a word each │ usage counts: a byte each
@@ -27,25 +26,25 @@ use crate::list::{BlockList, Entry, FileFork};
 use crate::sort::sort;
 use crate::{BlockNumber, Fork, Oid, Record, UsageCount};
 
-/// The most blocks of a chunk. What a worker that dies was at is lost, and must
-/// be little; what a worker claims should keep it busy for a while.
+/// The most blocks of a chunk. If a worker dies, part of its chunk may be lost, so a
+/// chunk must be small; a worker claims one at a time, so it should not be too small.
 pub const CHUNK_BLOCKS: u32 = 512;
 
-/// The usage count that the hot tier begins at: of blocks that were used again after they
-/// had been read.
-const HOT: u32 = 2;
+/// The lowest usage count of the first tier: its blocks were used again after they had
+/// been read.
+const FIRST_TIER_FROM: u32 = 2;
 
-/// How many tiers there are.
+/// The number of tiers.
 const TIERS: usize = 2;
 
-/// The number that PostgreSQL reserves for "no block".
+/// PostgreSQL's `InvalidBlockNumber`.
 const INVALID_BLOCK: BlockNumber = BlockNumber::MAX;
 
-/// Words of a chunk, and of what stands before the first.
+/// The words of a chunk, and the words before the first chunk.
 const CHUNK_WORDS: usize = 6;
 const HEADER_WORDS: usize = 2;
 
-/// Blocks of one fork, to be loaded in one go.
+/// Blocks of one fork, which one worker loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chunk {
     /// The database's OID; 0 for a shared catalog.
@@ -54,14 +53,14 @@ pub struct Chunk {
     pub tablespace: Oid,
     /// The relation's file number (`relfilenode`), not its OID.
     pub filenumber: Oid,
-    /// The fork that its blocks are of.
+    /// The fork.
     pub fork: Fork,
-    /// Where its blocks begin in the plan, and how many they are.
+    /// The index of its first block in the plan, and how many blocks it has.
     first: u32,
     count: u32,
 }
 
-/// The blocks to load.
+/// The blocks to load, in their order.
 #[derive(Debug, Default)]
 pub struct Plan {
     chunks: Vec<Chunk>,
@@ -76,25 +75,26 @@ pub struct Plan {
 pub struct DatabasePlan {
     /// The database's OID; 0 for shared catalogs.
     pub database: Oid,
-    /// Which of the plan's chunks they are.
+    /// Their indexes in the plan.
     pub chunks: Range<u32>,
     /// How many blocks they have.
     pub blocks: u64,
 }
 
-/// Why a list has no plan.
+/// Why a plan could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
     /// Memory was refused.
     #[error("out of memory")]
     OutOfMemory(#[from] TryReserveError),
-    /// The list names more files than can be told apart: a quarter of a billion.
+    /// The list names more files than are supported: a quarter of a billion.
     #[error("too many relations")]
     TooManyFiles,
 }
 
-/// A block by which it is sorted: the place of its file's tier among all of these,
-/// its number, and (so that it is not lost) its usage count.
+/// The sort key of a block: the place of its file and tier in the load order (see
+/// [`Places`]), and the block number. The usage count is in the lowest bits, to keep it
+/// with the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Key(u64);
 
@@ -116,6 +116,10 @@ impl Key {
         (self.0 >> Self::PLACE_SHIFT) as usize
     }
 
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the 32 bits above the usage count are the block number"
+    )]
     fn block(self) -> BlockNumber {
         (self.0 >> Self::USAGE_COUNT_BITS) as BlockNumber
     }
@@ -128,7 +132,8 @@ impl Key {
         self.0 & !Self::USAGE_COUNT == other.0 & !Self::USAGE_COUNT
     }
 
-    /// Puts a mark in the place of the usage count, which is never that high.
+    /// Marks the block as cached: sets all bits of the usage count, which no usage count
+    /// has.
     fn mark_cached(&mut self) {
         self.0 |= Self::USAGE_COUNT;
     }
@@ -139,8 +144,8 @@ impl Key {
 }
 
 impl Plan {
-    /// Plans to load the hottest `budget` blocks of the list, but for those that
-    /// are cached already.
+    /// Plans to load those blocks of the list that are not cached already. If they are
+    /// more than `budget`, those with the lowest usage counts are left out.
     ///
     /// # Errors
     /// If memory is refused, or the list names too many files.
@@ -164,29 +169,30 @@ impl Plan {
         tick: &mut dyn FnMut(),
     ) -> Result<Self, PlanError> {
         let BlockList { files, entries, .. } = list;
+        // A plan's indexes have 32 bits.
+        let budget = budget.min(u32::MAX.into());
         let places = Places::of(&files)?;
         let mut plan = Self::default();
         let mut keys = plan.keys_of(entries, &files, &places);
         sort(&mut keys, |key| key.0, tick);
         plan.cached = remove_cached(&mut keys, &files, &places, cached)?;
         tick();
-        plan.over_budget = keep_hottest(&mut keys, budget);
+        plan.over_budget = keep_most_used(&mut keys, budget);
         plan.keys = keys;
         tick();
-        plan.cut_into_chunks(&files, &places)?;
+        plan.divide_into_chunks(&files, &places)?;
         Ok(plan)
     }
 
-    /// The legal entries as keys, in the same memory: the standard library takes no
-    /// other for elements of the same size, of which `tests/refused_memory.rs` makes
-    /// sure.
+    /// The keys of the valid entries, in the memory of the entries: the standard library
+    /// collects elements of the same size in place. `tests/refused_memory.rs` checks that.
     fn keys_of(&mut self, entries: Vec<Entry>, files: &[FileFork], places: &Places) -> Vec<Key> {
         let total = entries.len();
         let keys: Vec<Key> = entries
             .into_iter()
             .filter(|entry| {
                 let file = &files[entry.file()];
-                // No relation has file number 0: it marks those of mapped catalogs.
+                // `relfilenode` is 0 for mapped catalogs, but no file has that number.
                 entry.block() != INVALID_BLOCK
                     && file.filenumber != 0
                     && Fork::from_number(file.fork).is_some()
@@ -204,13 +210,13 @@ impl Plan {
         keys
     }
 
-    fn cut_into_chunks(
+    fn divide_into_chunks(
         &mut self,
         files: &[FileFork],
         places: &Places,
     ) -> Result<(), TryReserveError> {
         let mut last_place = usize::MAX;
-        for (index, key) in self.keys.iter().enumerate() {
+        for (key, index) in self.keys.iter().zip(0..) {
             if let Some(last) = self.chunks.last_mut()
                 && last_place == key.place()
                 && last.count < CHUNK_BLOCKS
@@ -225,30 +231,35 @@ impl Plan {
                 database: file.database,
                 tablespace: file.tablespace,
                 filenumber: file.filenumber,
-                fork: Fork::from_number(file.fork).expect("illegal forks were left out"),
-                first: index as u32,
+                fork: Fork::from_number(file.fork).expect("invalid forks were left out"),
+                first: index,
                 count: 1,
             });
         }
         Ok(())
     }
 
-    /// Records that name a fork or a block that cannot be.
+    /// The number of records with an invalid fork, file or block number.
     pub fn illegal(&self) -> u64 {
         self.illegal
     }
 
-    /// Blocks left out because they are cached already.
+    /// The number of blocks left out because they are cached already.
     pub fn cached(&self) -> u64 {
         self.cached
     }
 
-    /// Blocks left out because the budget does not suffice.
+    /// The number of blocks left out because they exceed the budget.
     pub fn over_budget(&self) -> u64 {
         self.over_budget
     }
 
-    /// The databases, in order. That of OID 0 comes first where there is one.
+    /// The databases, in the order of their OIDs. If there are shared catalogs, their
+    /// OID 0 is the first.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "there are no more chunks than blocks, at most u32::MAX"
+    )]
     pub fn databases(&self) -> impl Iterator<Item = DatabasePlan> {
         let mut next = 0;
         self.chunks
@@ -272,7 +283,11 @@ impl Plan {
             + self.keys.len().div_ceil(size_of::<u32>())
     }
 
-    /// Lays the plan out in `words`, which are as many as [`Plan::words`] says.
+    /// Lays the plan out in `words`, which must have the length [`Plan::words`].
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "there are at most u32::MAX blocks, and no more chunks"
+    )]
     pub fn encode(&self, words: &mut [u32]) {
         let (header, rest) = words.split_at_mut(HEADER_WORDS);
         let (chunks, rest) = rest.split_at_mut(self.chunks.len() * CHUNK_WORDS);
@@ -301,16 +316,20 @@ impl Plan {
     }
 }
 
-/// The order of the files' tiers: a database's hot tier, file by file, then its
-/// other.
+/// The load order: for each database, the files of the first tier, then those of the
+/// second. So each file has one place in each tier.
 struct Places {
-    /// The file at each place.
+    /// The index of the file at each place.
     files: Vec<u32>,
-    /// Each file's place in each of the tiers.
+    /// The places of each file.
     places: Vec<[u32; TIERS]>,
 }
 
 impl Places {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "there are at most MAX_FILES * TIERS places, which is 2^29"
+    )]
     fn of(files: &[FileFork]) -> Result<Self, PlanError> {
         if files.len() > Key::MAX_FILES {
             return Err(PlanError::TooManyFiles);
@@ -338,13 +357,13 @@ impl Places {
         Ok(order)
     }
 
-    /// The place of a file's blocks of that usage count.
+    /// The place of those blocks of a file that have that usage count.
     fn find(&self, file: usize, usage_count: UsageCount) -> u32 {
-        self.places[file][usize::from(usage_count.get() < HOT)]
+        self.places[file][usize::from(usage_count.get() < FIRST_TIER_FROM)]
     }
 }
 
-/// Removes the keys of cached blocks, and returns how many those are.
+/// Removes the keys of cached blocks, and returns how many it has removed.
 fn remove_cached(
     keys: &mut Vec<Key>,
     files: &[FileFork],
@@ -361,8 +380,8 @@ fn remove_cached(
         for place in places.places[file] {
             let block = Key::new(place, record.block, UsageCount::new(0));
             let start = keys.partition_point(|key| *key < block);
-            // The same block may be listed more than once, and be seen in two buffers
-            // when it moves from one to the other meanwhile.
+            // A list may name a block more than once, and `cached` may too: a block that
+            // moves to another buffer during the scan of the buffers is seen twice.
             for key in &mut keys[start..] {
                 if !key.is_same_block(block) {
                     break;
@@ -376,10 +395,10 @@ fn remove_cached(
     Ok((total - keys.len()) as u64)
 }
 
-/// Keeps the hottest `budget` keys, without changing their order, and returns how
-/// many were left out. Of those that are as hot as the coldest kept, the first
-/// are kept.
-fn keep_hottest(keys: &mut Vec<Key>, budget: u64) -> u64 {
+/// Keeps the `budget` keys with the highest usage counts, in their order, and returns
+/// how many it has removed. Of the keys with the lowest usage count that is kept, the
+/// first are kept.
+fn keep_most_used(keys: &mut Vec<Key>, budget: u64) -> u64 {
     let total = keys.len() as u64;
     if total <= budget {
         return 0;
@@ -388,7 +407,7 @@ fn keep_hottest(keys: &mut Vec<Key>, budget: u64) -> u64 {
     for key in keys.iter() {
         by_usage_count[key.usage_count().get() as usize] += 1;
     }
-    // Each usage count has what the hotter ones leave.
+    // Higher usage counts are served first.
     let mut left = budget;
     let mut quota = [0; UsageCount::COUNT];
     for usage_count in (0..UsageCount::COUNT).rev() {
@@ -404,7 +423,7 @@ fn keep_hottest(keys: &mut Vec<Key>, budget: u64) -> u64 {
     total - keys.len() as u64
 }
 
-/// A plan as a worker sees it in shared memory.
+/// A plan in shared memory, as workers read it.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanView<'a> {
     chunks: &'a [u32],
@@ -433,17 +452,17 @@ impl<'a> PlanView<'a> {
         }
     }
 
-    /// The chunk of that index, and its blocks.
+    /// The chunk at that index, and its blocks.
     pub fn chunk(self, index: u32) -> (Chunk, ChunkBlocks<'a>) {
         let words = &self.chunks[index as usize * CHUNK_WORDS..][..CHUNK_WORDS];
         let [database, tablespace, filenumber, fork, first, count] = *words else {
-            unreachable!("a chunk has as many words");
+            unreachable!("a chunk has CHUNK_WORDS words");
         };
         let chunk = Chunk {
             database,
             tablespace,
             filenumber,
-            fork: Fork::from_number(fork).expect("a plan has legal forks only"),
+            fork: Fork::from_number(fork).expect("a plan has valid forks only"),
             first,
             count,
         };
@@ -457,17 +476,17 @@ impl<'a> PlanView<'a> {
 }
 
 impl<'a> ChunkBlocks<'a> {
-    /// Their numbers, in ascending order.
+    /// The block numbers, in ascending order.
     pub fn numbers(self) -> &'a [BlockNumber] {
         self.blocks
     }
 
-    /// How hot the block at that place is.
+    /// The usage count of the block at that index of the chunk.
     pub fn usage_count(self, index: usize) -> UsageCount {
         let at = self.first + index;
         let bytes = self.plan.usage_counts[at / size_of::<u32>()].to_le_bytes();
         UsageCount::from_digit(bytes[at % size_of::<u32>()])
-            .expect("a plan has legal usage_counts only")
+            .expect("a plan has valid usage counts only")
     }
 }
 

@@ -1,9 +1,9 @@
 //! Reading a block list record by record, without holding it in memory.
 //!
-//! What tells the usage count of the first record stands behind the last, and is to be
-//! believed only if all of it fits. So the file is read twice: once to its end, to
-//! see what it is worth, and once to hand out the records, with a second place in
-//! it where the digits of their usage count are read.
+//! The usage counts follow the last record, and are used only if the whole trailer is
+//! valid. So the file is read twice: once to its end, to check it, and once to return
+//! the records. The second time it is read at two positions at once, one for the
+//! records and one for their usage counts.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -13,32 +13,31 @@ use crate::parser::{CHUNK, Parser, ReadError, SHORTEST_RECORD, Sink, fill, new_c
 use crate::trailer::UsageCounts;
 use crate::{Record, UsageCount};
 
-/// How much of the trailer is read in one go, in bytes.
+/// How many bytes of the trailer are read at a time.
 const USAGE_COUNTS_CHUNK: usize = 8 * 1024;
 
-/// The records of a list that parse, in the file's order, each with its usage count.
+/// The valid records of a list, in the file's order, each with its usage count.
 pub struct ListReader<R> {
     input: R,
     chunk: Vec<u8>,
-    /// Reads one chunk at a time; its sink has those records of the last that
-    /// were not handed out yet.
+    /// Its sink has the records of the last chunk that have not been returned yet.
     parser: Parser<VecDeque<Record>>,
-    /// What is left of the trailer, if its usage_counts are to be believed.
+    /// The rest of the trailer. `None` if its usage counts are not used.
     usage_counts: Option<Bytes<R>>,
     first_bad_line: Option<u64>,
 }
 
-/// The bytes of an input, one by one. [`io::BufReader`] has them as well, but cannot
-/// be refused its memory.
+/// The bytes of an input, one by one. [`io::BufReader`] would do the same, but aborts
+/// if it gets no memory.
 struct Bytes<R> {
     input: R,
     chunk: Vec<u8>,
-    /// Which of the chunk are left.
+    /// The part of the chunk that has not been returned yet.
     left: Range<usize>,
 }
 
 impl<R: Read> ListReader<R> {
-    /// Reads the list once. `from` gives the file's bytes from an offset on.
+    /// Reads the list once, to check it. `from` opens the file at an offset.
     ///
     /// # Errors
     /// If the file cannot be read, or memory is refused.
@@ -46,11 +45,10 @@ impl<R: Read> ListReader<R> {
         Self::in_chunks(from, CHUNK)
     }
 
-    /// The same with chunks of another size, in bytes, which hold the header at
-    /// least.
+    /// The same with chunks of `chunk` bytes. The header must fit into one.
     ///
     /// # Errors
-    /// As of [`ListReader::new`].
+    /// See [`ListReader::new`].
     pub fn in_chunks(from: impl Fn(u64) -> R, chunk: usize) -> Result<Self, ReadError> {
         let (_, summary) = read_all(from(0), chunk, Counter(0), |counter, index, _| {
             index < counter.0
@@ -74,12 +72,12 @@ impl<R: Read> ListReader<R> {
         })
     }
 
-    /// As [`BlockList::first_bad_line`](crate::BlockList::first_bad_line).
+    /// See [`BlockList::first_bad_line`](crate::BlockList::first_bad_line).
     pub fn first_bad_line(&self) -> Option<u64> {
         self.first_bad_line
     }
 
-    /// Reads the next chunk's records.
+    /// Reads the records of the next chunk.
     fn read_chunk(&mut self) -> Result<(), ReadError> {
         let filled = fill(&mut self.input, &mut self.chunk)?;
         self.parser.read(&self.chunk[..filled])?;
@@ -92,7 +90,7 @@ impl<R: Read> ListReader<R> {
     /// The usage count of the next record.
     fn usage_count(&mut self) -> io::Result<UsageCount> {
         for byte in self.usage_counts.iter_mut().flatten() {
-            // There are line breaks between the digits.
+            // Line breaks are skipped.
             if let Some(usage_count) = UsageCount::from_digit(byte?) {
                 return Ok(usage_count);
             }
@@ -144,7 +142,7 @@ impl Sink for VecDeque<Record> {
     }
 }
 
-/// Counts records.
+/// Counts the records.
 struct Counter(u64);
 
 impl Sink for Counter {

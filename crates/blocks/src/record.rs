@@ -1,17 +1,17 @@
-//! One line of a block list, and the types of what it names.
+//! A record, which is one line of a block list, and the types of its fields.
 
-/// An object identifier: of a database, of a tablespace, or a relation's file
-/// number. 0 is no object (a database of 0: a shared catalog).
+/// The OID of a database or a tablespace, or a relation's file number. 0 is invalid,
+/// except as the database of shared catalogs.
 pub type Oid = u32;
 
-/// A block's number within its fork, counted from 0.
+/// A block's number within its fork, starting at 0.
 pub type BlockNumber = u32;
 
-/// One block that was cached, as its buffer's tag names it.
+/// One block that was cached: the fields of its buffer's tag.
 ///
-/// What a record says is only a claim: the file may have been edited, and the
-/// relation may have changed since. Fields stand in the order of the file, which
-/// is also the order that blocks are sorted by.
+/// A record is only a claim: the file may have been edited, and the relation may have
+/// changed since. The fields have the order of the file, by which records are sorted
+/// as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Record {
     /// The database's OID; 0 for a shared catalog.
@@ -20,27 +20,27 @@ pub struct Record {
     pub tablespace: Oid,
     /// The relation's file number (`relfilenode`), not its OID.
     pub filenumber: Oid,
-    /// A fork's number, legal or not; see [`Fork`].
+    /// A fork number, which may be invalid; see [`Fork`].
     pub fork: u32,
-    /// The block's number within the fork.
+    /// The block number within the fork.
     pub block: BlockNumber,
 }
 
-/// One of a relation's files, numbered as PostgreSQL's `ForkNumber`.
+/// A fork of a relation, numbered like PostgreSQL's `ForkNumber`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Fork {
-    /// What the relation holds.
+    /// The relation's data.
     Main = 0,
-    /// How much space is free in each block of the main fork.
+    /// The free space in each block of the main fork.
     FreeSpaceMap = 1,
-    /// Which blocks of the main fork hold only rows that all can see.
+    /// Which blocks of the main fork have only rows that are visible to all.
     VisibilityMap = 2,
-    /// What the main fork of an unlogged relation is replaced by after a crash.
+    /// Replaces the main fork of an unlogged relation after a crash.
     Init = 3,
 }
 
 impl Fork {
-    /// The fork of that number, where there is one.
+    /// The fork with that number. `None` if there is no such fork.
     pub fn from_number(number: u32) -> Option<Self> {
         match number {
             0 => Some(Self::Main),
@@ -51,7 +51,7 @@ impl Fork {
         }
     }
 
-    /// What SQL calls it.
+    /// The fork's name in SQL.
     pub fn name(self) -> &'static str {
         match self {
             Self::Main => "main",
@@ -62,28 +62,30 @@ impl Fork {
     }
 }
 
-/// How hot a block is: its buffer's usage count when it was dumped, 0 to 5. The
-/// server counts a buffer's uses up to 5, and takes one away each time it passes
-/// by in search of a buffer to evict.
+/// The usage count of a block's buffer at the time of the dump, 0 to 5. The server
+/// increments it, up to 5, when the buffer is used, and decrements it when the clock
+/// hand passes the buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UsageCount(u8);
 
 impl UsageCount {
-    /// The hottest.
+    /// The highest usage count.
     pub const MAX: Self = Self(5);
 
-    /// How many usage_counts there are.
+    /// The number of different usage counts.
     pub const COUNT: usize = Self::MAX.0 as usize + 1;
 
-    /// That of a block that was read once, which is taken where none is known.
+    /// The usage count of a block that was read once, and of a block whose usage count
+    /// is not known.
     pub const ONCE: Self = Self(1);
 
-    /// The usage count of that usage count; the hottest, for a higher one.
+    /// The usage count `count`, or [`Self::MAX`] if `count` is higher.
     pub fn new(count: u32) -> Self {
-        Self(count.min(u32::from(Self::MAX.0)) as u8)
+        Self(u8::try_from(count).map_or(Self::MAX.0, |count| count.min(Self::MAX.0)))
     }
 
-    /// The usage count that a decimal digit stands for in the file.
+    /// The usage count of a decimal digit in the file. `None` if the byte is not a digit
+    /// from 0 to 5.
     pub fn from_digit(digit: u8) -> Option<Self> {
         match digit {
             b'0'..=b'5' => Some(Self(digit - b'0')),
@@ -91,12 +93,12 @@ impl UsageCount {
         }
     }
 
-    /// The digit that stands for it.
+    /// Its digit in the file.
     pub fn digit(self) -> u8 {
         b'0' + self.0
     }
 
-    /// The usage count that it stands for.
+    /// Its number.
     pub fn get(self) -> u32 {
         self.0.into()
     }

@@ -1,34 +1,34 @@
-//! Why a block of the list was not loaded, and how often.
+//! Why blocks of the list were not loaded, and how many.
 
 use std::fmt;
 
-/// Why a record did not become a loaded block.
+/// Why the block of a record was not loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SkipReason {
-    /// No fork, file or block can have that number.
+    /// The fork number, file number or block number is invalid.
     Illegal,
     /// The database is a template: a worker in it would make `CREATE DATABASE` fail.
     TemplateDatabase,
     /// The database was dropped, or accepts no connections.
     NoDatabase,
-    /// No relation has that file in that tablespace (any more).
+    /// No relation has that file in that tablespace, or none has it any more.
     NoRelation,
-    /// The fork does not exist (any more), or is shorter.
+    /// The fork does not exist, or ends before the block.
     NoBlock,
     /// Reading the block raised an error.
     Unreadable,
-    /// Somebody had the relation locked for as long as was waited.
+    /// The relation was still locked when the load stopped waiting for it.
     Locked,
-    /// There was no free buffer left.
+    /// There was no free buffer.
     NoFreeBuffer,
-    /// The worker that was to load it ended before.
+    /// The worker that had claimed the block exited before it loaded it.
     Interrupted,
-    /// Somebody cancelled the load.
+    /// The load was cancelled.
     Cancelled,
 }
 
 impl SkipReason {
-    /// Every reason, in the order of their counters.
+    /// All reasons, in the order of their counters.
     pub const ALL: [Self; 10] = [
         Self::Illegal,
         Self::TemplateDatabase,
@@ -58,28 +58,28 @@ impl SkipReason {
     }
 }
 
-/// Blocks not loaded, by reason.
+/// The number of skipped blocks, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SkipCounts([u64; SkipReason::ALL.len()]);
 
 impl SkipCounts {
-    /// Counts `blocks` more as skipped for `reason`.
+    /// Adds `blocks` to those skipped for `reason`.
     pub fn count(&mut self, reason: SkipReason, blocks: u64) {
         self.0[reason as usize] += blocks;
     }
 
-    /// Blocks skipped for that reason.
+    /// The number of blocks skipped for `reason`.
     pub fn of(&self, reason: SkipReason) -> u64 {
         self.0[reason as usize]
     }
 
-    /// All blocks skipped, whatever the reason.
+    /// The number of blocks skipped for any reason.
     pub fn total(&self) -> u64 {
         self.0.iter().sum()
     }
 }
 
-/// Says it in one line: `12 blocks: 7 in template databases, 5 that could not be read`.
+/// One line: `12 blocks: 7 in template databases, 5 that could not be read`.
 impl fmt::Display for SkipCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let total = self.total();

@@ -7,51 +7,53 @@
 //! # crc32c 0x12345678         of every byte before this line
 //! ```
 //!
-//! It stands after the last record, where contrib does not look. One that is cut
-//! short, does not match the records, or whose checksum differs (somebody edited
-//! the list, which is allowed) is left aside as a whole.
+//! It follows the last record. Contrib's module does not read it. All of the trailer is
+//! ignored if it is truncated, if it does not match the records, or if the checksum
+//! does not match (the list may be edited).
 
 use std::collections::TryReserveError;
 use std::io::Write;
 
-/// What a trailer begins with, and what stands before the digits.
+/// The lines before the digits.
 pub(super) const FIRST_LINES: [&str; 2] = ["# pg_prewarm 2.0", "# usage counts"];
 
-/// What the last line begins with; eight hexadecimal digits follow.
+/// The beginning of the last line; eight hexadecimal digits follow.
 pub(super) const CHECKSUM: &str = "# crc32c 0x";
 
-/// The most digits of a line.
+/// The most digits in a line.
 pub(super) const DIGITS_PER_LINE: usize = 120;
 
-/// Why a trailer of another list is left aside.
-pub(super) const NOT_ONE_EACH: &str = "it has not one digit for each record";
+/// Why a trailer is ignored that has an invalid usage count, or not one for each record.
+pub(super) const MISMATCH: &str = "the usage counts do not match the records";
 
-/// Where the usage count of a list's records comes from.
+/// Where the usage counts of a list's records come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UsageCounts {
-    /// The list has no trailer: contrib wrote it, or there is nothing to say.
+    /// The list has no trailer: contrib's module wrote it, or it is empty.
     #[default]
     Missing,
-    /// The trailer's, which fits.
+    /// The trailer has them.
     Saved,
-    /// The trailer does not fit, and was left aside for that reason.
+    /// The trailer is ignored for that reason.
     Ignored(&'static str),
 }
 
-/// Reads a trailer, line by line, from what follows the records.
+/// Reads a trailer, line by line, from the bytes after the records.
 #[derive(Debug, Default)]
 pub(super) struct TrailerReader {
     line: Vec<u8>,
+    /// How many of [`FIRST_LINES`] have been read.
     lines: usize,
-    /// The digits so far, and the bytes before the line of the first.
+    /// How many digits have been read, and the bytes before the line of the first.
     digits: u64,
     before_digits: u64,
     outcome: Option<UsageCounts>,
 }
 
 impl TrailerReader {
-    /// Takes the next bytes; `checksum` is that of every byte before them, and is
-    /// kept up. `usage count` is told each record's digit, and whether it has one.
+    /// Reads the next bytes. `checksum` is that of all bytes before them, and is updated.
+    /// `usage_count` gets the number of each record and its digit, and returns false if
+    /// there is no such record or the digit is invalid.
     pub fn read(
         &mut self,
         bytes: &[u8],
@@ -62,9 +64,9 @@ impl TrailerReader {
             if self.outcome.is_some() {
                 break;
             }
-            // No line of a trailer is longer.
+            // The digits, and a line break of one or two bytes.
             if self.line.len() + piece.len() > DIGITS_PER_LINE + 2 {
-                self.give_up("it has a line that is too long");
+                self.ignore("the trailer has a line that is too long");
                 break;
             }
             self.line.try_reserve(piece.len())?;
@@ -81,34 +83,32 @@ impl TrailerReader {
         Ok(())
     }
 
-    /// Whether nothing that follows could belong to it.
+    /// Whether the following bytes do not belong to the trailer.
     pub fn has_ended(&self) -> bool {
         self.outcome.is_some()
     }
 
-    /// How many of the bytes so far stand before the line of the first digit.
+    /// How many bytes were read before the line of the first digit.
     pub fn before_digits(&self) -> u64 {
         self.before_digits
     }
 
-    /// What came of it, for a list of that many records.
+    /// Whether the usage counts can be used for a list of that many records.
     pub fn finish(mut self, checksum: u32, records: u64) -> UsageCounts {
-        // The last line needs no line break after it.
+        // The last line need not end with a line break.
         if self.outcome.is_none() && !self.line.is_empty() {
             self.line(checksum, &mut |_, _| false);
         }
         match self.outcome {
             None if self.lines == 0 => UsageCounts::Missing,
-            None => UsageCounts::Ignored("it is cut short"),
-            Some(UsageCounts::Saved) if self.digits != records => {
-                UsageCounts::Ignored(NOT_ONE_EACH)
-            }
+            None => UsageCounts::Ignored("the trailer is truncated"),
+            Some(UsageCounts::Saved) if self.digits != records => UsageCounts::Ignored(MISMATCH),
             Some(outcome) => outcome,
         }
     }
 
-    fn give_up(&mut self, reason: &'static str) {
-        // What never began as a trailer is none.
+    fn ignore(&mut self, reason: &'static str) {
+        // Without the first line, it is not a trailer.
         self.outcome = Some(if self.lines == 0 {
             UsageCounts::Missing
         } else {
@@ -119,7 +119,7 @@ impl TrailerReader {
     fn line(&mut self, checksum: u32, usage_count: &mut impl FnMut(u64, u8) -> bool) {
         let line = std::mem::take(&mut self.line);
         if let Err(reason) = self.parse(line.trim_ascii_end(), checksum, usage_count) {
-            self.give_up(reason);
+            self.ignore(reason);
         }
         self.line = line;
     }
@@ -134,19 +134,19 @@ impl TrailerReader {
             if line == expected.as_bytes() {
                 self.lines += 1;
             } else if self.lines > 0 || !line.is_empty() {
-                return Err("it does not say what it holds");
+                return Err("the trailer has no line \"# usage counts\"");
             }
         } else if let Some(digits) = line.strip_prefix(CHECKSUM.as_bytes()) {
             let mut expected = [0; 8];
             write!(&mut expected[..], "{checksum:08x}").expect("32 bits have eight digits");
             if digits != expected {
-                return Err("its checksum differs");
+                return Err("the checksum does not match");
             }
             self.outcome = Some(UsageCounts::Saved);
         } else {
             for &digit in line {
                 if !usage_count(self.digits, digit) {
-                    return Err(NOT_ONE_EACH);
+                    return Err(MISMATCH);
                 }
                 self.digits += 1;
             }

@@ -1,10 +1,10 @@
 //! Writing a block list, record by record, without holding it in memory.
 //!
-//! How many records there will be is known only at the end, and the header that
-//! says so comes first. Room for it is left, wide enough for the number that is
-//! expected; should there be fewer digits, blanks before the number fill it,
-//! which every reader skips. What is held is one byte for each record, its usage count,
-//! until the trailer is written.
+//! The header comes first, but the number of records in it is known only at the end. So
+//! space is left for the header, with as many digits as the expected number has. If the
+//! number turns out to have fewer digits, spaces before it fill the rest; every reader
+//! skips them. Only the usage count of each record, one byte, is kept in memory until
+//! the trailer is written.
 
 use std::collections::TryReserveError;
 use std::io::{self, Seek, SeekFrom, Write};
@@ -14,8 +14,8 @@ use crate::{Record, UsageCount};
 
 /// A list that is being written.
 pub struct ListWriter<W: Write + Seek> {
-    out: Summing<W>,
-    /// Digits that the header has room for.
+    out: ChecksumWriter<W>,
+    /// How many digits the header has space for.
     width: usize,
     /// The usage count of each record so far, as a digit.
     usage_counts: Vec<u8>,
@@ -30,8 +30,8 @@ pub enum WriteError {
     /// Memory was refused.
     #[error("out of memory")]
     OutOfMemory(#[from] TryReserveError),
-    /// There are more records than the header has room for: begin again,
-    /// expecting more.
+    /// There are more records than the header has space for. Begin again and expect
+    /// more.
     #[error("more blocks than expected")]
     TooMany,
 }
@@ -45,15 +45,15 @@ impl<W: Write + Seek> ListWriter<W> {
         let mut usage_counts = Vec::new();
         usage_counts.try_reserve_exact(expected)?;
         let mut writer = Self {
-            out: Summing::new(out)?,
+            out: ChecksumWriter::new(out)?,
             width: expected.max(1).ilog10() as usize + 1,
             usage_counts,
         };
         let header = writer.header()?;
         writer.out.write_all(&header)?;
-        // The header will change: the sum begins behind it.
+        // The header will change, so the checksum begins after it.
         writer.out.flush()?;
-        writer.out.begin();
+        writer.out.restart();
         Ok(writer)
     }
 
@@ -69,7 +69,7 @@ impl<W: Write + Seek> ListWriter<W> {
             record.fork,
             record.block,
         ];
-        // Five numbers of at most ten digits, each with what follows it.
+        // Five numbers of at most ten digits, each followed by a separator.
         let mut line = [0; 5 * 11];
         let mut length = 0;
         let mut digits = itoa::Buffer::new();
@@ -85,19 +85,18 @@ impl<W: Write + Seek> ListWriter<W> {
         Ok(self.out.write_all(&line[..length])?)
     }
 
-    /// Writes the trailer and the header, and all that is still held back.
-    /// Returns the number of records, and what was written to, for the caller to
-    /// close.
+    /// Writes the rest of the records, the trailer and the header. Returns the number of
+    /// records, and `out` for the caller to close.
     ///
     /// # Errors
-    /// If `out` fails, memory is refused, or the header has no room for the number.
+    /// If `out` fails, memory is refused, or the number does not fit into the header.
     pub fn finish(mut self) -> Result<(u64, W), WriteError> {
         let header = self.header()?;
-        let room = self.width + "<<>>\n".len();
-        if header.len() > room {
+        let space = self.width + "<<>>\n".len();
+        if header.len() > space {
             return Err(WriteError::TooMany);
         }
-        // An empty list has no usage count to tell.
+        // An empty list has no trailer.
         if !self.usage_counts.is_empty() {
             for line in FIRST_LINES {
                 writeln!(self.out, "{line}")?;
@@ -107,7 +106,7 @@ impl<W: Write + Seek> ListWriter<W> {
                 self.out.write_all(b"\n")?;
             }
             self.out.flush()?;
-            let checksum = self.out.sum_behind(&header);
+            let checksum = self.out.checksum_after(&header);
             writeln!(self.out, "{CHECKSUM}{checksum:08x}")?;
         }
         self.out.flush()?;
@@ -126,46 +125,48 @@ impl<W: Write + Seek> ListWriter<W> {
     }
 }
 
-/// The digits of the largest number of records.
+/// How many digits the number of records can have.
 const MOST_DIGITS: usize = usize::MAX.ilog10() as usize + 1;
 
-/// How much is written in one go.
+/// How many bytes are written at a time.
 const BUFFER: usize = 256 * 1024;
 
-/// Gathers what is to be written, and keeps the CRC-32C of what was.
-struct Summing<W> {
+/// Buffers what is written to `out`, and computes its CRC-32C.
+struct ChecksumWriter<W> {
     out: W,
-    /// Has room for [`BUFFER`] bytes. [`io::BufWriter`] cannot be refused its own.
+    /// Has a capacity of [`BUFFER`] bytes. [`io::BufWriter`] would do the same, but
+    /// aborts if it gets no memory.
     buffer: Vec<u8>,
-    sum: u32,
+    /// The checksum and the length of what has been written to `out`.
+    checksum: u32,
     length: usize,
 }
 
-impl<W> Summing<W> {
+impl<W> ChecksumWriter<W> {
     fn new(out: W) -> Result<Self, TryReserveError> {
         let mut buffer = Vec::new();
         buffer.try_reserve_exact(BUFFER)?;
         Ok(Self {
             out,
             buffer,
-            sum: 0,
+            checksum: 0,
             length: 0,
         })
     }
 
-    /// Begins anew, when all has been written.
-    fn begin(&mut self) {
-        self.sum = 0;
+    /// Starts the checksum here. The buffer must be empty.
+    fn restart(&mut self) {
+        self.checksum = 0;
         self.length = 0;
     }
 
-    /// The sum of these bytes followed by what was written.
-    fn sum_behind(&self, bytes: &[u8]) -> u32 {
-        crc32c::crc32c_combine(crc32c::crc32c(bytes), self.sum, self.length)
+    /// The checksum of `bytes` followed by what has been written to `out`.
+    fn checksum_after(&self, bytes: &[u8]) -> u32 {
+        crc32c::crc32c_combine(crc32c::crc32c(bytes), self.checksum, self.length)
     }
 }
 
-impl<W: Write> Write for Summing<W> {
+impl<W: Write> Write for ChecksumWriter<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.buffer.len() == BUFFER {
             self.flush()?;
@@ -177,7 +178,7 @@ impl<W: Write> Write for Summing<W> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.out.write_all(&self.buffer)?;
-        self.sum = crc32c::crc32c_append(self.sum, &self.buffer);
+        self.checksum = crc32c::crc32c_append(self.checksum, &self.buffer);
         self.length += self.buffer.len();
         self.buffer.clear();
         Ok(())
@@ -226,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn the_checksum_is_that_of_all_that_stands_before_its_line() {
+    fn the_checksum_is_that_of_all_bytes_before_its_line() {
         let text = write(1000, 1000).unwrap();
         let (before, after) = text.split_at(text.find(CHECKSUM).unwrap());
         let checksum = u32::from_str_radix(after.trim_end().strip_prefix(CHECKSUM).unwrap(), 16);
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_with_room_to_spare_is_filled_with_blanks() {
+    fn a_header_that_is_too_long_is_filled_with_spaces() {
         let text = write(9, 100).unwrap();
         assert!(text.starts_with("<<  9>>\n"), "{text}");
         let list = BlockList::read(text.as_bytes(), text.len() as u64).unwrap();
@@ -244,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_without_room_is_an_error_and_not_a_wrong_number() {
+    fn a_header_that_is_too_short_is_an_error() {
         assert!(matches!(write(10, 9), Err(WriteError::TooMany)));
         assert!(write(10, 10).is_ok());
         assert!(matches!(write(1000, 999), Err(WriteError::TooMany)));

@@ -1,6 +1,7 @@
-//! What the core does where an allocator refuses it memory: whichever of its requests
-//! that is, the result is an error. (Had it asked in a way that cannot fail, Rust
-//! would abort this test.)
+//! If the allocator refuses memory, the core returns an error, whichever request that
+//! was. (If it requested memory in a way that cannot fail, Rust would abort this test.)
+
+#![allow(clippy::cast_possible_truncation)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -12,38 +13,38 @@ use pg_prewarm_blocks::{
     BlockList, ListReader, ListWriter, Plan, PlanError, ReadError, Record, UsageCount, WriteError,
 };
 
-/// The system's allocator, which may refuse one of a thread's requests.
+/// The system's allocator, which can refuse one of a thread's requests.
 struct Refusing;
 
 #[global_allocator]
 static ALLOCATOR: Refusing = Refusing;
 
 thread_local! {
-    /// The number of the request to be refused: 1 for the next, 0 for none.
+    /// Which request is refused: 1 is the next one, 0 means none.
     static REFUSED: Cell<u32> = const { Cell::new(0) };
 }
 
-// SAFETY: the system's allocator, or null, which stands for no memory. Memory blocks
-// are made larger by the trait's own method, which calls `alloc`.
+// SAFETY: `alloc` returns what the system's allocator does, or null, which means no
+// memory. The trait's own `realloc` calls `alloc`, so nothing else has to be refused.
 unsafe impl GlobalAlloc for Refusing {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let number = REFUSED.get();
         REFUSED.set(number.saturating_sub(1));
         match number {
             1 => ptr::null_mut(),
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller passes a layout of non-zero size.
             _ => unsafe { System.alloc(layout) },
         }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
+        // SAFETY: `alloc` got the memory from the system's allocator, with this layout.
         unsafe { System.dealloc(memory, layout) }
     }
 }
 
-/// Tries the operation with its first request refused, its second, and so on, until
-/// it asks for less often than that. It must do so `least` times.
+/// Runs the operation with its first request refused, then with its second refused, and
+/// so on, until it makes no such request. It must make at least `least` requests.
 fn refuse_each_request<I, T, E: Debug>(
     least: u32,
     input: impl Fn() -> I,
@@ -96,9 +97,9 @@ fn text() -> Vec<u8> {
 }
 
 #[test]
-fn a_list_that_is_read_into_memory() {
+fn reading_a_list_into_memory_returns_an_error_if_memory_is_refused() {
     let text = text();
-    // With the header, and without: then nothing tells how long the list is.
+    // With the header, and without it: then the length of the list is not known.
     for text in [&text[..], &text[1..]] {
         let read = || BlockList::read(text, text.len() as u64);
         assert_eq!(read().unwrap().entries.len(), 4000);
@@ -112,7 +113,7 @@ fn a_list_that_is_read_into_memory() {
 }
 
 #[test]
-fn a_list_that_is_read_record_by_record() {
+fn reading_a_list_record_by_record_returns_an_error_if_memory_is_refused() {
     let text = text();
     let read = || {
         let mut count = 0;
@@ -132,7 +133,7 @@ fn a_list_that_is_read_record_by_record() {
 }
 
 #[test]
-fn a_plan() {
+fn planning_returns_an_error_if_memory_is_refused() {
     let text = text();
     refuse_each_request(
         8,
@@ -146,8 +147,8 @@ fn a_plan() {
 }
 
 #[test]
-fn a_list_that_is_written() {
-    // As many records as were expected, and more than that.
+fn writing_a_list_returns_an_error_if_memory_is_refused() {
+    // As many records as expected, and more.
     for expected in [4000, 1000] {
         refuse_each_request(
             4,

@@ -89,6 +89,10 @@ impl Progress {
 
     /// Shows it to other processes, unless another command of this process shows its own
     /// progress: `COPY (SELECT pg_prewarm(…)) TO …` does.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "there are fewer than PGSTAT_NUM_PROGRESS_PARAM values"
+    )]
     pub fn show(&self) {
         let values = [
             self.kind as i64,
@@ -129,8 +133,8 @@ impl Progress {
     fn from_values(values: &[i64]) -> Option<Self> {
         Some(Self {
             kind: *Kind::ALL.get(usize::try_from(values[0]).ok()?)?,
-            relation: values[1] as Oid,
-            fork: Fork::from_number(values[2] as u32)?,
+            relation: Oid::try_from(values[1]).ok()?,
+            fork: Fork::from_number(u32::try_from(values[2]).ok()?)?,
             total: values[3] as u64,
             done: values[4] as u64,
             skipped: values[5] as u64,

@@ -149,6 +149,10 @@ impl Relation<'_> {
         let mut buffers = [pg_sys::InvalidBuffer as pg_sys::Buffer; READ_BLOCKS_MAX];
         let mut done = 0;
         while done < count {
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "it is less than READ_BLOCKS_MAX"
+            )]
             let next = first + done as BlockNumber;
             // SAFETY: the relation is open and has the blocks. Buffers that were pinned
             // but not read are passed again, and each pin is taken over once.
@@ -190,7 +194,12 @@ impl Relation<'_> {
             }
             for offset in (0..count).step_by(REQUEST_BLOCKS) {
                 let request = REQUEST_BLOCKS.min(count - offset);
-                segments.prefetch(first + offset as BlockNumber, request);
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    reason = "it is less than LOOK_BLOCKS"
+                )]
+                let first = first + offset as BlockNumber;
+                segments.prefetch(first, request);
             }
         });
     }
@@ -237,7 +246,8 @@ fn in_runs(
     while block < end {
         check_for_interrupts();
         let segment_end = (block / SEGMENT_BLOCKS + 1).saturating_mul(SEGMENT_BLOCKS);
-        let count = (end.min(segment_end) - block).min(most as BlockNumber);
+        let count = (end.min(segment_end) - block)
+            .min(BlockNumber::try_from(most).unwrap_or(BlockNumber::MAX));
         act(block, count as usize);
         block += count;
         if done(count as usize).is_break() {

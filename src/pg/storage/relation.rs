@@ -264,6 +264,10 @@ impl<'t> Relation<'t> {
             let id = (*self.relation).rd_lockInfo.lockRelId;
             let relations = [Some(id.relId), self.table];
             relations.into_iter().flatten().any(|relation| {
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    reason = "the server stores both constants in 8 bits"
+                )]
                 let tag = pg_sys::LOCKTAG {
                     locktag_field1: id.dbId.to_u32(),
                     locktag_field2: relation.to_u32(),

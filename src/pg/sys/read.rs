@@ -20,6 +20,10 @@ pub const READ_BLOCKS_MAX: usize = 32;
 /// # Safety
 /// `relation` is open and has the fork. `into` has room for `count` blocks, at most
 /// [`READ_BLOCKS_MAX`], and is aligned for direct I/O.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "there are at most READ_BLOCKS_MAX blocks"
+)]
 pub unsafe fn smgr_read(
     relation: pg_sys::Relation,
     fork: Fork,
@@ -55,6 +59,10 @@ pub unsafe fn smgr_read(
 ///
 /// # Safety
 /// `relation` is open and has the fork.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a segment file has fewer than 2^31 blocks"
+)]
 pub unsafe fn smgr_prefetch(
     relation: pg_sys::Relation,
     fork: Fork,
@@ -82,6 +90,10 @@ pub fn most_buffers_at_once() -> usize {
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
     // SAFETY: a setting, and this process's own count of pins.
     unsafe {
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "it is at most READ_BLOCKS_MAX"
+        )]
         let mut pins = READ_BLOCKS_MAX.min(pg_sys::io_combine_limit as usize) as u32;
         pg_sys::LimitAdditionalPins(&mut pins);
         pins as usize
@@ -125,6 +137,10 @@ pub unsafe fn read_buffers(
         #[cfg(not(feature = "pg17"))]
         const FLAGS: u32 = pg_sys::READ_BUFFERS_SYNCHRONOUSLY;
 
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "there are at most READ_BLOCKS_MAX buffers"
+        )]
         let mut started = buffers.len() as i32;
         // SAFETY: the relation is open and has the blocks, and `started` is the length
         // of `buffers`. The operation is over when this returns.

@@ -1,6 +1,14 @@
 //! Named structures in shared memory: on 15 and 16 in the main segment, from 17 on in
 //! a dynamic segment that the server finds by its name.
 
+#![cfg_attr(
+    any(feature = "pg15", feature = "pg16", feature = "pg19"),
+    expect(
+        ffi_unwind_calls,
+        reason = "`init` raises no ERROR, and one of another library's hook ends the postmaster"
+    )
+)]
+
 use std::ffi::{CStr, c_void};
 
 use pgrx::pg_sys;

@@ -4,7 +4,7 @@ use std::io;
 use proptest::prelude::*;
 
 use super::*;
-use crate::trailer::NOT_ONE_EACH;
+use crate::trailer::MISMATCH;
 use crate::{ListReader, ListWriter};
 
 fn read(text: impl AsRef<[u8]>) -> BlockList {
@@ -12,18 +12,20 @@ fn read(text: impl AsRef<[u8]>) -> BlockList {
     read_in_steps(text, text.len() + 1)
 }
 
-/// Reads a text that comes a few bytes at a time, both ways: there must be no
-/// difference between the list in memory and its records one by one.
+/// Reads a text, of which the input returns a few bytes at a time, as a list and record
+/// by record, and checks that both give the same.
 fn read_in_steps(text: &[u8], step: usize) -> BlockList {
     let list = BlockList::read(Trickle(text, step), text.len() as u64).unwrap();
-    let reader = ListReader::new(|at| Trickle(&text[at as usize..], step)).unwrap();
+    let reader =
+        ListReader::new(|at| Trickle(&text[usize::try_from(at).unwrap()..], step)).unwrap();
     assert_eq!(reader.first_bad_line(), list.first_bad_line);
     let one_by_one: Vec<_> = reader.map(|record| record.unwrap()).collect();
     assert!(one_by_one.into_iter().eq(list.records()));
     list
 }
 
-/// The records' last fields, which the cases below number them by, and the first bad line.
+/// The block number of each record, by which the cases below identify them, and the first
+/// bad line.
 fn outcome(text: impl AsRef<[u8]>) -> (Vec<u32>, Option<u64>) {
     let list = read(text);
     let blocks = list.entries.iter().map(|entry| entry.block()).collect();
@@ -57,7 +59,7 @@ fn a_list_is_read_as_it_was_written() {
 }
 
 #[test]
-fn good_files_of_many_shapes_are_read_whole() {
+fn every_variant_of_a_good_file_is_read_completely() {
     for (text, blocks) in [
         ("<<0>>\n", vec![]),
         ("<<0>>", vec![]),
@@ -76,7 +78,7 @@ fn good_files_of_many_shapes_are_read_whole() {
         ("<<1>>\n0001,2,3,0,0004\n", vec![4]),
         ("<<1>>    \n1,2,3,0,4\n", vec![4]),
         ("<<1>>\n1,2,3,99,4\n", vec![4]),
-        // What follows the Nth record is left alone.
+        // What follows the Nth record is ignored.
         ("<<1>>\n1,2,3,0,4\n1,2,3,0,5\n", vec![4]),
         ("<<1>>\n1,2,3,0,4\ngarbage\n", vec![4]),
         (
@@ -91,7 +93,7 @@ fn good_files_of_many_shapes_are_read_whole() {
 }
 
 #[test]
-fn a_bad_line_costs_that_line_alone() {
+fn a_bad_line_costs_only_that_line() {
     for (text, blocks, line) in [
         ("<<3>>\n1,2,3,0,4\nbad\n1,2,3,0,6\n", vec![4, 6], 3),
         ("<<3>>\nbad\n1,2,3,0,5\n1,2,3,0,6\n", vec![5, 6], 2),
@@ -129,7 +131,7 @@ fn a_bad_line_costs_that_line_alone() {
             vec![4, 6],
             5,
         ),
-        // The list ends early: the line that should have been there.
+        // The list ends early: the bad line is the first that is missing.
         ("<<3>>\n1,2,3,0,4\n", vec![4], 3),
         ("<<3>>\n1,2,3,0,4", vec![4], 2),
         ("<<3>>\n1,2,3,0,4\n1,2,3", vec![4], 3),
@@ -144,7 +146,7 @@ fn a_bad_line_costs_that_line_alone() {
         ),
         ("<<1>>\n", vec![], 2),
         ("<<1>>", vec![], 1),
-        // No header to believe: everything up to a trailer is read.
+        // No usable header: everything up to a trailer is read.
         ("<<-5>>\n1,2,3,0,4\n1,2,3,0,5\n", vec![4, 5], 1),
         ("<<-5>>\n1,2,3,0,4\n# usage counts\n1,2,3,0,5\n", vec![4], 1),
         ("", vec![], 1),
@@ -174,7 +176,7 @@ fn a_line_longer_than_a_chunk_is_one_bad_line() {
 }
 
 #[test]
-fn a_claim_asks_for_no_memory() {
+fn the_number_in_the_header_does_not_decide_how_much_memory_is_requested() {
     for claim in ["2147483647", "18446744073709551615", "-5"] {
         let list = read(format!("<<{claim}>>\n1,2,3,0,4\n"));
         assert!(list.entries.capacity() <= 8, "{claim}");
@@ -199,15 +201,15 @@ fn an_error_of_the_input_is_passed_on() {
 }
 
 #[test]
-fn an_error_at_the_second_reading_takes_the_place_of_a_record() {
+fn an_error_while_the_file_is_read_again_is_returned_in_place_of_a_record() {
     let text = write(&records_with(&[5, 0]));
-    // Opened once to be checked, then for the records and for their usage count.
+    // The file is opened to check it, then for the records and for their usage counts.
     for broken in [1, 2] {
         let opened = Cell::new(0);
         let from = |at| -> Box<dyn Read> {
             match opened.replace(opened.get() + 1) {
                 number if number == broken => Box::new(Broken),
-                _ => Box::new(&text[at as usize..]),
+                _ => Box::new(&text[usize::try_from(at).unwrap()..]),
             }
         };
         let mut reader = ListReader::new(from).unwrap();
@@ -216,7 +218,7 @@ fn an_error_at_the_second_reading_takes_the_place_of_a_record() {
 }
 
 #[test]
-fn a_list_of_many_chunks_is_read_whole() {
+fn a_list_of_many_chunks_is_read_completely() {
     let usage_counts: Vec<_> = (0..100_000).map(|record| record % 6).collect();
     let records = records_with(&usage_counts);
     let text = write(&records);
@@ -226,7 +228,7 @@ fn a_list_of_many_chunks_is_read_whole() {
     assert!(list.records().eq(records));
 }
 
-/// An input that hands out a few bytes at a time.
+/// An input that returns a few bytes at a time.
 struct Trickle<'a>(&'a [u8], usize);
 
 impl Read for Trickle<'_> {
@@ -239,7 +241,7 @@ impl Read for Trickle<'_> {
 }
 
 #[test]
-fn a_trailer_that_fits_gives_each_record_its_usage_count() {
+fn a_valid_trailer_gives_each_record_its_usage_count() {
     let usage_counts = [5, 0, 3, 1];
     let text = String::from_utf8(write(&records_with(&usage_counts))).unwrap();
     let list = read(&text);
@@ -254,7 +256,7 @@ fn a_trailer_that_fits_gives_each_record_its_usage_count() {
 }
 
 #[test]
-fn a_trailer_that_does_not_fit_is_left_aside_as_a_whole() {
+fn an_invalid_trailer_is_ignored_completely() {
     let text = String::from_utf8(write(&records_with(&[5, 0, 3, 1]))).unwrap();
     for (what, text, usage_counts) in [
         (
@@ -275,52 +277,52 @@ fn a_trailer_that_does_not_fit_is_left_aside_as_a_whole() {
         (
             "an edited record",
             text.replace("\n0,0,0,0,1\n", "\n0,0,0,0,7\n"),
-            UsageCounts::Ignored("its checksum differs"),
+            UsageCounts::Ignored("the checksum does not match"),
         ),
         (
             "an edited digit",
             text.replace("\n5031\n", "\n5041\n"),
-            UsageCounts::Ignored("its checksum differs"),
+            UsageCounts::Ignored("the checksum does not match"),
         ),
         (
-            "no digit",
+            "an invalid digit",
             text.replace("\n5031\n", "\n5061\n"),
-            UsageCounts::Ignored(NOT_ONE_EACH),
+            UsageCounts::Ignored(MISMATCH),
         ),
         (
             "a digit too many",
             text.replace("\n5031\n", "\n50311\n"),
-            UsageCounts::Ignored(NOT_ONE_EACH),
+            UsageCounts::Ignored(MISMATCH),
         ),
         (
             "a digit too few",
             sign(&text.replace("\n5031\n", "\n503\n")),
-            UsageCounts::Ignored(NOT_ONE_EACH),
+            UsageCounts::Ignored(MISMATCH),
         ),
         (
             "a bad record",
             sign(&text.replace("\n0,0,0,0,1\n", "\nbad\n")),
-            UsageCounts::Ignored(NOT_ONE_EACH),
+            UsageCounts::Ignored(MISMATCH),
         ),
         (
-            "a list cut short",
+            "a truncated trailer",
             text[..text.find("# crc32c").unwrap()].to_owned(),
-            UsageCounts::Ignored("it is cut short"),
+            UsageCounts::Ignored("the trailer is truncated"),
         ),
         (
-            "no usage count",
-            text.replace("# usage counts", "# cold"),
-            UsageCounts::Ignored("it does not say what it holds"),
+            "no usage counts",
+            text.replace("# usage counts", "# something else"),
+            UsageCounts::Ignored("the trailer has no line \"# usage counts\""),
         ),
         (
-            "an odd checksum",
+            "an invalid checksum",
             text.replace("crc32c 0x", "crc32c 0xg"),
-            UsageCounts::Ignored("its checksum differs"),
+            UsageCounts::Ignored("the checksum does not match"),
         ),
         (
             "a long line",
             text.replace("\n5031\n", &format!("\n{}\n", "5".repeat(200))),
-            UsageCounts::Ignored("it has a line that is too long"),
+            UsageCounts::Ignored("the trailer has a line that is too long"),
         ),
     ] {
         let list = read(&text);
@@ -334,7 +336,7 @@ fn a_trailer_that_does_not_fit_is_left_aside_as_a_whole() {
     }
 }
 
-/// Records 0, 1, 2 … of that usage count.
+/// Records of blocks 0, 1, 2 and so on with those usage counts.
 fn records_with(usage_counts: &[u32]) -> Vec<(Record, UsageCount)> {
     let record = |(block, usage_count): (u32, &u32)| {
         let record = Record {
@@ -349,7 +351,7 @@ fn records_with(usage_counts: &[u32]) -> Vec<(Record, UsageCount)> {
     (0..).zip(usage_counts).map(record).collect()
 }
 
-/// The text with the checksum that it should have.
+/// The text with the right checksum.
 fn sign(text: &str) -> String {
     let before = &text[..text.find("# crc32c").unwrap()];
     format!(
@@ -390,7 +392,7 @@ proptest! {
     }
 
     #[test]
-    fn a_list_cut_short_keeps_the_records_before_the_cut(
+    fn a_truncated_list_keeps_the_records_before_the_cut(
         records in records(), cut in any::<prop::sample::Index>()
     ) {
         let text = write(&records);
@@ -399,7 +401,7 @@ proptest! {
         let records: Vec<_> = records.into_iter().map(|(record, _)| record).collect();
         let whole = text[..cut].iter().filter(|&&byte| byte == b'\n').count().saturating_sub(1);
         let whole = whole.min(records.len());
-        // The record that was cut may still look like one, with fewer digits.
+        // The truncated record may still be valid, with fewer digits.
         prop_assert!(list.entries.len() <= whole + 1);
         let read: Vec<_> = list.records().map(|(record, _)| record).take(whole).collect();
         prop_assert_eq!(&read[..], &records[..whole]);
@@ -407,7 +409,7 @@ proptest! {
     }
 
     #[test]
-    fn one_spoilt_line_costs_one_record(
+    fn a_bad_line_costs_one_record(
         records in records().prop_filter("some", |records| !records.is_empty()),
         which in any::<prop::sample::Index>(), rubbish in "[a-z<>;.-][ -~]{0,40}"
     ) {
@@ -425,7 +427,7 @@ proptest! {
     }
 
     #[test]
-    fn an_edited_list_makes_it_neither_panic_nor_ask_for_much(
+    fn reading_an_edited_list_neither_panics_nor_requests_much_memory(
         records in records(), at in any::<prop::sample::Index>(), removed in 0usize..30,
         inserted in "[0-9,#\n\r ]{0,30}", signed in any::<bool>()
     ) {
@@ -440,13 +442,13 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_it_panic_or_ask_for_much(bytes in prop::collection::vec(any::<u8>(), 0..4096)) {
+    fn reading_any_bytes_neither_panics_nor_requests_much_memory(bytes in prop::collection::vec(any::<u8>(), 0..4096)) {
         let list = read(&bytes);
         prop_assert!(list.entries.capacity() <= bytes.len() / SHORTEST_RECORD + 1);
     }
 
     #[test]
-    fn no_text_of_the_formats_own_letters_makes_it_panic(text in "[<>0-9,#\n\r -]{0,400}") {
+    fn reading_any_text_of_the_formats_characters_does_not_panic(text in "[<>0-9,#\n\r -]{0,400}") {
         let list = read(&text);
         prop_assert!(list.entries.capacity() <= text.len() / SHORTEST_RECORD + 1);
     }

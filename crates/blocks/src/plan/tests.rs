@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::ListWriter;
 
-type HotRecord = (Record, UsageCount);
+type CountedRecord = (Record, UsageCount);
 
 fn record(database: Oid, filenumber: Oid, fork: u32, block: BlockNumber) -> Record {
     Record {
@@ -17,15 +17,15 @@ fn record(database: Oid, filenumber: Oid, fork: u32, block: BlockNumber) -> Reco
     }
 }
 
-fn hot(record: Record, usage_count: u32) -> HotRecord {
+fn counted(record: Record, usage_count: u32) -> CountedRecord {
     (record, UsageCount::new(usage_count))
 }
 
-fn plan_within(records: &[HotRecord], budget: u64) -> Plan {
+fn plan_within(records: &[CountedRecord], budget: u64) -> Plan {
     plan_without(records, &[], budget)
 }
 
-fn plan_without(records: &[HotRecord], cached: &[Record], budget: u64) -> Plan {
+fn plan_without(records: &[CountedRecord], cached: &[Record], budget: u64) -> Plan {
     let mut writer = ListWriter::begin(Cursor::new(Vec::new()), records.len()).unwrap();
     for (record, usage_count) in records {
         writer.push(record, *usage_count).unwrap();
@@ -36,12 +36,12 @@ fn plan_without(records: &[HotRecord], cached: &[Record], budget: u64) -> Plan {
 }
 
 fn plan(records: &[Record]) -> Plan {
-    let records: Vec<_> = records.iter().map(|record| hot(*record, 1)).collect();
+    let records: Vec<_> = records.iter().map(|record| counted(*record, 1)).collect();
     plan_within(&records, u64::MAX)
 }
 
-/// Every block of the encoded plan, as records again.
-fn decode(plan: &Plan) -> Vec<HotRecord> {
+/// The records of the blocks of an encoded plan.
+fn decode(plan: &Plan) -> Vec<CountedRecord> {
     let mut words = vec![0; plan.words()];
     plan.encode(&mut words);
     let view = PlanView::new(&words);
@@ -69,7 +69,7 @@ fn decoded_records(plan: &Plan) -> Vec<Record> {
 }
 
 #[test]
-fn no_records_make_no_databases() {
+fn the_plan_of_an_empty_list_has_no_databases() {
     let plan = plan(&[]);
     assert_eq!(plan.databases().count(), 0);
     assert_eq!(decode(&plan), []);
@@ -97,14 +97,14 @@ fn blocks_are_loaded_in_physical_order() {
 }
 
 #[test]
-fn hot_blocks_are_loaded_before_the_others_of_their_database() {
+fn blocks_with_a_usage_count_of_2_or_more_are_loaded_before_the_others_of_their_database() {
     let records = [
-        hot(record(5, 1, 0, 1), 1),
-        hot(record(5, 1, 0, 2), 5),
-        hot(record(5, 1, 0, 3), 2),
-        hot(record(5, 2, 0, 0), 0),
-        hot(record(5, 2, 0, 4), 3),
-        hot(record(6, 1, 0, 0), 5),
+        counted(record(5, 1, 0, 1), 1),
+        counted(record(5, 1, 0, 2), 5),
+        counted(record(5, 1, 0, 3), 2),
+        counted(record(5, 2, 0, 0), 0),
+        counted(record(5, 2, 0, 4), 3),
+        counted(record(6, 1, 0, 0), 5),
     ];
     let plan = plan_within(&records, u64::MAX);
     let in_order = [1, 2, 4, 0, 3, 5].map(|index| records[index]);
@@ -114,12 +114,12 @@ fn hot_blocks_are_loaded_before_the_others_of_their_database() {
 }
 
 #[test]
-fn what_is_cached_is_left_out_and_uses_up_no_budget() {
+fn cached_blocks_are_left_out_and_do_not_count_against_the_budget() {
     let blocks: Vec<_> = (0..6).map(|block| record(5, 1, 0, block)).collect();
     let records: Vec<_> = blocks
         .iter()
         .zip(0..)
-        .map(|(&at, usage_count)| hot(at, usage_count))
+        .map(|(&at, usage_count)| counted(at, usage_count))
         .collect();
     let cached = [blocks[5], record(5, 2, 0, 0), blocks[0]];
     let plan = plan_without(&records, &cached, 2);
@@ -128,8 +128,10 @@ fn what_is_cached_is_left_out_and_uses_up_no_budget() {
 }
 
 #[test]
-fn a_block_that_is_seen_in_two_buffers_is_cached_once() {
-    let blocks: Vec<_> = (0..4).map(|block| hot(record(5, 1, 0, block), 1)).collect();
+fn a_block_that_is_seen_in_two_buffers_counts_as_cached_once() {
+    let blocks: Vec<_> = (0..4)
+        .map(|block| counted(record(5, 1, 0, block), 1))
+        .collect();
     let cached = [0, 2, 0].map(|block| blocks[block].0);
     let plan = plan_without(&blocks, &cached, u64::MAX);
     assert_eq!(decode(&plan), [blocks[1], blocks[3]]);
@@ -137,7 +139,7 @@ fn a_block_that_is_seen_in_two_buffers_is_cached_once() {
 }
 
 #[test]
-fn databases_know_their_chunks_and_blocks() {
+fn each_database_has_its_chunks_and_its_number_of_blocks() {
     let plan = plan(&[
         record(9, 1, 0, 0),
         record(0, 7, 0, 1),
@@ -153,7 +155,7 @@ fn databases_know_their_chunks_and_blocks() {
 }
 
 #[test]
-fn a_large_relation_is_cut_into_chunks() {
+fn a_large_relation_is_divided_into_chunks() {
     let blocks: Vec<_> = (0..CHUNK_BLOCKS * 2 + 1)
         .map(|block| record(5, 1, 0, block))
         .collect();
@@ -176,7 +178,7 @@ fn the_same_file_number_in_two_tablespaces_is_two_relations() {
 }
 
 #[test]
-fn what_no_relation_can_have_is_counted_and_left_out() {
+fn invalid_records_are_counted_and_left_out() {
     let plan = plan(&[
         record(5, 1, 4, 0),
         record(5, 1, u32::MAX, 0),
@@ -189,11 +191,11 @@ fn what_no_relation_can_have_is_counted_and_left_out() {
 }
 
 #[test]
-fn the_hottest_win_where_the_budget_does_not_suffice() {
+fn blocks_with_the_lowest_usage_counts_are_left_out_if_the_budget_is_exceeded() {
     let records: Vec<_> = [0, 5, 1, 3, 5, 1, 2, 1]
         .into_iter()
         .zip(0..)
-        .map(|(usage_count, block)| hot(record(5, 1, 0, block), usage_count))
+        .map(|(usage_count, block)| counted(record(5, 1, 0, block), usage_count))
         .collect();
     let kept = |budget| {
         let plan = plan_within(&records, budget);
@@ -208,44 +210,44 @@ fn the_hottest_win_where_the_budget_does_not_suffice() {
     assert!(kept(0).is_empty());
     assert_eq!(kept(1), [1]);
     assert_eq!(kept(3), [1, 3, 4]);
-    // Of equally hot ones the first.
+    // Of blocks with the same usage count, the first are kept.
     assert_eq!(kept(5), [1, 2, 3, 4, 6]);
     assert_eq!(kept(8), [0, 1, 2, 3, 4, 5, 6, 7]);
 }
 
 proptest! {
     #[test]
-    fn a_plan_holds_every_legal_record_once_and_in_order(
+    fn a_plan_has_every_valid_record_once_and_in_order(
         fields in prop::collection::vec((0u32..4, 1u32..6, 0u32..6, 0u32..2000, 0u32..6), 0..1500)
     ) {
         let records: Vec<_> = fields
             .into_iter()
             .map(|(database, filenumber, fork, block, usage_count)| {
-                hot(record(database, filenumber, fork, block), usage_count)
+                counted(record(database, filenumber, fork, block), usage_count)
             })
             .collect();
         let plan = plan_within(&records, u64::MAX);
-        let mut legal: Vec<_> = records.iter().copied().filter(|(record, _)| record.fork < 4).collect();
-        legal.sort_by_key(|&(record, usage_count)| {
-            (record.database, usage_count < UsageCount::new(HOT), record, usage_count)
+        let mut valid: Vec<_> = records.iter().copied().filter(|(record, _)| record.fork < 4).collect();
+        valid.sort_by_key(|&(record, usage_count)| {
+            (record.database, usage_count < UsageCount::new(FIRST_TIER_FROM), record, usage_count)
         });
-        prop_assert_eq!(plan.illegal(), (records.len() - legal.len()) as u64);
-        prop_assert_eq!(decode(&plan), legal);
+        prop_assert_eq!(plan.illegal(), (records.len() - valid.len()) as u64);
+        prop_assert_eq!(decode(&plan), valid);
         prop_assert!(plan.words() * 4 <= 5 * records.len() + 24 * plan.chunks.len() + 12);
     }
 
     #[test]
-    fn no_block_is_left_out_for_a_colder_one(
+    fn no_block_is_left_out_for_one_with_a_lower_usage_count(
         usage_counts in prop::collection::vec(0u32..6, 0..300), budget in 0u64..300
     ) {
         let records: Vec<_> = (0..).zip(&usage_counts)
-            .map(|(block, &usage_count)| hot(record(5, 1, 0, block), usage_count))
+            .map(|(block, &usage_count)| counted(record(5, 1, 0, block), usage_count))
             .collect();
         let plan = plan_within(&records, budget);
         let kept = decode(&plan);
         prop_assert_eq!(kept.len() as u64, budget.min(records.len() as u64));
-        let coldest = kept.iter().map(|(_, usage_count)| *usage_count).min();
-        let hottest = records.iter().filter(|record| !kept.contains(record)).map(|(_, usage_count)| *usage_count).max();
-        prop_assert!(coldest.is_none() || hottest.is_none() || coldest >= hottest);
+        let lowest_kept = kept.iter().map(|(_, usage_count)| *usage_count).min();
+        let highest_left_out = records.iter().filter(|record| !kept.contains(record)).map(|(_, usage_count)| *usage_count).max();
+        prop_assert!(lowest_kept.is_none() || highest_left_out.is_none() || lowest_kept >= highest_left_out);
     }
 }

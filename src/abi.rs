@@ -24,7 +24,9 @@ macro_rules! export {
             unsafe extern "C-unwind" fn call(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
                 // SAFETY: the server passes valid call information for this function, which
                 // the wrapper gets unchanged. Nothing in this frame needs dropping.
-                unsafe { crate::pg::process::error::with_reserve(|| $wrapper(fcinfo)) }
+                unsafe {
+                    crate::pg::process::error::with_reserve_for_call(fcinfo, || $wrapper(fcinfo))
+                }
             }
         };
     };

@@ -536,6 +536,178 @@ fn partitions_that_are_foreign_tables_are_left_out_and_counted() {
     assert_eq!(outcome.notices, ["skipped 1 foreign table"]);
 }
 
+/// A table with inheritance children, one of them twice and one below another: `base` has
+/// one row, as `old_base`, its parent, has none.
+const FAMILY: &str = "CREATE TABLE old_base (id int, filler text); \
+    CREATE TABLE base (PRIMARY KEY (id)) INHERITS (old_base); \
+    CREATE TABLE chunk1 (PRIMARY KEY (id)) INHERITS (base); \
+    CREATE TABLE chunk2 () INHERITS (base); \
+    CREATE TABLE below (CHECK (id > 0)) INHERITS (chunk1, chunk2); \
+    CREATE TABLE stranger (LIKE base); \
+    ALTER TABLE chunk2 ALTER filler SET STORAGE EXTERNAL; \
+    INSERT INTO base VALUES (1, 'x'); \
+    INSERT INTO chunk1 SELECT g, repeat('x', 300) FROM generate_series(1, 1000) g; \
+    INSERT INTO chunk2 SELECT g, repeat('x', 9000) FROM generate_series(1, 10) g; \
+    INSERT INTO below SELECT g, repeat('x', 300) FROM generate_series(1, 2000) g; \
+    INSERT INTO stranger VALUES (1, 'x')";
+
+#[test]
+fn inheritance_children_come_with_their_parent_each_once_with_indexes_and_toast() {
+    let cluster = cluster();
+    cluster.sql(FAMILY);
+    cluster.restart();
+    let mut caller = Caller::of(&cluster, "postgres");
+    let all = caller.call("pg_prewarm_relation('base', toast => false)");
+    // Their parents are not asked for.
+    assert_eq!(
+        all.names(),
+        [
+            "base_pkey",
+            "chunk1_pkey",
+            "base",
+            "chunk2",
+            "chunk1",
+            "below"
+        ]
+    );
+    assert_eq!(all.notices, [""; 0]);
+    for row in &all.rows {
+        let size = format!("SELECT pg_relation_size('{}') / 8192", row.relation);
+        assert_eq!(
+            row.blocks,
+            value::<i64>(&mut caller.client, &size),
+            "{row:?}"
+        );
+    }
+    let names = |outcome: &Outcome| -> BTreeSet<String> {
+        outcome.names().into_iter().map(str::to_owned).collect()
+    };
+    let outcome = caller.call("pg_prewarm_relation('base', workers => 2)");
+    assert!(names(&outcome).contains("toast of chunk2"));
+    assert!(names(&outcome).contains("toast index of chunk2"));
+    assert_eq!(outcome.rows.len(), names(&outcome).len());
+    let above = caller.call("pg_prewarm_relation('old_base')");
+    let mut expected = names(&outcome);
+    expected
+        .extend(["old_base", "toast of old_base", "toast index of old_base"].map(str::to_owned));
+    assert_eq!(names(&above), expected);
+    let alone = caller.call("pg_prewarm_relation('base', partitions => false, toast => false)");
+    assert_eq!(alone.names(), ["base_pkey", "base"]);
+    let child = caller.call("pg_prewarm_relation('chunk2', toast => false)");
+    assert_eq!(child.names(), ["chunk2", "below"]);
+    // The limit is for all of them.
+    let limited = caller.call("pg_prewarm_relation('base', max_blocks => 20)");
+    assert_eq!(limited.blocks(), 20);
+}
+
+#[test]
+fn select_on_a_parent_covers_its_children_where_the_parent_is_named() {
+    let cluster = cluster();
+    cluster.sql(FAMILY);
+    cluster.sql("CREATE ROLE plain LOGIN");
+    let mut plain = Caller::of(&cluster, "plain");
+    let denied =
+        |table: &str| SqlError::new("42501", format!("permission denied for table {table}"));
+    let base = "pg_prewarm_relation('base', indexes => false, toast => false)";
+    assert_eq!(plain.try_call(base).unwrap_err(), denied("base"));
+    cluster.sql("GRANT SELECT ON base TO plain");
+    // As in a query of it.
+    let rows = "SELECT count(*) FROM base";
+    assert_eq!(value::<i64>(&mut plain.client, rows), 3011);
+    let outcome = plain.call(base);
+    assert_eq!(outcome.names(), ["base", "chunk2", "chunk1", "below"]);
+    assert_eq!(outcome.notices, [""; 0]);
+    assert_eq!(
+        plain.try_call("pg_prewarm_relation('chunk1')").unwrap_err(),
+        denied("chunk1")
+    );
+    // No parent is named.
+    for call in [
+        "pg_prewarm_schema('public', toast => false)",
+        "pg_prewarm_database(toast => false)",
+    ] {
+        let outcome = plain.call(call);
+        assert_eq!(outcome.names(), ["base_pkey", "base"], "{call}");
+        assert_eq!(
+            outcome.notices,
+            ["skipped 5 relations for which the SELECT privilege is missing"]
+        );
+    }
+    cluster.sql("GRANT SELECT ON below TO plain");
+    let outcome = plain.call("pg_prewarm_schema('public', indexes => false, toast => false)");
+    assert_eq!(outcome.names(), ["base", "below"]);
+}
+
+#[test]
+fn children_that_are_foreign_or_temporary_in_other_sessions_are_left_out() {
+    let cluster = cluster();
+    cluster.sql(
+        "CREATE FOREIGN DATA WRAPPER nowhere; \
+         CREATE SERVER far_away FOREIGN DATA WRAPPER nowhere; \
+         CREATE TABLE base (id int); INSERT INTO base VALUES (1); \
+         CREATE FOREIGN TABLE far () INHERITS (base) SERVER far_away; \
+         CREATE TABLE near () INHERITS (base); INSERT INTO near VALUES (1); \
+         CREATE TABLE below () INHERITS (far); INSERT INTO below VALUES (1)",
+    );
+    let mut owner = Caller::of(&cluster, "postgres");
+    owner
+        .client
+        .batch_execute(
+            "CREATE TEMPORARY TABLE short () INHERITS (base); INSERT INTO short VALUES (1)",
+        )
+        .unwrap();
+    let base = "pg_prewarm_relation('base')";
+    let mut other = Caller::of(&cluster, "postgres");
+    for (caller, more) in [(&mut owner, Some("short")), (&mut other, None)] {
+        for mode in ["buffer", "read", "prefetch"] {
+            let outcome = caller.call(&base.replace(')', &format!(", '{mode}')")));
+            let names: BTreeSet<_> = outcome.names().into_iter().collect();
+            let expected = ["base", "near", "below"].into_iter().chain(more).collect();
+            assert_eq!(names, expected, "{mode}");
+            assert_eq!(outcome.notices, ["skipped 1 foreign table"]);
+        }
+    }
+    assert_eq!(
+        other.try_call("pg_prewarm_relation('far')").unwrap_err(),
+        SqlError::new("42809", "relation \"far\" does not have storage")
+            .detail("This operation is not supported for foreign tables.")
+    );
+}
+
+#[test]
+fn a_child_that_is_dropped_or_rewritten_meanwhile_does_not_fail_the_call_of_its_parent() {
+    let cluster = cluster();
+    cluster.sql(
+        "CREATE TABLE base (id int, filler text); \
+         SELECT FROM generate_series(1, 1)",
+    );
+    let mut client = cluster.connect("postgres");
+    client
+        .batch_execute(
+            "DO $$ BEGIN FOR i IN 1..40 LOOP \
+               EXECUTE format('CREATE TABLE c%s () INHERITS (base)', i); \
+               EXECUTE format('INSERT INTO c%s SELECT g FROM generate_series(1, 500) g', i); \
+             END LOOP; END $$",
+        )
+        .unwrap();
+    let mut caller = Caller::of(&cluster, "postgres");
+    let changes = thread::spawn(move || {
+        for child in 1..=40 {
+            let change = match child % 2 {
+                0 => format!("DROP TABLE c{child}"),
+                _ => format!("VACUUM FULL c{child}"),
+            };
+            client.batch_execute(&change).unwrap();
+        }
+    });
+    while !changes.is_finished() {
+        caller.call("pg_prewarm_relation('base', workers => 1)");
+    }
+    changes.join().unwrap();
+    let outcome = caller.call("pg_prewarm_relation('base', toast => false)");
+    assert_eq!(outcome.rows.len(), 21);
+}
+
 #[test]
 fn blocks_that_were_read_do_not_count_as_cached_already() {
     let cluster = cluster();

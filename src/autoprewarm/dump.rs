@@ -22,8 +22,8 @@ pub enum Unlogged {
 }
 
 /// Writes the list, and returns how many records it has. The former list is
-/// replaced in one step, when the new one is complete and flushed. The caller
-/// holds a [`super::state::DumpFileInUse`].
+/// replaced in one step, when the new one is complete and flushed. Serves interrupts:
+/// while it goes through the buffers, and while it writes. The caller holds a [`super::state::DumpFileInUse`].
 pub fn write(unlogged: Unlogged, state: &State) -> Result<u64, Error> {
     let start = Instant::now();
     let unfinished = RemoveOnDrop(DUMP_FILE_BEING_WRITTEN);
@@ -53,14 +53,14 @@ pub fn describe(written: u64) -> String {
 fn write_once(unlogged: Unlogged, expected: usize) -> Result<Option<u64>, Error> {
     let file = file::create(DUMP_FILE_BEING_WRITTEN).map_err(|error| failed("open", error))?;
     let result = fallible(|| {
-        let mut writer = ListWriter::begin(file, expected)?;
+        let mut writer = ListWriter::begin(Infallible(file), expected)?;
         for block in Infallible(blocks(unlogged)) {
             writer.push(&block.record, block.usage_count)?;
         }
         writer.finish()
     });
     match result {
-        Ok((written, file)) => {
+        Ok((written, Infallible(file))) => {
             file::close(file).map_err(|error| failed("close", error))?;
             Ok(Some(written))
         }

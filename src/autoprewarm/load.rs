@@ -15,11 +15,11 @@ use super::state::State;
 use super::supervise::{Halt, Supervisor, reason_to_skip};
 use crate::blocks::{BlockList, Plan, SkipReason, UsageCounts};
 use crate::error::Error;
-use crate::pg::process::background;
 use crate::pg::process::error::{log, log_message};
-use crate::pg::process::memory::{Infallible, fallible};
+use crate::pg::process::memory::{Infallible, fallible, infallible};
 use crate::pg::process::report::Message;
 use crate::pg::process::transaction::{self, Transaction};
+use crate::pg::process::{background, check_for_interrupts};
 use crate::pg::shared::segment::Segment;
 use crate::pg::storage::database::Database;
 use crate::pg::storage::room::{self, LoadRoom};
@@ -103,13 +103,15 @@ fn prepare(
     let buffers = room::survey();
     let mut budget = buffers.at_start();
     let cached = Infallible(buffer::cached_blocks().map(|block| block.record));
+    let mut tick = || infallible(check_for_interrupts);
     let plan = fallible(|| {
-        Plan::new(list, cached, |listed| {
+        let budget = |listed: &_| {
             if reason == Reason::OnDemand {
                 budget = buffers.on_demand(listed);
             }
             budget.blocks
-        })
+        };
+        Plan::new_with_ticks(list, cached, budget, &mut tick)
     })
     .map_err(|error| Error::ListTooLarge(error.to_string()))?;
     let number = stats.number();

@@ -5,6 +5,7 @@
 //! decide whether its workers make progress and what was skipped, and the order of the
 //! times and results tells a reader whether the rest is complete.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicU64};
 use std::time::Duration;
@@ -204,10 +205,14 @@ impl DumpStats {
 /// The last error that the leader or a worker has logged.
 ///
 /// The text is more than one word, so it has a version, which is odd while the text
-/// is being written. A reader that finds it odd or changed reads again.
+/// is being written. A reader that finds it odd or changed reads again, for a tenth of a
+/// second at most. A writer takes a second at most as well, since it does nothing else
+/// meanwhile: after that it is taken for dead, and the next one takes its place.
 #[repr(C)]
 pub struct LastError {
     version: AtomicU32,
+    /// When a process began to write a text.
+    began: AtomicI64,
     time: AtomicI64,
     length: AtomicU32,
     bytes: [AtomicU8; LastError::ROOM],
@@ -220,26 +225,39 @@ impl LastError {
     pub const fn new() -> Self {
         Self {
             version: AtomicU32::new(0),
+            began: AtomicI64::new(0),
             time: AtomicI64::new(0),
             length: AtomicU32::new(0),
             bytes: [const { AtomicU8::new(0) }; Self::ROOM],
         }
     }
 
+    /// How often a reader reads again, and how long it waits before that.
+    const TRIES: usize = 100;
+    const WAIT: Duration = Duration::from_millis(1);
+
+    /// How long a writer may take, in microseconds.
+    const WRITING: Range<i64> = 0..1_000_000;
+
     /// Stores an error's message, truncated if it is too long. If another process is
     /// storing a message at this moment, that one is kept instead.
     pub fn record(&self, message: &str) {
+        self.store(message, process::now());
+    }
+
+    fn store(&self, message: &str, now: i64) {
         let version = self.version.load(SeqCst);
-        let mine = |version: &u32| {
-            self.version
-                .compare_exchange(*version, version + 1, SeqCst, SeqCst)
-                .is_ok()
-        };
-        let Some(version) =
-            Some(version).filter(|version| version.is_multiple_of(2) && mine(version))
-        else {
+        let since = now.wrapping_sub(self.began.load(SeqCst));
+        if !version.is_multiple_of(2) && Self::WRITING.contains(&since) {
             return;
-        };
+        }
+        // Before the version changes: who finds it odd has to find the time as well.
+        self.began.store(now, SeqCst);
+        let mine = version.wrapping_add(1) | 1;
+        let replace = |from, to| self.version.compare_exchange(from, to, SeqCst, SeqCst);
+        if replace(version, mine).is_err() {
+            return;
+        }
         let length = message.floor_char_boundary(Self::ROOM);
         for (to, from) in self.bytes.iter().zip(&message.as_bytes()[..length]) {
             to.store(*from, SeqCst);
@@ -247,27 +265,40 @@ impl LastError {
         #[expect(clippy::cast_possible_truncation, reason = "it is at most ROOM")]
         let length = length as u32;
         self.length.store(length, SeqCst);
-        self.time.store(process::now(), SeqCst);
-        self.version.store(version.wrapping_add(2), SeqCst);
+        self.time.store(now, SeqCst);
+        // Fails if another writer has taken this one for dead: then that one's text
+        // counts.
+        let _ = replace(mine, mine.wrapping_add(1));
     }
 
-    /// The message, and when it was logged. `None` if there has been none.
+    /// The message, and when it was logged. `None` if there has been none, or if it
+    /// cannot be read since its writer did not complete it.
     pub fn last(&self) -> Option<(String, i64)> {
-        loop {
-            let version = self.version.load(SeqCst);
-            let length = self.length.load(SeqCst) as usize;
-            let bytes: Vec<u8> = self.bytes[..length.min(Self::ROOM)]
-                .iter()
-                .map(|byte| byte.load(SeqCst))
-                .collect();
-            let time = self.time.load(SeqCst);
-            if version.is_multiple_of(2) && self.version.load(SeqCst) == version {
-                let message = String::from_utf8_lossy(&bytes).into_owned();
-                return (time != 0).then_some((message, time));
+        let mut text = self.read();
+        for _ in 0..Self::TRIES {
+            if text.is_some() {
+                break;
             }
-            process::check_for_interrupts();
-            std::thread::yield_now();
+            std::thread::sleep(Self::WAIT);
+            text = self.read();
         }
+        text.filter(|&(_, time)| time != 0)
+    }
+
+    /// The message and its time. `None` if they are being written.
+    fn read(&self) -> Option<(String, i64)> {
+        let version = self.version.load(SeqCst);
+        if !version.is_multiple_of(2) {
+            return None;
+        }
+        let length = self.length.load(SeqCst) as usize;
+        let bytes: Vec<u8> = self.bytes[..length.min(Self::ROOM)]
+            .iter()
+            .map(|byte| byte.load(SeqCst))
+            .collect();
+        let time = self.time.load(SeqCst);
+        let message = String::from_utf8_lossy(&bytes).into_owned();
+        (self.version.load(SeqCst) == version).then_some((message, time))
     }
 }
 
@@ -287,6 +318,51 @@ mod tests {
             stats.result.store(result as u32 + 1, SeqCst);
             assert_eq!(stats.result(), Some(result));
         }
+    }
+
+    #[test]
+    fn the_last_error_is_read_back_and_truncated() {
+        let error = LastError::new();
+        assert_eq!(error.last(), None);
+        error.store("one", 1);
+        assert_eq!(error.last(), Some(("one".to_owned(), 1)));
+        let long = "\u{fc}".repeat(200);
+        error.store(&long, 2);
+        assert_eq!(error.last(), Some(("\u{fc}".repeat(128), 2)));
+    }
+
+    #[test]
+    fn a_writer_that_died_keeps_no_reader_waiting_and_is_replaced_by_the_next() {
+        // What it left at any moment, also where the version begins anew.
+        for version in [1, 77, u32::MAX] {
+            let error = LastError::new();
+            error.version.store(version, SeqCst);
+            error.began.store(5, SeqCst);
+            error.length.store(u32::MAX, SeqCst);
+            assert_eq!(error.last(), None);
+            error.store("too early", 6);
+            assert_eq!(error.last(), None);
+            error.store("after", 2_000_000);
+            assert_eq!(error.last(), Some(("after".to_owned(), 2_000_000)));
+            assert!(error.version.load(SeqCst).is_multiple_of(2));
+        }
+    }
+
+    #[test]
+    fn a_reader_gets_no_mixture_of_two_messages() {
+        let error = LastError::new();
+        let texts = ["a".repeat(200), "b".repeat(250)];
+        std::thread::scope(|scope| {
+            for text in &texts {
+                let error = &error;
+                scope.spawn(move || (1..2000).for_each(|time| error.store(text, time)));
+            }
+            for _ in 0..2000 {
+                if let Some((text, _)) = error.last() {
+                    assert!(texts.contains(&text), "{text}");
+                }
+            }
+        });
     }
 
     #[test]

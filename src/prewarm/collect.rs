@@ -1,5 +1,5 @@
-//! Finding the relations that a call prewarms: tables with their indexes, TOAST tables
-//! and partitions, after all checks. Locks are held only for that.
+//! Finding the relations that a call prewarms: tables with their indexes, TOAST tables,
+//! partitions and inheritance children, after all checks. Locks are held only for that.
 
 use std::ffi::CString;
 
@@ -17,6 +17,7 @@ use crate::pg::storage::relation::Relation;
 pub struct Wanted {
     pub indexes: bool,
     pub toast: bool,
+    /// Partitions and inheritance children, at any depth.
     pub partitions: bool,
     pub forks: Vec<Fork>,
 }
@@ -46,14 +47,15 @@ pub struct Collection {
     pub parts: Vec<Collected>,
     /// Relations for which the caller lacks the SELECT privilege.
     pub denied: usize,
-    /// Partitions that are foreign tables.
+    /// Partitions and inheritance children that are foreign tables.
     pub foreign: usize,
     seen: FxHashSet<Oid>,
 }
 
 impl Collection {
     /// The relation that the caller named, after all checks. SELECT on it covers its
-    /// indexes, TOAST table and partitions.
+    /// indexes, TOAST table, partitions and inheritance children, as it does in a query
+    /// of it.
     pub fn of_relation(transaction: &Transaction, oid: pgrx::pg_sys::Oid, wanted: &Wanted) -> Self {
         let mut collection = Self::default();
         let relation = Relation::open_with_table(transaction, oid);
@@ -62,11 +64,10 @@ impl Collection {
             relation.check_storage();
         }
         relation.check_not_others();
-        if !relation.is_partitioned() {
-            collection.add(transaction, relation, wanted);
-        } else if wanted.partitions {
-            drop(relation);
-            for oid in catalog::partition_tree(transaction, oid.to_u32()) {
+        // A partitioned table has no storage, and is left out here.
+        collection.add(transaction, relation, wanted);
+        if wanted.partitions {
+            for oid in catalog::inheritance_tree(transaction, oid.to_u32()) {
                 collection.add_if_there(transaction, oid, wanted);
             }
         }
@@ -74,7 +75,9 @@ impl Collection {
     }
 
     /// All relations in a schema, or in the database, on which the caller has the SELECT
-    /// privilege.
+    /// privilege. SELECT on a partitioned table covers its partitions here as well. SELECT
+    /// on an inheritance parent does not cover its children, which the server lets be read
+    /// through the parent only, and no parent was named.
     pub fn of_schema(
         transaction: &Transaction,
         schema: Option<pgrx::pg_sys::Oid>,

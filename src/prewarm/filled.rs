@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use rustc_hash::FxHashSet;
 
+use super::marks::Marks;
 use crate::pg::storage::buffer::{self, Pinned, Place};
 use crate::pg::storage::room;
 
@@ -42,27 +43,37 @@ impl Free {
 
 /// The buffers that a call has read blocks into. When a block is read into one of these
 /// again, one of the call's blocks has been evicted, by the call or by others: then all
-/// buffers that could be evicted are the call's own. The bits are hints: they decide
+/// buffers that could be evicted are the call's own. The marks are hints: they decide
 /// only whether the call stops a few blocks earlier or later.
 pub struct Filled<'a> {
-    shared: &'a [AtomicU32],
+    shared: Marks<'a>,
     local: &'a FilledLocal,
     free: &'a Free,
+    /// Whether the call reads so few blocks that counting all free buffers would take a
+    /// considerable part of its time.
+    is_small: bool,
     /// When this process may count the free buffers again.
     next_count: Cell<Option<Instant>>,
 }
 
 impl<'a> Filled<'a> {
-    /// How many words hold one bit for each shared buffer.
-    pub fn words() -> usize {
-        buffer::count().div_ceil(32)
+    /// How many words a call needs that reads at most `blocks` blocks into shared buffers.
+    pub fn words(blocks: u64) -> usize {
+        Marks::words(blocks, buffer::count())
     }
 
-    pub fn new(free: &'a Free, words: &'a [AtomicU32], local: &'a FilledLocal) -> Self {
+    /// The words are those of a call that reads at most `blocks` blocks.
+    pub fn new(
+        blocks: u64,
+        free: &'a Free,
+        words: &'a [AtomicU32],
+        local: &'a FilledLocal,
+    ) -> Self {
         Self {
-            shared: &words[..Self::words()],
+            shared: Marks::new(&words[..Self::words(blocks)], buffer::count()),
             local,
             free,
+            is_small: is_small(blocks, buffer::count()),
             next_count: Cell::new(None),
         }
     }
@@ -77,21 +88,25 @@ impl<'a> Filled<'a> {
             };
             return all.saturating_sub(self.local.borrow().len()).min(most);
         }
-        let is_filled =
-            |index: usize| self.shared[index / 32].load(Relaxed) & (1 << (index % 32)) != 0;
         let free = self.count_free(most);
         match free >= most {
             true => most,
-            false => free + room::count_evictable_before(most - free, is_filled),
+            false => {
+                let is_filled = |index| self.shared.contains(index);
+                free + room::count_evictable_before(most - free, is_filled)
+            }
         }
     }
 
     /// How many buffers are free, if the server uses these before it evicts blocks, and 0
     /// if not. They are counted only if the number may matter, and for at most a tenth of
-    /// the time.
+    /// the time. A small call does not count them at all: it knows of one.
     fn count_free(&self, most: usize) -> usize {
         if !room::free_list_has_any() {
             return 0;
+        }
+        if self.is_small {
+            return 1;
         }
         let known = self.free.0.load(Relaxed);
         let start = Instant::now();
@@ -110,11 +125,9 @@ impl<'a> Filled<'a> {
     pub fn mark(&self, buffer: &Pinned) -> ControlFlow<Full> {
         match buffer.place() {
             Place::Shared(index) => {
-                let bit = 1 << (index % 32);
-                let before = self.shared[index / 32].fetch_or(bit, Relaxed);
                 // If the server uses free buffers first and there are some, the buffer's
                 // former block was dropped, not evicted.
-                if before & bit != 0 && !room::free_list_has_any() {
+                if self.shared.insert(index) && !room::free_list_has_any() {
                     return Break(Full::Shared);
                 }
             }
@@ -125,5 +138,28 @@ impl<'a> Filled<'a> {
             }
         }
         Continue(())
+    }
+}
+
+/// Whether a call that reads so many blocks is small for a server with so many buffers.
+/// Looking at a buffer's header takes a few nanoseconds, reading a block a microsecond at
+/// least: if each block stands for 16 headers at most, counting takes less than a tenth of
+/// the call. Up to 65,536 headers are looked at in less than a millisecond.
+fn is_small(blocks: u64, buffers: usize) -> bool {
+    const HEADERS_FOR_A_BLOCK: u64 = 16;
+    const FEW_BUFFERS: usize = 1 << 16;
+    buffers > FEW_BUFFERS && blocks.saturating_mul(HEADERS_FOR_A_BLOCK) < buffers as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_call_that_may_fill_buffers_counts_the_free_ones() {
+        const TERABYTE: usize = 1 << 27;
+        assert!(is_small(1000, TERABYTE));
+        assert!(!is_small(TERABYTE as u64 / 10, TERABYTE));
+        assert!(!is_small(1, 16384));
     }
 }

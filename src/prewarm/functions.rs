@@ -177,16 +177,21 @@ fn run(
         .iter()
         .map(|part| Target::new(part.part, part.is_temporary, part.blocks))
         .collect();
-    let mut words: Vec<AtomicU32> = memory::room_for(Filled::words());
-    words.resize_with(Filled::words(), || AtomicU32::new(0));
+    let to_buffers = match request.mode {
+        Mode::Buffer => total,
+        Mode::Read | Mode::Prefetch => 0,
+    };
+    let marks = Filled::words(to_buffers);
+    let mut words: Vec<AtomicU32> = memory::room_for(marks);
+    words.resize_with(marks, || AtomicU32::new(0));
     let local = FilledLocal::default();
 
     // The caller alone reads the upper levels of indexes.
     let mut left = total;
     let mut full = None;
     if let Mode::Buffer = request.mode {
-        let header = Header::new(request.mode, 1, 0);
-        let filled = Filled::new(&header.free, &words, &local);
+        let header = Header::new(request.mode, to_buffers, 1, 0);
+        let filled = header.filled(&words, &local);
         let share = Share::new(transaction, &header, &filled, kind, total, start);
         let mut done = Vec::new();
         for (part, target) in parts.iter().zip(&mut targets) {
@@ -226,7 +231,12 @@ fn run(
             .min(request.workers.into()) as u16,
     };
     let done_before = targets.iter().map(|target| target.done.load(Relaxed)).sum();
-    let header = Header::new(request.mode, u32::from(workers) + 1, done_before);
+    let header = Header::new(
+        request.mode,
+        to_buffers,
+        u32::from(workers) + 1,
+        done_before,
+    );
     if let Some(full) = full {
         header.set_full(full);
     }
@@ -238,7 +248,7 @@ fn run(
         &words,
         |job, workers| {
             job.header.set_workers(workers);
-            let filled = Filled::new(&job.header.free, job.words, &local);
+            let filled = job.header.filled(job.words, &local);
             let share = Share::new(transaction, job.header, &filled, kind, total, start);
             share.work(job.cells, job.words);
         },

@@ -2,8 +2,8 @@
 //! with its parallel workers.
 //!
 //! The job consists of a header, an array of targets in the order of prewarming, and
-//! words: first a bit for each shared buffer, which is set when the call has read a
-//! block into the buffer; then the numbers of the index blocks that the caller has read
+//! words: first the marks of the shared buffers that the call has read blocks into (see
+//! `marks`); then the numbers of the index blocks that the caller has read
 //! beforehand. All processes go through the targets and claim runs of blocks until none
 //! are left. Memory orderings follow the rule in `crate::autoprewarm`'s `state`.
 
@@ -32,6 +32,8 @@ pub const WORKER_ENTRY: &CStr = c"pg_prewarm_parallel_main";
 
 pub struct Header {
     pub mode: Mode,
+    /// How many blocks the call reads into shared buffers at most.
+    to_buffers: u64,
     /// How many processes share the work: the number requested, until it is known how
     /// many have started.
     processes: AtomicU32,
@@ -40,7 +42,7 @@ pub struct Header {
     /// Which buffers are full, so that no more blocks are to be read into them: each
     /// [`Full`] is a bit.
     full: AtomicU32,
-    pub free: Free,
+    free: Free,
     gate: Gate,
     prefaulted: Prefaulted,
 }
@@ -50,9 +52,10 @@ pub struct Header {
 unsafe impl Shared for Header {}
 
 impl Header {
-    pub fn new(mode: Mode, processes: u32, done: u64) -> Self {
+    pub fn new(mode: Mode, to_buffers: u64, processes: u32, done: u64) -> Self {
         Self {
             mode,
+            to_buffers,
             processes: AtomicU32::new(processes),
             done: AtomicU64::new(done),
             full: AtomicU32::new(0),
@@ -69,6 +72,11 @@ impl Header {
 
     fn processes(&self) -> u32 {
         self.processes.load(SeqCst)
+    }
+
+    /// The buffers that the call has filled, as the words say.
+    pub fn filled<'a>(&'a self, words: &'a [AtomicU32], local: &'a FilledLocal) -> Filled<'a> {
+        Filled::new(self.to_buffers, &self.free, words, local)
     }
 
     /// Records that no more blocks are to be read into the given buffers.
@@ -361,7 +369,7 @@ pub unsafe fn worker_main(toc: *mut pgrx::pg_sys::shm_toc) {
     // SAFETY: the server calls the entry point of a parallel worker in a transaction.
     let transaction = unsafe { Transaction::of_call() };
     let local = FilledLocal::default();
-    let filled = Filled::new(&job.header.free, job.words, &local);
+    let filled = job.header.filled(job.words, &local);
     let share = Share::new(
         transaction,
         job.header,

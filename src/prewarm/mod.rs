@@ -10,6 +10,7 @@ mod filled;
 mod functions;
 mod gate;
 pub mod job;
+mod marks;
 mod read;
 mod upper;
 

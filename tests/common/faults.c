@@ -319,6 +319,40 @@ void free(void *memory)
 	__libc_free(memory);
 }
 
+/* Only the library's mappings are refused and counted. */
+static int is_ours(void *caller)
+{
+	Dl_info library;
+
+	return faults != &none && dladdr(caller, &library) &&
+		strstr(library.dli_fname, "/pg_prewarm.so");
+}
+
+void *mmap(void *at, size_t length, int protection, int flags, int file, off_t offset)
+{
+	NEXT(mmap);
+	int counts = (flags & MAP_ANONYMOUS) && is_ours(__builtin_return_address(0));
+	void *mapped;
+
+	if (counts && REFUSED(length))
+		return MAP_FAILED;
+	mapped = next(at, length, protection, flags, file, offset);
+	if (counts && mapped != MAP_FAILED && faults->poor_process == getpid())
+		taken += length;
+	return mapped;
+}
+
+int munmap(void *at, size_t length)
+{
+	NEXT(munmap);
+	int counts = is_ours(__builtin_return_address(0));
+	int result = next(at, length);
+
+	if (counts && result == 0 && faults->poor_process == getpid())
+		taken -= length;
+	return result;
+}
+
 int gettimeofday(struct timeval *restrict time, void *restrict zone)
 {
 	NEXT(gettimeofday);

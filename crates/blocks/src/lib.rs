@@ -20,6 +20,7 @@ mod reader;
 mod record;
 mod room;
 mod skip;
+mod sort;
 mod trailer;
 mod writer;
 

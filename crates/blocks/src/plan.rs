@@ -23,6 +23,7 @@ use std::ops::Range;
 use rustc_hash::FxHashMap;
 
 use crate::list::{BlockList, Entry, FileFork};
+use crate::sort::sort;
 use crate::{BlockNumber, ByUsageCount, Fork, Oid, Record, UsageCount};
 
 /// The most blocks of a chunk. If a worker dies, part of its chunk may be lost, so a
@@ -154,14 +155,30 @@ impl Plan {
         cached: impl Iterator<Item = Record>,
         budget: impl FnOnce(&ByUsageCount) -> u64,
     ) -> Result<Self, PlanError> {
+        Self::new_with_ticks(list, cached, budget, &mut || ())
+    }
+
+    /// The same, and calls `tick` now and then, since it takes seconds for a
+    /// very large list.
+    ///
+    /// # Errors
+    /// As of [`Plan::new`].
+    pub fn new_with_ticks(
+        list: BlockList,
+        cached: impl Iterator<Item = Record>,
+        budget: impl FnOnce(&ByUsageCount) -> u64,
+        tick: &mut dyn FnMut(),
+    ) -> Result<Self, PlanError> {
         let BlockList { files, entries, .. } = list;
         let places = Places::of(&files)?;
         let mut plan = Self::default();
         let mut keys = plan.keys_of(entries, &files, &places);
-        keys.sort_unstable();
+        sort(&mut keys, |key| key.0, tick);
         plan.cached = remove_cached(&mut keys, &files, &places, cached)?;
+        tick();
         plan.over_budget = keep_most_used(&mut keys, budget);
         plan.keys = keys;
+        tick();
         plan.divide_into_chunks(&files, &places)?;
         Ok(plan)
     }

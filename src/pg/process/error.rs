@@ -2,6 +2,7 @@
 
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, Location};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pgrx::pg_sys::panic::CaughtError;
 use pgrx::{PgLogLevel, PgSqlErrorCode, PgTryBuilder, pg_guard, pg_sys};
@@ -92,8 +93,8 @@ pub fn log(text: &str) {
     log_message(PgLogLevel::LOG, Message::new(SUCCESS, text));
 }
 
-/// Runs the body of an SQL function, or the whole of a background process, with memory
-/// in reserve for an ERROR. Without it, raises an ERROR at once.
+/// Runs the whole of a background process with memory in reserve for an ERROR. Without
+/// it, raises an ERROR at once.
 ///
 /// # Safety
 /// PostgreSQL has called this library, and nothing between that call and this one needs
@@ -135,5 +136,65 @@ pub unsafe fn with_reserve<T>(body: impl FnOnce() -> T) -> T {
         let result = body();
         pg_sys::error_context_stack = callback.previous;
         result
+    }
+}
+
+/// Runs a call of an SQL function with memory in reserve for an ERROR, as
+/// [`with_reserve`] does, and gives the reserve up afterwards. A function that returns
+/// rows keeps it until it has returned the last one, or until the transaction ends.
+///
+/// # Safety
+/// As of [`with_reserve`]; `fcinfo` is the server's for this call.
+pub unsafe fn with_reserve_for_call(
+    fcinfo: pg_sys::FunctionCallInfo,
+    body: impl FnOnce() -> pg_sys::Datum,
+) -> pg_sys::Datum {
+    // SAFETY: the caller's promise. The function's result information, where there is
+    // any, outlives the call.
+    unsafe {
+        let result = with_reserve(|| {
+            give_up_at_transaction_end();
+            body()
+        });
+        if !has_more_rows(fcinfo) {
+            reserve::give_up();
+        }
+        result
+    }
+}
+
+/// Whether the call has returned a row of several, after which the server calls again.
+///
+/// # Safety
+/// `fcinfo` is that of a call that has returned.
+unsafe fn has_more_rows(fcinfo: pg_sys::FunctionCallInfo) -> bool {
+    // SAFETY: what is of that node type is that structure.
+    unsafe {
+        let info = (*fcinfo).resultinfo;
+        !info.is_null()
+            && (*info).type_ == pg_sys::NodeTag::T_ReturnSetInfo
+            && (*info.cast::<pg_sys::ReturnSetInfo>()).isDone
+                == pg_sys::ExprDoneCond::ExprMultipleResult
+    }
+}
+
+/// Has each transaction of this process end with giving up the reserve.
+///
+/// # Safety
+/// As of [`with_reserve`].
+#[expect(ffi_unwind_calls, reason = "an ERROR jumps to PostgreSQL")]
+unsafe fn give_up_at_transaction_end() {
+    static IS_REGISTERED: AtomicBool = AtomicBool::new(false);
+
+    /// The server calls it at each step of a transaction's end.
+    unsafe extern "C-unwind" fn at_end(_event: pg_sys::XactEvent::Type, _argument: *mut c_void) {
+        reserve::give_up();
+    }
+
+    if !IS_REGISTERED.load(Relaxed) {
+        // SAFETY: the callback fits, and this library is never unloaded. An ERROR for lack
+        // of memory jumps to PostgreSQL, and the next call tries again.
+        unsafe { ffi::RegisterXactCallback(Some(at_end), std::ptr::null_mut()) };
+        IS_REGISTERED.store(true, Relaxed);
     }
 }

@@ -84,16 +84,32 @@ pub fn sleep(timeout: Option<Duration>, event: WaitEvent) {
 
 /// The same for background workers outside of transactions, which survive an ERROR. On a
 /// standby before 17, a conflict with recovery may be raised after the transaction that
-/// it was meant for. Whatever the ERROR is, the next sleep may raise it again, so this
-/// sleeps for a moment in any case.
+/// it was meant for. Whatever the ERROR is, the next sleep may raise it again (there may
+/// be no memory), so this sleeps in any case: each time in a row for twice as long, up to
+/// a second, or until a signal arrives.
 pub fn sleep_as_worker(timeout: Option<Duration>, event: WaitEvent) {
-    const AFTER_ERROR: Duration = Duration::from_millis(10);
-    if catch(|| sleep(timeout, event)).is_err() {
-        // SAFETY: a worker holds no lightweight lock outside of transactions, except
-        // one that the server took to look up the name of a wait event.
-        unsafe { pg_sys::LWLockReleaseAll() };
-        std::thread::sleep(timeout.map_or(AFTER_ERROR, |timeout| timeout.min(AFTER_ERROR)));
+    const LONGEST: Duration = Duration::from_secs(1);
+    static AFTER_ERROR: AtomicU32 = AtomicU32::new(0);
+    if catch(|| sleep(timeout, event)).is_ok() {
+        AFTER_ERROR.store(0, Relaxed);
+        return;
     }
+    // SAFETY: a worker holds no lightweight lock outside of transactions, except
+    // one that the server took to look up the name of a wait event.
+    unsafe { pg_sys::LWLockReleaseAll() };
+    let doublings = AFTER_ERROR.fetch_add(1, Relaxed).min(7);
+    let longest = timeout.map_or(LONGEST, |timeout| timeout.min(LONGEST));
+    nap(Duration::from_millis(10 << doublings).min(longest));
+}
+
+/// Sleeps until the time is up or a signal arrives.
+fn nap(time: Duration) {
+    let time = libc::timespec {
+        tv_sec: time.as_secs() as libc::time_t,
+        tv_nsec: time.subsec_nanos().into(),
+    };
+    // SAFETY: a valid time, and no place for what is left of it.
+    unsafe { libc::nanosleep(&time, std::ptr::null_mut()) };
 }
 
 /// Sets the latch of the server process with that ID, if there is one.

@@ -5,7 +5,7 @@
 //! `try_reserve`. The core does so throughout. [`fallible`] tells the allocator that it
 //! may return no memory.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pgrx::PgSqlErrorCode;
@@ -43,12 +43,28 @@ impl Drop for Former {
     }
 }
 
-/// A reader or an iterator for a fallible call. It runs as [`infallible`].
+/// A reader, a writer or an iterator for a fallible call. It runs as [`infallible`].
 pub struct Infallible<T>(pub T);
 
 impl<T: Read> Read for Infallible<T> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         infallible(|| self.0.read(buffer))
+    }
+}
+
+impl<T: Write> Write for Infallible<T> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        infallible(|| self.0.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        infallible(|| self.0.flush())
+    }
+}
+
+impl<T: Seek> Seek for Infallible<T> {
+    fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
+        infallible(|| self.0.seek(position))
     }
 }
 

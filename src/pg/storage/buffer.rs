@@ -34,13 +34,13 @@ pub fn count_local() -> usize {
 }
 
 /// About how many blocks are in shared buffers, or of these, how many of permanent
-/// relations. Nothing is locked, so blocks may come and go meanwhile.
+/// relations. Nothing is locked, so blocks may come and go meanwhile. Serves interrupts.
 pub fn count_cached(permanent_only: bool) -> usize {
     let wanted = match permanent_only {
         true => buffer_state::BM_TAG_VALID | buffer_state::BM_PERMANENT,
         false => buffer_state::BM_TAG_VALID,
     };
-    let states = (0..count()).map(|index| state(index).load(Relaxed));
+    let states = all().map(|index| state(index).load(Relaxed));
     states.filter(|state| state & wanted == wanted).count()
 }
 
@@ -58,12 +58,17 @@ pub fn hits() -> u64 {
 /// Every block in shared buffers, in the order of the buffers, each as it was when it
 /// was looked at: the server goes on meanwhile. Serves interrupts.
 pub fn cached_blocks() -> impl Iterator<Item = CachedBlock> {
+    all().filter_map(cached_block)
+}
+
+/// The indexes of all buffers, of which a large server has more than can be looked at in a
+/// moment. Serves interrupts.
+pub(super) fn all() -> impl Iterator<Item = usize> {
     const INTERRUPT_INTERVAL: usize = 4096;
-    (0..count()).filter_map(|index| {
+    (0..count()).inspect(|index| {
         if index % INTERRUPT_INTERVAL == 0 {
             check_for_interrupts();
         }
-        cached_block(index)
     })
 }
 

@@ -66,8 +66,9 @@ pub fn all_with_storage(
     oids
 }
 
-/// A partitioned table or index and all its partitions, at any depth.
-pub fn partition_tree(_transaction: &Transaction, root: Oid) -> Vec<Oid> {
+/// A relation and all its partitions and inheritance children, at any depth; each once,
+/// though it may have several parents.
+pub fn inheritance_tree(_transaction: &Transaction, root: Oid) -> Vec<Oid> {
     // SAFETY: a transaction is open, and the list is a copy for the caller.
     unsafe { take_oids(ffi::relation_and_inheritors(root.into())) }
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::IntoRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::rc::Rc;
@@ -69,21 +69,69 @@ pub fn open(path: &str) -> io::Result<(OpenFile, u64)> {
     Ok((file, metadata.len()))
 }
 
+/// A new file. It serves interrupts before each write, and is flushed while it is written,
+/// unless `fsync` is off: flushing gigabytes at its end would keep a process from serving
+/// interrupts for as long as the disk needs.
+pub struct NewFile {
+    file: File,
+    /// How many bytes were written since it was last flushed.
+    unflushed: usize,
+}
+
+impl NewFile {
+    /// How much is flushed at once.
+    const FLUSHED: usize = 16 << 20;
+
+    fn flush_if_due(&mut self) -> io::Result<()> {
+        if self.unflushed < Self::FLUSHED {
+            return Ok(());
+        }
+        self.unflushed = 0;
+        // SAFETY: a setting, which changes only while this process serves a reload.
+        let is_enabled = unsafe { (&raw const pg_sys::enableFsync).read() };
+        match is_enabled {
+            true => self.file.sync_data(),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Write for NewFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        check_for_interrupts();
+        let written = self.file.write(bytes)?;
+        self.unflushed += written;
+        self.flush_if_due()?;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Seek for NewFile {
+    fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
+        self.file.seek(position)
+    }
+}
+
 /// Creates a file for writing, and removes one that an earlier attempt has left behind. A
 /// symbolic link is removed, not followed. The file has the permissions of the data
 /// directory, by the server's umask.
-pub fn create(path: &str) -> io::Result<File> {
+pub fn create(path: &str) -> io::Result<NewFile> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    OpenOptions::new().write(true).create_new(true).open(path)
+    let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+    Ok(NewFile { file, unflushed: 0 })
 }
 
 /// Closes a file that was written to. Some file systems report a failed write only then.
-pub fn close(file: File) -> io::Result<()> {
+pub fn close(new: NewFile) -> io::Result<()> {
     // SAFETY: the descriptor was taken from the file, so nothing else closes it.
-    match unsafe { libc::close(file.into_raw_fd()) } {
+    match unsafe { libc::close(new.file.into_raw_fd()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

@@ -35,6 +35,9 @@ unsafe extern "C-unwind" {
     pub fn errdetail_relkind_not_supported(relkind: c_char) -> c_int;
     pub fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
 
+    /// Allocates memory, so that it may raise an ERROR.
+    pub fn RegisterXactCallback(callback: pg_sys::XactCallback, argument: *mut std::ffi::c_void);
+
     #[cfg(feature = "pg15")]
     #[link_name = "RelidByRelfilenode"]
     fn RelidByRelfilenumber(tablespace: pg_sys::Oid, filenumber: pg_sys::Oid) -> pg_sys::Oid;

@@ -8,6 +8,7 @@ mod common;
 mod bad_files;
 mod discard;
 mod functions;
+mod give_way;
 mod list;
 mod load;
 mod neighbour;

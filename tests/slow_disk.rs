@@ -218,7 +218,7 @@ fn a_crash_in_mid_load_is_followed_by_a_load_of_everything() {
 fn a_worker_slot_that_becomes_free_in_mid_load_is_used() {
     let (cluster, _) = cluster_with_slow_load(
         Cluster::build()
-            .setting("max_worker_processes = 3")
+            .setting("max_worker_processes = 5")
             .setting("max_logical_replication_workers = 0")
             .setting("pg_prewarm.autoprewarm_workers = 1"),
         20,
@@ -227,7 +227,7 @@ fn a_worker_slot_that_becomes_free_in_mid_load_is_used() {
     cluster.start();
     let mut client = cluster.connect("postgres");
     wait_for_reading(&mut client, 1);
-    // The leader and a worker take two slots, and a query the third.
+    // The leader and a worker have two slots, and a query the third: two are left.
     let slot = cluster.take_worker_slot();
     cluster.configure("pg_prewarm.autoprewarm_workers = 3");
     cluster.reload();
@@ -376,10 +376,10 @@ fn a_database_that_is_dropped_by_force_in_mid_load_is_skipped() {
     cluster.sql("DROP DATABASE other WITH (FORCE)");
     assert_all_else_is_in_databases_that_are_gone(&cluster, mark);
     assert_eq!(cluster.leader(), leader);
-    // Workers that were started before the database was quite gone.
+    // No worker was started in it again.
     let log = cluster.log_since(mark);
-    let line = "autoprewarm worker could not connect to database with OID";
-    assert!(log.matches(line).count() <= 1, "{log}");
+    assert!(!log.contains("could not connect"), "{log}");
+    assert!(!log.contains("does not exist"), "{log}");
     assert!(log.matches("FATAL").count() <= 4, "{log}");
 }
 

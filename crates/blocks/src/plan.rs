@@ -247,6 +247,11 @@ impl Plan {
             })
     }
 
+    /// How many blocks each chunk has.
+    pub fn chunk_sizes(&self) -> impl ExactSizeIterator<Item = u32> {
+        self.chunks.iter().map(|chunk| chunk.count)
+    }
+
     /// How many words [`Plan::encode`] fills.
     pub fn words(&self) -> usize {
         HEADER_WORDS
@@ -414,6 +419,11 @@ impl<'a> PlanView<'a> {
             blocks,
             usage_counts,
         }
+    }
+
+    /// How many chunks there are.
+    pub fn chunks(self) -> u32 {
+        (self.chunks.len() / CHUNK_WORDS) as u32
     }
 
     /// The chunk of that index, and its blocks.

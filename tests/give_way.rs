@@ -306,7 +306,7 @@ fn a_load_leaves_two_worker_slots_to_others_and_begins_with_one() {
     let table = cluster.table("many", 4000);
     // The free slots beside the leader's, and how many workers there are then.
     for (slots, workers) in [(1, 1), (2, 1), (3, 1), (4, 2), (6, 4)] {
-        cluster.stop(Shutdown::Immediate);
+        cluster.stop(Shutdown::Fast);
         cluster.configure(&format!("max_worker_processes = {}", slots + 1));
         cluster.write_list(list_of(table.first(4000)));
         cluster.start();

@@ -472,9 +472,9 @@ fn a_database_that_is_dropped_on_the_primary_is_skipped_on_a_standby() {
     primary.sql("DROP DATABASE other");
     assert_all_else_is_in_databases_that_are_gone(&standby, mark);
     assert_eq!(standby.leader(), leader);
-    // Only of the two workers that replay ended.
+    // Only of the two workers, if they have not left the database before replay ended them.
     let log = standby.log_since(mark);
-    assert_eq!(log.matches("FATAL").count(), 2, "{log}");
+    assert!(log.matches("FATAL").count() <= 2, "{log}");
 }
 
 /// A cluster whose lists are flushed, as slowly as is asked for.

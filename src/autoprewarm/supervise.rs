@@ -40,6 +40,10 @@ const RETRY: Duration = Duration::from_secs(1);
 /// command that gives up after five seconds, and that looks itself ten times a second.
 const LOOK: Duration = Duration::from_millis(150);
 
+/// How long workers have to leave a database by themselves. One may be waiting for a slow
+/// disk, or for the lock on a catalog.
+const LEAVE_TIMEOUT: Duration = Duration::from_millis(500);
+
 /// How many background worker slots are left free.
 const FREE_SLOTS: usize = 2;
 
@@ -97,6 +101,8 @@ struct Worker {
     handle: Handle,
     slot: usize,
     database: usize,
+    /// Since when it has been asked to leave its database.
+    asked_since: Option<Instant>,
 }
 
 /// Why a load stops before its end.
@@ -270,21 +276,24 @@ impl Supervisor {
             }
             self.databases[index].set_aside_until = Some(Instant::now() + RETRY);
             let header = self.segment.header();
-            for worker in self.workers.iter().filter(|of| of.database == index) {
+            let workers = self.workers.iter_mut();
+            for worker in workers.filter(|worker| worker.database == index) {
                 header.workers[worker.slot].ask_to_leave();
-                worker.handle.interrupt();
+                let since = *worker.asked_since.get_or_insert_with(Instant::now);
+                if since.elapsed() < LEAVE_TIMEOUT {
+                    worker.handle.interrupt();
+                } else {
+                    worker.handle.terminate();
+                }
             }
         }
     }
 
     fn is_wanted_alone(&self, index: usize) -> bool {
         let database = self.databases[index].oid;
+        // Without room in the lock table, the leader looks again soon.
         transaction::run(|transaction| database::is_wanted_alone(transaction, database))
-            .unwrap_or_else(|caught| {
-                self.state.last_error.record(&caught.message);
-                caught.warn();
-                false
-            })
+            .unwrap_or(false)
     }
 
     /// Whether two slots stay free for others when one more worker is started. Workers
@@ -488,6 +497,7 @@ impl Supervisor {
                 handle,
                 slot,
                 database,
+                asked_since: None,
             });
         }
         false

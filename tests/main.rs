@@ -10,6 +10,7 @@ mod common;
 mod bad_files;
 mod discard;
 mod functions;
+mod give_way;
 mod large;
 mod list;
 mod load;

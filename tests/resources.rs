@@ -47,7 +47,7 @@ fn without_a_worker_slot_the_list_is_kept_at_every_shutdown() {
     let cluster = Cluster::build()
         .setting("max_worker_processes = 1")
         .setting("max_logical_replication_workers = 0")
-        .setting("pg_prewarm.autoprewarm_interval = 1")
+        .setting("pg_prewarm.autoprewarm_interval = 10")
         .create();
     // Blocks of a catalog, which a worker would load if it could start.
     let list = "<<2>>\n5,1663,1259,0,0\n5,1663,1249,0,0\n";
@@ -63,7 +63,7 @@ fn without_a_worker_slot_the_list_is_kept_at_every_shutdown() {
         let leader = cluster.leader();
         assert!(leader.is_some());
         if how == Shutdown::Fast {
-            // A few intervals, and a few more tries.
+            // A few more tries.
             std::thread::sleep(std::time::Duration::from_secs(3));
             assert_eq!(cluster.log_since(mark).matches(WAITING).count(), 1);
         }

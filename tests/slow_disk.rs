@@ -218,7 +218,7 @@ fn a_crash_during_a_load_is_followed_by_a_load_of_everything() {
 fn a_worker_slot_that_becomes_free_during_a_load_is_used() {
     let (cluster, _) = cluster_with_slow_load(
         Cluster::build()
-            .setting("max_worker_processes = 3")
+            .setting("max_worker_processes = 5")
             .setting("max_logical_replication_workers = 0")
             .setting("pg_prewarm.autoprewarm_workers = 1"),
         20,
@@ -227,7 +227,7 @@ fn a_worker_slot_that_becomes_free_during_a_load_is_used() {
     cluster.start();
     let mut client = cluster.connect("postgres");
     wait_for_reading(&mut client, 1);
-    // The leader and a worker take two slots, and a query the third.
+    // The leader and a worker have two slots, and a query the third: two are left.
     let slot = cluster.take_worker_slot();
     cluster.configure("pg_prewarm.autoprewarm_workers = 3");
     cluster.reload();
@@ -376,10 +376,10 @@ fn a_database_that_is_dropped_with_force_during_a_load_is_skipped() {
     cluster.sql("DROP DATABASE other WITH (FORCE)");
     assert_the_rest_was_skipped_with_its_database(&cluster, mark);
     assert_eq!(cluster.leader(), leader);
-    // Workers may have been started before the database was dropped completely.
+    // No worker was started in it again.
     let log = cluster.log_since(mark);
-    let line = "autoprewarm worker could not connect to database with OID";
-    assert!(log.matches(line).count() <= 1, "{log}");
+    assert!(!log.contains("could not connect"), "{log}");
+    assert!(!log.contains("does not exist"), "{log}");
     assert!(log.matches("FATAL").count() <= 4, "{log}");
 }
 
@@ -472,9 +472,9 @@ fn a_database_that_is_dropped_on_the_primary_is_skipped_on_a_standby() {
     primary.sql("DROP DATABASE other");
     assert_the_rest_was_skipped_with_its_database(&standby, mark);
     assert_eq!(standby.leader(), leader);
-    // Only messages of the two workers that replay terminated.
+    // Only of the two workers, if they have not left the database before replay ended them.
     let log = standby.log_since(mark);
-    assert_eq!(log.matches("FATAL").count(), 2, "{log}");
+    assert!(log.matches("FATAL").count() <= 2, "{log}");
 }
 
 /// A cluster in which flushing a list takes as long as the test sets.

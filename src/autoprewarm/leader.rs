@@ -4,12 +4,16 @@
 //! A file that cannot be read or written is a warning and is tried again later; it
 //! never ends the process. The leader does not dump before the load has ended,
 //! since that would replace a good list with one of the few blocks cached so far.
+//!
+//! After a load, what was locked is tried [`later`]. A load that had no background worker
+//! slot is retried when one is free, and not before.
 
 use std::time::{Duration, Instant};
 
 use pgrx::PgLogLevel;
 
 use super::dump::{self, Unlogged};
+use super::later::Later;
 use super::load::{self, Outcome, Reason};
 use super::state::{Phase, State};
 use super::stats::LoadResult;
@@ -17,10 +21,14 @@ use crate::pg::process::error::{log, log_message};
 use crate::pg::process::latch::{self, WaitEvent};
 use crate::pg::process::report::{Message, SUCCESS};
 use crate::pg::process::{activity, background, transaction};
+use crate::pg::shared::slots;
 use crate::settings;
 
 /// When a load that failed is tried again if there are no dumps at intervals.
 const RETRY_WITHOUT_INTERVAL: Duration = Duration::from_secs(300);
+
+/// How often the leader looks for a free background worker slot if a load had none.
+const SLOT_POLL: Duration = Duration::from_secs(1);
 
 /// How long the leader waits at shutdown for a session that is dumping.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -37,8 +45,9 @@ pub fn main() {
         return;
     }
 
+    let mut after = AfterLoad::default();
     if state.phase() == Phase::Due {
-        load(state);
+        after = load(state, after);
     }
     // A dump right after the load would be pointless, so the interval begins here.
     // If a former leader has just ended, its last list may be better than what is
@@ -51,14 +60,17 @@ pub fn main() {
             settings::autoprewarm_interval().or(has_failed.then_some(RETRY_WITHOUT_INTERVAL));
         let wait = interval.map(|interval| interval.saturating_sub(last.elapsed()));
         let interval_is_over = wait == Some(Duration::ZERO);
-        let retry = has_failed && (reloaded || interval_is_over);
+        let retry = has_failed && (reloaded || after.may_be_retried(interval_is_over));
         if retry || state.load_is_requested() {
-            load(state);
+            after = load(state, after);
             last = Instant::now();
         } else if interval_is_over {
             last = Instant::now();
-            try_dump(state, Unlogged::LeftOut);
+            if !has_failed {
+                try_dump(state, Unlogged::LeftOut);
+            }
         } else {
+            let wait = wait.into_iter().chain(after.advance(state)).min();
             latch::sleep_as_worker(wait, WaitEvent::Leader);
         }
     }
@@ -74,7 +86,46 @@ pub fn main() {
     }
 }
 
-fn load(state: &'static State) {
+/// What a load has left for later.
+#[derive(Default)]
+struct AfterLoad {
+    /// What was locked.
+    later: Option<Later>,
+    /// If there was no background worker slot, how many were free by the count of
+    /// processes: usually none.
+    slots_then: Option<usize>,
+}
+
+impl AfterLoad {
+    /// Whether a load that has failed may be retried now.
+    fn may_be_retried(&self, interval_is_over: bool) -> bool {
+        match self.slots_then {
+            None => interval_is_over,
+            Some(then) => {
+                let now = slots::count_free();
+                now > then || interval_is_over && now > 0
+            }
+        }
+    }
+
+    /// Continues what was left for later. Returns how long to wait before the next call.
+    fn advance(&mut self, state: &State) -> Option<Duration> {
+        if let Some(later) = &mut self.later {
+            let wait = later.advance(state);
+            if wait.is_none() {
+                self.later = None;
+            }
+            return wait;
+        }
+        self.slots_then.map(|_| SLOT_POLL)
+    }
+}
+
+/// Loads the list. `former` is what an earlier load has left.
+fn load(state: &'static State, former: AfterLoad) -> AfterLoad {
+    if let Some(later) = former.later {
+        later.end();
+    }
     let before = state.phase();
     let reason = match state.load_is_requested() {
         true => Reason::OnDemand,
@@ -82,16 +133,19 @@ fn load(state: &'static State) {
     };
     state.begin_load();
     activity::report(b"loading".to_vec());
-    let (phase, result) = match load::run(state, reason) {
+    let (outcome, later) = load::run(state, reason);
+    let slots_then = (outcome == Outcome::NoSlot).then(slots::count_free);
+    let (phase, result) = match outcome {
         Outcome::Completed => (Phase::Ended, LoadResult::Completed),
         Outcome::Cancelled => (Phase::Cancelled, LoadResult::Cancelled),
         // Unless the list was loaded before, the load is retried: the dump in progress
         // may fail, and then the old list is still to be loaded.
         Outcome::InUse if before == Phase::Ended => (Phase::Ended, LoadResult::Failed),
-        Outcome::InUse | Outcome::StillDue => (Phase::Failed, LoadResult::Failed),
+        Outcome::InUse | Outcome::StillDue | Outcome::NoSlot => (Phase::Failed, LoadResult::Failed),
     };
     activity::report_idle();
     state.end_load(phase, result);
+    AfterLoad { later, slots_then }
 }
 
 /// Waits until no session dumps. At shutdown, such a session is most likely being

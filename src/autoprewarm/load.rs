@@ -5,15 +5,17 @@
 //! result.
 
 use std::collections::HashMap;
+use std::collections::TryReserveError;
 use std::io;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use super::DUMP_FILE;
+use super::later::Later;
 use super::shared::{Cursor, Load};
 use super::state::State;
 use super::supervise::{Halt, Supervisor, reason_to_skip};
-use crate::blocks::{BlockList, Plan, SkipReason, UsageCounts};
+use crate::blocks::{BlockList, DatabasePlan, Plan, SkipReason, UsageCounts};
 use crate::error::Error;
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::memory::{Infallible, fallible, infallible};
@@ -39,6 +41,10 @@ pub enum Reason {
     OnDemand,
 }
 
+/// The DETAIL that tells when a load is retried that had no background worker slot.
+const RETRIED_WITH_SLOT: &str = "The load is retried when a slot is free. The block dump file is \
+                                 kept until then.";
+
 /// How a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -51,10 +57,13 @@ pub enum Outcome {
     /// The list is still to be loaded: the server is shutting down, or the load has
     /// failed, which has been logged.
     StillDue,
+    /// The same: there was no background worker slot.
+    NoSlot,
 }
 
-/// Loads the list. The caller has recorded in the state that a load has begun.
-pub fn run(state: &'static State, reason: Reason) -> Outcome {
+/// Loads the list. The caller has recorded in the state that a load has begun. Also returns
+/// what was locked, to be tried later.
+pub fn run(state: &'static State, reason: Reason) -> (Outcome, Option<Later>) {
     let _in_use = match state.use_dump_file() {
         Ok(in_use) => in_use,
         Err(pid) => {
@@ -62,11 +71,11 @@ pub fn run(state: &'static State, reason: Reason) -> Outcome {
                 format!("skipping prewarm because block dump file is being written by PID {pid}");
             state.last_error.record(&message);
             log(&message);
-            return Outcome::InUse;
+            return (Outcome::InUse, None);
         }
     };
-    match transaction::run(|transaction| prepare(transaction, state, reason)) {
-        Ok(Ok(Some(supervisor))) => load(supervisor, state),
+    let outcome = match transaction::run(|transaction| prepare(transaction, state, reason)) {
+        Ok(Ok(Some(supervisor))) => return load(supervisor, state),
         Ok(Ok(None)) => Outcome::Completed,
         // A request to stop was noticed while the list was being read.
         Ok(Err(_)) if background::shutdown_requested() => Outcome::StillDue,
@@ -84,7 +93,8 @@ pub fn run(state: &'static State, reason: Reason) -> Outcome {
             caught.warn();
             Outcome::StillDue
         }
-    }
+    };
+    (outcome, None)
 }
 
 /// Reads the list and puts its plan into shared memory. `None` if there is no list.
@@ -137,32 +147,46 @@ fn prepare(
             databases.push(database);
         }
     }
-    let cursors: Vec<_> = databases
-        .iter()
-        .map(|database| Cursor::new(database.chunks.clone()))
-        .collect();
-    let load = Load::new(number, shared, LoadRoom::new(budget));
+    let cursors = fallible(|| cursors(&databases, &plan))
+        .map_err(|error| Error::ListTooLarge(error.to_string()))?;
+    let load = Load::new(number, shared, databases.len(), LoadRoom::new(budget));
     let segment = Segment::create(load, &cursors, plan.words(), |words| plan.encode(words));
     let databases = databases.iter().map(|database| database.database);
     Ok(Some(Supervisor::new(state, segment, databases)))
 }
 
+/// The cursors of the databases, and then those of the chunks.
+fn cursors(databases: &[DatabasePlan], plan: &Plan) -> Result<Vec<Cursor>, TryReserveError> {
+    let chunks = plan.chunk_sizes();
+    let mut cursors = Vec::new();
+    cursors.try_reserve_exact(databases.len() + chunks.len())?;
+    let of_databases = databases.iter().map(|database| database.chunks.clone());
+    cursors.extend(of_databases.map(Cursor::new));
+    cursors.extend(chunks.map(Cursor::new_of_chunk));
+    Ok(cursors)
+}
+
 /// Has workers load the plan, and logs the result.
-fn load(mut supervisor: Supervisor, state: &State) -> Outcome {
+fn load(mut supervisor: Supervisor, state: &State) -> (Outcome, Option<Later>) {
     if let Err(halt) = supervisor.keep_workers_running() {
         supervisor.terminate_workers();
-        if halt == Halt::NoProgress {
-            let message =
-                "could not load blocks: autoprewarm workers keep exiting before loading any block";
-            state.last_error.record(message);
-            log_message(
-                PgLogLevel::WARNING,
-                Message::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES, message)
-                    .detail(RETRIED)
-                    .hint("More details may be available in the server log."),
-            );
-        }
-        return Outcome::StillDue;
+        let outcome = match halt {
+            Halt::ShuttingDown => Outcome::StillDue,
+            Halt::NoProgress => {
+                let message = "could not load blocks: autoprewarm workers keep exiting before \
+                               loading any block";
+                let hint = "More details may be available in the server log.";
+                report_failure(message, RETRIED, hint, state);
+                Outcome::StillDue
+            }
+            Halt::NoSlot => {
+                let message = "could not load blocks: no background worker slot is free";
+                let hint = "You may need to increase \"max_worker_processes\".";
+                report_failure(message, RETRIED_WITH_SLOT, hint, state);
+                Outcome::NoSlot
+            }
+        };
+        return (outcome, None);
     }
     supervisor.skip_rest();
     let counts = state.load.counts();
@@ -175,9 +199,20 @@ fn load(mut supervisor: Supervisor, state: &State) -> Outcome {
         log(&format!("autoprewarm skipped {}", counts.skipped));
     }
     match supervisor.ended_for() {
-        Some(SkipReason::Cancelled) => Outcome::Cancelled,
-        _ => Outcome::Completed,
+        Some(SkipReason::Cancelled) => (Outcome::Cancelled, None),
+        Some(_) => (Outcome::Completed, None),
+        None => (Outcome::Completed, Later::of(supervisor)),
     }
+}
+
+fn report_failure(message: &str, detail: &str, hint: &str, state: &State) {
+    state.last_error.record(message);
+    log_message(
+        PgLogLevel::WARNING,
+        Message::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES, message)
+            .detail(detail)
+            .hint(hint),
+    );
 }
 
 /// Logs what is invalid or missing in a list that is loaded nevertheless.

@@ -6,10 +6,12 @@
 //! database, since a process can read relations of one database only. After that
 //! it [`dump`]s the list at intervals, and once more at shutdown. [`sql`] has the
 //! control functions, [`list`] the function that returns the list as rows, and
-//! [`views`] those behind the statistics views. [`state`] lies in shared memory
+//! [`views`] those behind the statistics views. What a load leaves locked is tried
+//! [`later`]. [`state`] lies in shared memory
 //! all the time, what is in [`shared`] during a load.
 
 mod dump;
+mod later;
 pub mod leader;
 pub mod list;
 mod load;

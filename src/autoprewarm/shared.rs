@@ -1,16 +1,21 @@
 //! A load in shared memory: what its workers have to do, and how far they are.
 //!
 //! The leader creates one dynamic segment for each load. It consists of a [`Load`],
-//! the cursors, one for each database of the plan, and the plan itself, which does
-//! not change. A worker claims the next chunk by moving a cursor. That, and all
-//! counting, is done with atomics, so a worker that dies holds no lock. Memory
-//! orderings follow the rule in [`super::state`].
+//! the cursors, one for each database of the plan and one for each chunk, and the plan
+//! itself, which does not change. A worker claims the next chunk by moving its database's
+//! cursor. That, and all counting, is done with atomics, so a worker that dies holds no
+//! lock. Memory orderings follow the rule in [`super::state`].
+//!
+//! A chunk's own cursor says which of its blocks are set aside because their relation is
+//! locked: usually none. So what is set aside outlives the worker, and can be tried again
+//! after the load has ended: see [`super::later`].
 //!
 //! | word | written by |
 //! | --- | --- |
 //! | a slot's database, cursor and first chunk | the leader, before it starts the worker |
+//! | a slot's request to leave | the leader |
 //! | a slot's stage and current chunk | the worker that has the slot |
-//! | the rate limit's rate | the leader |
+//! | the rate limit's rate, whether the load is a later try | the leader |
 //! | everything else | the leader and all workers |
 //!
 //! After a worker has died, its slot still holds the chunk that it was loading, and
@@ -18,8 +23,8 @@
 //! once.
 
 use std::ops::Range;
-use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use super::rate::RateLimit;
 use crate::blocks::{Oid, PlanView, SkipReason};
@@ -38,6 +43,10 @@ pub struct Load {
     number: AtomicU32,
     /// The chunks of shared catalogs, which workers in any database can load.
     shared: Cursor,
+    /// How many databases the plan has.
+    databases: AtomicU32,
+    /// Whether only the blocks that were set aside are to be loaded.
+    is_later_try: AtomicBool,
     pub workers: [Slot; MAX_WORKERS],
     /// The [`SkipReason`] for all blocks that are left, or [`NO_REASON`] while the
     /// load goes on.
@@ -51,11 +60,12 @@ pub struct Load {
 /// The load has not been ended.
 const NO_REASON: u32 = u32::MAX;
 
-// SAFETY: it consists of atomic integers, for which every bit pattern is valid, and of
-// the room, which has no pointers and does not change.
+// SAFETY: it consists of atomics, and of numbers that do not change. Every bit pattern is valid for the integers, and the flags are only ever written
+// as bools.
 unsafe impl Shared for Load {}
 
-/// The chunks of one database: the first, the next to be claimed, and the end.
+/// The chunks of one database: the first, the next to be claimed, and the end. Or the
+/// blocks of one chunk that are set aside, those from the next on.
 pub struct Cursor {
     start: AtomicU32,
     next: AtomicU32,
@@ -72,6 +82,18 @@ impl Cursor {
             next: AtomicU32::new(chunks.start),
             end: AtomicU32::new(chunks.end),
         }
+    }
+
+    /// The blocks of a chunk, none of which is set aside.
+    pub fn new_of_chunk(blocks: u32) -> Self {
+        let cursor = Self::new(0..blocks);
+        cursor.close();
+        cursor
+    }
+
+    /// Begins with the first chunk again.
+    fn restart(&self) {
+        self.next.store(self.start.load(SeqCst), SeqCst);
     }
 
     fn claim(&self) -> Option<u32> {
@@ -129,6 +151,10 @@ pub enum Stage {
     Attached,
     /// The worker is loading blocks.
     Connected,
+    /// The worker retries what it has set aside.
+    Retrying,
+    /// The worker has left because it was asked to, perhaps with a claim left.
+    Left,
     /// The worker has done all that it could.
     Finished,
 }
@@ -144,6 +170,8 @@ pub struct Slot {
     /// of it are done.
     chunk: AtomicU32,
     done: AtomicU32,
+    /// Whether the worker is to leave its database.
+    is_to_leave: AtomicBool,
 }
 
 impl Slot {
@@ -154,6 +182,7 @@ impl Slot {
             stage: AtomicU32::new(Stage::NotStarted as u32),
             chunk: AtomicU32::new(NO_CHUNK),
             done: AtomicU32::new(0),
+            is_to_leave: AtomicBool::new(false),
         }
     }
 
@@ -167,7 +196,18 @@ impl Slot {
         self.database.store(database, SeqCst);
         self.cursor.store(cursor as u32, SeqCst);
         self.set_claim(first);
+        self.is_to_leave.store(false, SeqCst);
         self.reach(Stage::NotStarted);
+    }
+
+    /// Asks the worker to leave its database.
+    pub fn ask_to_leave(&self) {
+        self.is_to_leave.store(true, SeqCst);
+    }
+
+    /// Whether the worker is to leave its database, with its claim left in the slot.
+    pub fn is_asked_to_leave(&self) -> bool {
+        self.is_to_leave.load(SeqCst)
     }
 
     pub fn database(&self) -> Oid {
@@ -179,6 +219,8 @@ impl Slot {
             0 => Stage::NotStarted,
             1 => Stage::Attached,
             2 => Stage::Connected,
+            3 => Stage::Retrying,
+            4 => Stage::Left,
             _ => Stage::Finished,
         }
     }
@@ -218,11 +260,14 @@ impl Slot {
 }
 
 impl Load {
-    /// The load of that number, with the chunks of shared catalogs.
-    pub fn new(number: u32, shared: Range<u32>, room: LoadRoom) -> Self {
+    /// The load of that number, with the chunks of shared catalogs, of a plan with so many
+    /// databases besides.
+    pub fn new(number: u32, shared: Range<u32>, databases: usize, room: LoadRoom) -> Self {
         Self {
             number: AtomicU32::new(number),
             shared: Cursor::new(shared),
+            databases: AtomicU32::new(databases as u32),
+            is_later_try: AtomicBool::new(false),
             workers: [const { Slot::new() }; MAX_WORKERS],
             ended_for: AtomicU32::new(NO_REASON),
             rate_limit: RateLimit::new(),
@@ -241,18 +286,98 @@ impl Load {
     }
 
     /// The next chunk for the slot's worker. `None` if no chunk of its database is
-    /// left, or if the load has ended.
+    /// left, if the load has ended, or if the worker is to leave.
     pub fn next_claim(&self, slot: &Slot, cursors: &[Cursor]) -> Option<Claim> {
-        if self.has_ended() {
+        if self.has_ended() || slot.is_asked_to_leave() {
             return None;
         }
-        let claim = slot.claim().or_else(|| {
-            let cursor = self.cursor(slot, cursors);
-            let chunk = self.shared.claim().or_else(|| cursor.claim())?;
-            Some(Claim { chunk, done: 0 })
-        });
+        let claim = slot.claim().or_else(|| self.claim_for(slot, cursors));
         slot.set_claim(claim);
         claim
+    }
+
+    fn claim_for(&self, slot: &Slot, cursors: &[Cursor]) -> Option<Claim> {
+        let cursor = self.cursor(slot, cursors);
+        loop {
+            let chunk = self.shared.claim().or_else(|| cursor.claim())?;
+            if !self.is_later_try() {
+                return Some(Claim { chunk, done: 0 });
+            }
+            if let Some(claim) = self.take_set_aside(cursors, chunk) {
+                return Some(claim);
+            }
+        }
+    }
+
+    /// Takes a chunk's blocks that were set aside for the slot's worker. `None` if there
+    /// are none.
+    pub fn claim_set_aside(&self, slot: &Slot, cursors: &[Cursor], chunk: u32) -> Option<Claim> {
+        let claim = self.take_set_aside(cursors, chunk);
+        slot.set_claim(claim);
+        claim
+    }
+
+    /// Takes a chunk's blocks that were set aside. `None` if there are none.
+    pub fn take_set_aside(&self, cursors: &[Cursor], chunk: u32) -> Option<Claim> {
+        let blocks = self.of_chunk(cursors, chunk).close();
+        (!blocks.is_empty()).then_some(Claim {
+            chunk,
+            done: blocks.start,
+        })
+    }
+
+    /// Sets the rest of a chunk aside.
+    pub fn set_aside(&self, cursors: &[Cursor], claim: Claim) {
+        self.of_chunk(cursors, claim.chunk)
+            .next
+            .store(claim.done, SeqCst);
+    }
+
+    fn of_chunk<'a>(&self, cursors: &'a [Cursor], chunk: u32) -> &'a Cursor {
+        &cursors[self.databases.load(SeqCst) as usize + chunk as usize]
+    }
+
+    /// How many blocks of all chunks are set aside.
+    pub fn count_set_aside(&self, cursors: &[Cursor]) -> u64 {
+        cursors[self.databases.load(SeqCst) as usize..]
+            .iter()
+            .map(|chunk| chunk.unclaimed().len() as u64)
+            .sum()
+    }
+
+    /// Whether only the blocks that were set aside are to be loaded.
+    pub fn is_later_try(&self) -> bool {
+        self.is_later_try.load(SeqCst)
+    }
+
+    /// Has workers claim what was set aside, and only that, from now on. `databases` says
+    /// of each cursor's database whether it may be loaded. What they do counts for load
+    /// `number`. No worker may be running.
+    pub fn begin_later_try(
+        &self,
+        number: u32,
+        cursors: &[Cursor],
+        databases: impl Iterator<Item = bool>,
+    ) {
+        self.number.store(number, SeqCst);
+        self.is_later_try.store(true, SeqCst);
+        self.room.begin_again();
+        let has_any = |cursor: &Cursor| {
+            let chunks = cursor.start.load(SeqCst)..cursor.end.load(SeqCst);
+            let mut chunks = chunks.map(|chunk| self.of_chunk(cursors, chunk));
+            chunks.any(|chunk| !chunk.unclaimed().is_empty())
+        };
+        // Shared catalogs need a worker in one database, whatever that has.
+        let mut needs_any = has_any(&self.shared);
+        self.shared.restart();
+        for (cursor, may_be_loaded) in cursors.iter().zip(databases) {
+            if may_be_loaded && (needs_any || has_any(cursor)) {
+                cursor.restart();
+                needs_any = false;
+            } else {
+                cursor.close();
+            }
+        }
     }
 
     /// The chunks of shared catalogs that no worker has claimed.

@@ -135,6 +135,17 @@ impl LoadStats {
         }
     }
 
+    /// Takes back that blocks of load `number` were counted as skipped: they are counted
+    /// otherwise now.
+    pub fn take_back(&self, number: u32, reason: SkipReason, blocks: u64) {
+        if self.number.load(SeqCst) == number {
+            let skipped = &self.skipped[reason as usize];
+            let _ = skipped.fetch_update(SeqCst, SeqCst, |skipped| {
+                Some(skipped.saturating_sub(blocks))
+            });
+        }
+    }
+
     pub fn counts(&self) -> Counts {
         let mut skipped = SkipCounts::default();
         for reason in SkipReason::ALL {

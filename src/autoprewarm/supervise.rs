@@ -4,7 +4,12 @@
 //! As many workers run at once as the settings and the free background worker slots
 //! allow. Each is started in the database with the most chunks left for each worker. The
 //! rest of a dead worker's chunk is handed out again, and its database is set aside for a
-//! moment. If workers keep exiting before any block is done, the load fails.
+//! moment. If workers keep exiting before any block is done, the load fails, and so it
+//! does if there is no slot for a worker for a whole interval.
+//!
+//! Two background worker slots are left to others, unless that leaves none to the load.
+//! Workers leave a database that a command needs without connections, such as `ALTER
+//! DATABASE … RENAME`, and return after it.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -21,13 +26,28 @@ use crate::pg::process::latch::{self, WaitEvent};
 use crate::pg::process::report::Message;
 use crate::pg::process::{self, activity, background, transaction};
 use crate::pg::shared::segment::Segment;
+use crate::pg::shared::slots;
 use crate::pg::shared::worker::{Handle, Status};
-use crate::pg::storage::database::Database;
+use crate::pg::storage::database::{self, Database};
 use crate::settings;
 
 /// How long to wait before another worker is started after one could not be started,
 /// or exited without loading anything.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// How often the leader looks whether workers are to leave a database: often enough for a
+/// command that gives up after five seconds, and that looks itself ten times a second.
+const LOOK: Duration = Duration::from_millis(150);
+
+/// How long workers have to leave a database by themselves. One may be waiting for a slow
+/// disk, or for the lock on a catalog.
+const LEAVE_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How many background worker slots are left free.
+const FREE_SLOTS: usize = 2;
+
+/// How long a load waits for a background worker slot if there are no dumps at intervals.
+pub const SLOT_TIMEOUT_WITHOUT_INTERVAL: Duration = Duration::from_secs(300);
 
 /// How often workers may fail to connect to a database before it is skipped.
 const CONNECT_TRIES: u32 = 3;
@@ -56,6 +76,11 @@ pub struct Supervisor {
     rest_at_last_exit: u64,
     /// No worker is started before this time.
     next_start: Instant,
+    cancelled_since: Option<Instant>,
+    /// Since when there has been no worker, and no background worker slot for one.
+    no_slot_since: Option<Instant>,
+    waiting_was_logged: bool,
+    next_look: Instant,
 }
 
 /// A database of the plan.
@@ -75,6 +100,8 @@ struct Worker {
     handle: Handle,
     slot: usize,
     database: usize,
+    /// Since when it has been asked to leave its database.
+    asked_since: Option<Instant>,
 }
 
 /// Why a load stops before its end.
@@ -83,6 +110,8 @@ pub enum Halt {
     ShuttingDown,
     /// Workers keep exiting before loading any block.
     NoProgress,
+    /// No background worker slot has been free for a whole interval.
+    NoSlot,
 }
 
 impl Supervisor {
@@ -109,7 +138,34 @@ impl Supervisor {
             futile_exits: 0,
             rest_at_last_exit: state.load.counts().rest(),
             next_start: Instant::now(),
+            cancelled_since: None,
+            no_slot_since: None,
+            waiting_was_logged: false,
+            next_look: Instant::now(),
         }
+    }
+
+    /// Prepares for a try of what the load has set aside. No worker may be running.
+    pub fn begin_later_try(&mut self) {
+        let databases = self.databases.iter().map(|database| !database.given_up);
+        self.segment.header().begin_later_try(
+            self.stats().number(),
+            self.segment.cells(),
+            databases,
+        );
+        for database in &mut self.databases {
+            database.set_aside_until = None;
+            database.failed_connects = 0;
+        }
+        self.abandoned.clear();
+        self.died_at.clear();
+        self.futile_exits = 0;
+        self.next_start = Instant::now();
+    }
+
+    /// How many blocks are set aside because their relations are locked.
+    pub fn count_set_aside(&self) -> u64 {
+        self.segment.header().count_set_aside(self.segment.cells())
     }
 
     pub fn terminate_workers(&self) {
@@ -121,57 +177,139 @@ impl Supervisor {
     /// Starts workers, and restarts those that die, until no blocks are left to be
     /// loaded.
     pub fn keep_workers_running(&mut self) -> Result<(), Halt> {
-        let mut waiting_was_logged = false;
-        let mut cancelled_since: Option<Instant> = None;
-        loop {
-            let load = self.segment.header();
-            load.rate_limit.set(
-                settings::autoprewarm_max_rate(),
-                process::monotonic_micros(),
-            );
-            self.reap();
-            // At shutdown, workers are terminated, which is not a failure, and their
-            // chunks need not be handed out again.
-            if background::shutdown_requested() {
-                return Err(Halt::ShuttingDown);
-            }
-            if self.state.cancel_is_requested() {
-                self.segment.header().end_for(SkipReason::Cancelled);
-                let since = *cancelled_since.get_or_insert_with(Instant::now);
-                if since.elapsed() >= CANCEL_TIMEOUT {
-                    self.terminate_workers();
-                }
-            } else if self.futile_exits >= FUTILE_EXITS + most_workers() {
-                return Err(Halt::NoProgress);
-            }
-            let is_paused = Instant::now() < self.next_start;
-            let slots_are_short = !is_paused && self.start_workers();
-            if self.workers.is_empty() {
-                let is_waiting = is_paused || slots_are_short || self.has_set_aside();
-                if self.segment.header().has_ended() || !is_waiting {
-                    return Ok(());
-                }
-                if slots_are_short && !std::mem::replace(&mut waiting_was_logged, true) {
-                    log_message(
-                        PgLogLevel::LOG,
-                        Message::new(
-                            PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
-                            "autoprewarm is waiting for a background worker slot",
-                        )
-                        .hint("You may need to increase \"max_worker_processes\"."),
-                    );
-                }
-            }
+        while let Some(timeout) = self.advance()? {
             self.show_progress();
-            // The latch is set when a worker starts, finishes or exits, when the load is
-            // cancelled, and when the configuration is reloaded.
-            let timeout = match cancelled_since {
-                Some(_) => CANCEL_TIMEOUT,
-                None if is_paused => self.next_start - Instant::now(),
-                None => RETRY,
-            };
             latch::sleep_as_worker(Some(timeout), WaitEvent::Load);
             background::reload_configuration_if_due();
+        }
+        Ok(())
+    }
+
+    /// Handles what has happened, and starts workers. Returns how long to wait before the
+    /// next call, or until the latch is set: it is when a worker starts, finishes or
+    /// exits, when the load is cancelled, and when the configuration is reloaded. `None`
+    /// if no blocks are left to be loaded.
+    pub fn advance(&mut self) -> Result<Option<Duration>, Halt> {
+        self.segment.header().rate_limit.set(
+            settings::autoprewarm_max_rate(),
+            process::monotonic_micros(),
+        );
+        self.reap();
+        // At shutdown, workers are terminated, which is not a failure, and their
+        // chunks need not be handed out again.
+        if background::shutdown_requested() {
+            return Err(Halt::ShuttingDown);
+        }
+        if self.state.cancel_is_requested() {
+            self.end_because_cancelled();
+        } else if self.futile_exits >= FUTILE_EXITS + self.most_workers() {
+            return Err(Halt::NoProgress);
+        }
+        if Instant::now() >= self.next_look {
+            self.next_look = Instant::now() + LOOK;
+            self.leave_databases();
+        }
+        let is_paused = Instant::now() < self.next_start;
+        let slots_are_short = !is_paused && self.start_workers();
+        if self.workers.is_empty() {
+            let is_waiting = is_paused || slots_are_short || self.has_set_aside();
+            if self.segment.header().has_ended() || !is_waiting {
+                return Ok(None);
+            }
+            if slots_are_short {
+                self.wait_for_slot()?;
+            }
+        } else {
+            self.no_slot_since = None;
+        }
+        Ok(Some(match self.cancelled_since {
+            Some(_) => CANCEL_TIMEOUT,
+            None if !self.workers.is_empty() || self.has_set_aside() => LOOK,
+            None if is_paused => self.next_start - Instant::now(),
+            None => RETRY,
+        }))
+    }
+
+    fn end_because_cancelled(&mut self) {
+        self.segment.header().end_for(SkipReason::Cancelled);
+        let since = *self.cancelled_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= CANCEL_TIMEOUT {
+            self.terminate_workers();
+        } else {
+            for worker in &self.workers {
+                worker.handle.interrupt();
+            }
+        }
+    }
+
+    /// Notes that there is no slot for a worker. An error if that has lasted too long. A
+    /// later try does not wait: there is another one.
+    fn wait_for_slot(&mut self) -> Result<(), Halt> {
+        if self.segment.header().is_later_try() {
+            return Err(Halt::NoSlot);
+        }
+        let timeout = settings::autoprewarm_interval().unwrap_or(SLOT_TIMEOUT_WITHOUT_INTERVAL);
+        let since = *self.no_slot_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= timeout {
+            return Err(Halt::NoSlot);
+        }
+        if !std::mem::replace(&mut self.waiting_was_logged, true) {
+            log_message(
+                PgLogLevel::LOG,
+                Message::new(
+                    PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+                    "autoprewarm is waiting for a background worker slot",
+                )
+                .hint("You may need to increase \"max_worker_processes\"."),
+            );
+        }
+        Ok(())
+    }
+
+    /// Has workers leave the databases that commands need without connections, and sets
+    /// these databases aside.
+    fn leave_databases(&mut self) {
+        for index in 0..self.databases.len() {
+            if self.workers_in(index) == 0 || !self.is_wanted_alone(index) {
+                continue;
+            }
+            self.databases[index].set_aside_until = Some(Instant::now() + RETRY);
+            let header = self.segment.header();
+            let workers = self.workers.iter_mut();
+            for worker in workers.filter(|worker| worker.database == index) {
+                header.workers[worker.slot].ask_to_leave();
+                let since = *worker.asked_since.get_or_insert_with(Instant::now);
+                if since.elapsed() < LEAVE_TIMEOUT {
+                    worker.handle.interrupt();
+                } else {
+                    worker.handle.terminate();
+                }
+            }
+        }
+    }
+
+    fn is_wanted_alone(&self, index: usize) -> bool {
+        let database = self.databases[index].oid;
+        // Without room in the lock table, the leader looks again soon.
+        transaction::run(|transaction| database::is_wanted_alone(transaction, database))
+            .unwrap_or(false)
+    }
+
+    /// Whether two slots stay free for others when one more worker is started. Workers
+    /// that do not run yet have slots that are not counted as taken.
+    fn leaves_slots_to_others(&self) -> bool {
+        let is_pending = |worker: &&Worker| {
+            self.segment.header().workers[worker.slot].stage() == Stage::NotStarted
+        };
+        let pending = self.workers.iter().filter(is_pending).count();
+        slots::count_free() > FREE_SLOTS + pending
+    }
+
+    /// The maximum number of workers at once. A later try needs no speed.
+    fn most_workers(&self) -> usize {
+        match self.segment.header().is_later_try() {
+            true => 1,
+            false => settings::autoprewarm_workers().min(MAX_WORKERS),
         }
     }
 
@@ -186,9 +324,9 @@ impl Supervisor {
             let (stage, claim) = (slot.stage(), slot.claim());
             // The exit of a finished worker is not waited for: releasing its memory takes
             // a process some time.
-            if !stopped && stage != Stage::Finished {
+            if !stopped && !matches!(stage, Stage::Left | Stage::Finished) {
                 let database = &mut self.databases[self.workers[index].database];
-                if stage == Stage::Connected && database.set_aside_until <= Some(Instant::now()) {
+                if stage >= Stage::Connected && database.set_aside_until <= Some(Instant::now()) {
                     database.set_aside_until = None;
                 }
                 index += 1;
@@ -197,9 +335,17 @@ impl Supervisor {
             let worker = self.workers.swap_remove(index);
             match stage {
                 Stage::Finished => {}
-                Stage::Connected => {
+                // The database was set aside when the worker was asked to leave.
+                Stage::Left => {
+                    let claim = claim.map(|claim| (worker.database, claim));
+                    self.abandoned.extend(claim);
+                }
+                Stage::Connected | Stage::Retrying => {
                     self.count_exit();
-                    self.requeue(worker.database, claim);
+                    match claim {
+                        Some(claim) if self.is_tried_later(stage) => self.set_aside(claim),
+                        claim => self.requeue(worker.database, claim),
+                    }
                     self.databases[worker.database].set_aside_until = Some(Instant::now() + RETRY);
                 }
                 // It could not start or connect, most likely for a passing reason, so it is
@@ -219,6 +365,17 @@ impl Supervisor {
         for database in unconnected {
             self.could_not_connect(database);
         }
+    }
+
+    /// Whether the chunk of a worker that died in this stage is tried later rather than
+    /// handed out again.
+    fn is_tried_later(&self, stage: Stage) -> bool {
+        stage == Stage::Retrying || self.segment.header().is_later_try()
+    }
+
+    fn set_aside(&self, claim: Claim) {
+        let (header, cells) = (self.segment.header(), self.segment.cells());
+        header.set_aside(cells, claim);
     }
 
     /// Delays the start of the next worker.
@@ -283,7 +440,7 @@ impl Supervisor {
     fn give_up(&mut self, index: usize, reason: SkipReason) {
         self.databases[index].given_up = true;
         self.databases[index].set_aside_until = None;
-        let unclaimed = self.blocks_of(self.segment.cells()[index].close());
+        let unclaimed = self.blocks_left_of(self.segment.cells()[index].close());
         self.skip(reason, unclaimed);
         let abandoned: Vec<_> = self
             .abandoned
@@ -298,7 +455,7 @@ impl Supervisor {
     /// Starts as many workers as are allowed. Returns true if there are too few
     /// background worker slots.
     fn start_workers(&mut self) -> bool {
-        while self.workers.len() < most_workers() {
+        while self.workers.len() < self.most_workers() {
             let load = self.segment.header();
             if load.room.ahead(1) == 0 {
                 load.end_for(SkipReason::NoFreeBuffer);
@@ -311,6 +468,13 @@ impl Supervisor {
             {
                 self.give_up(database, reason);
                 continue;
+            }
+            if self.is_wanted_alone(database) {
+                self.databases[database].set_aside_until = Some(Instant::now() + RETRY);
+                continue;
+            }
+            if !self.workers.is_empty() && !self.leaves_slots_to_others() {
+                return false;
             }
             let taken: Vec<_> = self.workers.iter().map(|worker| worker.slot).collect();
             let slot = (0..MAX_WORKERS)
@@ -333,6 +497,7 @@ impl Supervisor {
                 handle,
                 slot,
                 database,
+                asked_since: None,
             });
         }
         false
@@ -383,10 +548,17 @@ impl Supervisor {
         })
     }
 
-    fn blocks_of(&self, chunks: Range<u32>) -> u64 {
+    /// How many blocks these chunks have left that no worker has claimed. In a later try
+    /// those are the blocks that were set aside, which are not set aside any more then.
+    fn blocks_left_of(&self, chunks: Range<u32>) -> u64 {
         let plan = PlanView::new(self.segment.words());
+        let (header, cells) = (self.segment.header(), self.segment.cells());
         chunks
-            .map(|index| plan.chunk(index).1.numbers().len() as u64)
+            .filter_map(|chunk| match header.is_later_try() {
+                true => header.take_set_aside(cells, chunk),
+                false => Some(Claim { chunk, done: 0 }),
+            })
+            .map(|claim| claim.blocks_left(plan) as u64)
             .sum()
     }
 
@@ -395,8 +567,12 @@ impl Supervisor {
     }
 
     fn skip(&self, reason: SkipReason, blocks: u64) {
-        self.stats()
-            .skip(self.segment.header().number(), reason, blocks);
+        let header = self.segment.header();
+        self.stats().skip(header.number(), reason, blocks);
+        if header.is_later_try() {
+            self.stats()
+                .take_back(header.number(), SkipReason::Locked, blocks);
+        }
     }
 
     fn show_progress(&self) {
@@ -410,23 +586,29 @@ impl Supervisor {
         self.segment.header().ended_for()
     }
 
+    /// Counts the blocks that are set aside as skipped for another reason than a lock, and
+    /// does not try them again.
+    pub fn give_up_set_aside(&self, reason: SkipReason) {
+        let chunks = PlanView::new(self.segment.words()).chunks();
+        let blocks = self.blocks_left_of(0..chunks);
+        self.skip(reason, blocks);
+    }
+
     /// Counts the blocks that are left as skipped.
     pub fn skip_rest(&self) {
+        if self.ended_for().is_none() {
+            self.skip(SkipReason::Locked, self.count_set_aside());
+        }
         let rest = self.stats().counts().rest();
         if let Some(reason) = self.ended_for() {
             self.skip(reason, rest);
         } else {
             let shared = self.segment.header().shared_unclaimed();
-            let shared = self.blocks_of(shared).min(rest);
+            let shared = self.blocks_left_of(shared).min(rest);
             self.skip(SkipReason::NoDatabase, shared);
             self.skip(SkipReason::Interrupted, rest - shared);
         }
     }
-}
-
-/// The maximum number of workers at once.
-fn most_workers() -> usize {
-    settings::autoprewarm_workers().min(MAX_WORKERS)
 }
 
 /// Why no worker is to be started in a database, given its row in `pg_database`. `None`

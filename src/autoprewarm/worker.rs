@@ -3,12 +3,15 @@
 //! Workers are not told what to load: each claims one chunk after another from the
 //! [`Load`] that the leader has put into shared memory, until none is left for its
 //! database. So several workers can share a large database, and a worker that dies
-//! leaves undone only its current chunk, and those that it had set aside because
-//! their relations were locked.
+//! leaves undone only its current chunk.
 //!
-//! A worker does not disturb other sessions: it never waits for a relation's lock,
-//! releases its own every few milliseconds, holds no snapshot while it reads, and
-//! reads only into free buffers.
+//! A worker does not disturb other sessions: it releases its lock on a relation every
+//! few milliseconds, holds no snapshot while it reads, and reads only into free buffers.
+//! It sets aside what is locked, and tries it again at its end: first it waits for no
+//! lock, as most are held only briefly; then in the ordinary queue, since with a session
+//! that reads the table and another that waits to change it, the lock is never free
+//! for one that does not queue. It holds no other lock meanwhile, so there is no
+//! deadlock.
 
 use std::cell::Cell;
 use std::ops::ControlFlow::{Break, Continue};
@@ -21,16 +24,22 @@ use crate::pace::{Pace, TURN};
 use crate::pg::process::activity::{self, Kind, Progress, ShownProgress};
 use crate::pg::process::latch::{WaitEvent, sleep_as_worker};
 use crate::pg::process::transaction::{self, Transaction};
-use crate::pg::process::{self, background};
+use crate::pg::process::{self, background, lock_timeout};
 use crate::pg::shared::segment::Segment;
 use crate::pg::storage::prefault::Prefaulter;
 use crate::pg::storage::relation::{Locator, Opened, Relation};
 use crate::pg::storage::{ReadEnd, buffer, database};
 
 /// When all other chunks are done, those that were set aside (usually because their
-/// relations were locked) are retried. They are skipped after this time without
-/// progress.
-const LOCKED_TIMEOUT: Duration = Duration::from_secs(3);
+/// relations were locked) are retried. They are left after this time without progress,
+/// and if it was for a lock, tried again later.
+const LOCKED_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often they are retried before the worker waits for the lock.
+const TRIES_WITHOUT_WAITING: u32 = 4;
+
+/// The shortest wait for a relation's lock, if many relations are locked.
+const SHORTEST_LOCK_WAIT: Duration = Duration::from_millis(100);
 
 /// How long to wait between two retries of chunks that were set aside.
 const LOCKED_RETRY: Duration = Duration::from_millis(50);
@@ -72,7 +81,7 @@ pub fn main(argument: WorkerArgument) {
         state: State::attach(),
         load,
         slot,
-        cursor: load.cursor(slot, segment.cells()),
+        cursors: segment.cells(),
         plan: PlanView::new(segment.words()),
         prefaulter: Prefaulter::new(&load.prefaulted),
         pace: Pace::new(),
@@ -93,18 +102,26 @@ pub fn main(argument: WorkerArgument) {
     let mut pauses = 0..LOCKED_PAUSES;
     while let Some(claim) = load.next_claim(slot, segment.cells()) {
         worker.count_claim(claim);
-        if let ChunkEnd::SetAside(rest) = worker.load_chunk(claim) {
+        let end = worker.load_chunk(claim, None);
+        if let ChunkEnd::SetAside(rest) = end {
+            load.set_aside(segment.cells(), rest.claim);
             set_aside.push(rest);
+            slot.give_up_claim();
             if pauses.next().is_some() {
                 sleep_as_worker(Some(LOCKED_PAUSE), WaitEvent::LockedRelation);
             }
+        } else if !slot.is_asked_to_leave() {
+            slot.give_up_claim();
         }
-        slot.give_up_claim();
     }
+    slot.reach(Stage::Retrying);
     worker.retry(set_aside);
     Progress::end();
     activity::report_idle();
-    slot.reach(Stage::Finished);
+    slot.reach(match slot.is_asked_to_leave() {
+        true => Stage::Left,
+        false => Stage::Finished,
+    });
     worker.state.wake_leader();
 }
 
@@ -112,8 +129,7 @@ struct Worker<'a> {
     state: &'static State,
     load: &'a Load,
     slot: &'a Slot,
-    /// The cursor of the worker's database.
-    cursor: &'a Cursor,
+    cursors: &'a [Cursor],
     plan: PlanView<'a>,
     prefaulter: Prefaulter<'a>,
     pace: Pace,
@@ -136,6 +152,7 @@ enum ChunkEnd {
 
 /// The rest of a chunk that cannot be loaded now, and why it is skipped if that does not
 /// change.
+#[derive(Clone, Copy)]
 struct Rest {
     claim: Claim,
     reason: SkipReason,
@@ -161,35 +178,102 @@ impl Worker<'_> {
     }
 
     /// Retries the chunks that were set aside, until there has been no progress for
-    /// [`LOCKED_TIMEOUT`].
+    /// [`LOCKED_TIMEOUT`]. What is locked then stays set aside.
     fn retry(&self, mut set_aside: Vec<Rest>) {
+        let mut tries = 0;
         let mut last_progress = Instant::now();
-        while !set_aside.is_empty() && !self.load.has_ended() {
-            let last_try = last_progress.elapsed() >= LOCKED_TIMEOUT;
+        while !set_aside.is_empty() && !self.is_to_end() {
+            let is_last = last_progress.elapsed() >= LOCKED_TIMEOUT;
             let mut still = Vec::new();
-            for rest in &set_aside {
-                if let ChunkEnd::SetAside(rest) = self.load_chunk(rest.claim) {
-                    still.push(rest);
+            // Chunks of the same relation follow one another.
+            let mut locked = None;
+            for (index, rest) in set_aside.iter().enumerate() {
+                let file = self.file_of(rest.claim.chunk);
+                if locked == Some(file) {
+                    still.push(*rest);
+                    continue;
+                }
+                let left = LOCKED_TIMEOUT.saturating_sub(last_progress.elapsed());
+                let wait = (tries >= TRIES_WITHOUT_WAITING && !left.is_zero()).then(|| {
+                    let others = self.count_relations(&set_aside[index..]);
+                    (left / others).max(SHORTEST_LOCK_WAIT)
+                });
+                let chunk = rest.claim.chunk;
+                let Some(claim) = self.load.claim_set_aside(self.slot, self.cursors, chunk) else {
+                    continue;
+                };
+                match self.load_chunk(claim, wait) {
+                    ChunkEnd::SetAside(rest) => {
+                        self.load.set_aside(self.cursors, rest.claim);
+                        self.slot.give_up_claim();
+                        still.push(rest);
+                        if rest.claim == claim {
+                            locked = Some(file);
+                        } else {
+                            last_progress = Instant::now();
+                        }
+                    }
+                    // The leader finds the claim in the slot.
+                    ChunkEnd::Done if self.slot.is_asked_to_leave() => return,
+                    ChunkEnd::Done => {
+                        self.slot.give_up_claim();
+                        last_progress = Instant::now();
+                    }
                 }
             }
-            let claims = |rests: &[Rest]| rests.iter().map(|rest| rest.claim).collect::<Vec<_>>();
-            if claims(&still) != claims(&set_aside) {
-                last_progress = Instant::now();
-            } else if last_try {
-                for rest in &still {
-                    self.skip(rest.reason, rest.claim.blocks_left(self.plan));
-                }
+            if is_last && last_progress.elapsed() >= LOCKED_TIMEOUT {
+                self.skip_unless_locked(&still);
                 return;
             }
             set_aside = still;
+            tries += 1;
             if !set_aside.is_empty() {
                 sleep_as_worker(Some(LOCKED_RETRY), WaitEvent::LockedRelation);
             }
         }
     }
 
-    /// Loads a chunk in turns, skipping blocks that cannot be loaded.
-    fn load_chunk(&self, claim: Claim) -> ChunkEnd {
+    /// Skips what was set aside for another reason than a lock.
+    fn skip_unless_locked(&self, rests: &[Rest]) {
+        for rest in rests {
+            if rest.reason != SkipReason::Locked {
+                let claim = self.load.take_set_aside(self.cursors, rest.claim.chunk);
+                self.skip(
+                    rest.reason,
+                    claim.map_or(0, |claim| claim.blocks_left(self.plan)),
+                );
+            }
+        }
+    }
+
+    /// The relation's file that a chunk is of.
+    fn file_of(&self, chunk: u32) -> Locator {
+        let (chunk, _) = self.plan.chunk(chunk);
+        Locator {
+            database: chunk.database,
+            tablespace: chunk.tablespace,
+            filenumber: chunk.filenumber,
+        }
+    }
+
+    /// How many relations these chunks are of: at least one.
+    fn count_relations(&self, rests: &[Rest]) -> u32 {
+        let mut relations = 1;
+        for pair in rests.windows(2) {
+            let differ = self.file_of(pair[0].claim.chunk) != self.file_of(pair[1].claim.chunk);
+            relations += u32::from(differ);
+        }
+        relations
+    }
+
+    /// Whether the load has ended, or the worker is to leave.
+    fn is_to_end(&self) -> bool {
+        self.load.has_ended() || self.slot.is_asked_to_leave()
+    }
+
+    /// Loads a chunk in turns, skipping blocks that cannot be loaded. Before the first
+    /// turn, the relation's lock is waited for no longer than `wait`, if at all.
+    fn load_chunk(&self, claim: Claim, mut wait: Option<Duration>) -> ChunkEnd {
         let (_, blocks) = self.plan.chunk(claim.chunk);
         let total = blocks.numbers().len();
         let done = Cell::new(claim.done as usize);
@@ -205,7 +289,7 @@ impl Worker<'_> {
             let claim = Claim { done, ..claim };
             ChunkEnd::SetAside(Rest { claim, reason })
         };
-        while done.get() < total && !self.load.has_ended() {
+        while done.get() < total && !self.is_to_end() {
             let wanted = total - done.get();
             let allowed = match self.load.rate_limit.take(wanted, process::monotonic_micros) {
                 Ok(allowed) => allowed,
@@ -223,11 +307,19 @@ impl Worker<'_> {
                 opened: Cell::new(false),
                 read: Cell::new(0),
             };
-            let end = match transaction::run(|transaction| {
-                self.load_turn(transaction, claim.chunk, &turn)
-            }) {
+            let run = |waits| {
+                transaction::run(|transaction| {
+                    self.load_turn(transaction, claim.chunk, &turn, waits)
+                })
+            };
+            let end = match wait.take() {
+                Some(wait) => lock_timeout::limit(wait, || run(true)),
+                None => run(false),
+            };
+            let end = match end {
                 // Replay on a standby needed the relation. The blocks can be read later.
                 Err(caught) if caught.is_conflict_with_recovery() => Ok(TurnEnd::Locked),
+                Err(caught) if caught.is_lock_timeout() => Ok(TurnEnd::Locked),
                 end => end,
             };
             self.load.rate_limit.give_back(allowed - turn.read.get());
@@ -274,15 +366,18 @@ impl Worker<'_> {
 
     /// Runs one turn: opens and locks the chunk's relation, and loads blocks until the
     /// time is up.
-    fn load_turn(&self, transaction: &Transaction, chunk: u32, turn: &Turn) -> TurnEnd {
-        let start = Instant::now();
+    fn load_turn(
+        &self,
+        transaction: &Transaction,
+        chunk: u32,
+        turn: &Turn,
+        waits: bool,
+    ) -> TurnEnd {
+        let locator = self.file_of(chunk);
         let (chunk, blocks) = self.plan.chunk(chunk);
-        let locator = Locator {
-            database: chunk.database,
-            tablespace: chunk.tablespace,
-            filenumber: chunk.filenumber,
-        };
-        let relation = match Relation::open_by_file_if_free(transaction, locator) {
+        let opened = Relation::open_by_file(transaction, locator, waits);
+        let start = Instant::now();
+        let relation = match opened {
             Opened::Open(relation) => relation,
             Opened::Locked => return TurnEnd::Locked,
             Opened::Gone => return TurnEnd::Skip(SkipReason::NoRelation),
@@ -315,7 +410,7 @@ impl Worker<'_> {
                 buffer.restore_usage_count(blocks.usage_count(first + index));
                 self.prefaulter.prefault_after(buffer.index());
                 turn.done.set(turn.done.get() + 1);
-                if start.elapsed() < TURN && !self.load.has_ended() {
+                if start.elapsed() < TURN && !self.is_to_end() {
                     Continue(())
                 } else {
                     Break(())
@@ -330,11 +425,22 @@ impl Worker<'_> {
         }
     }
 
+    /// Counts blocks as loaded, or cached already.
+    fn count(&self, loaded: u64, cached: u64) {
+        let (stats, number) = (&self.state.load, self.load.number());
+        stats.count(number, loaded, cached);
+        if self.load.is_later_try() {
+            stats.take_back(number, SkipReason::Locked, loaded + cached);
+        }
+    }
+
     /// Counts blocks as skipped.
     fn skip(&self, reason: SkipReason, blocks: usize) {
-        self.state
-            .load
-            .skip(self.load.number(), reason, blocks as u64);
+        let (stats, number) = (&self.state.load, self.load.number());
+        stats.skip(number, reason, blocks as u64);
+        if self.load.is_later_try() {
+            stats.take_back(number, SkipReason::Locked, blocks as u64);
+        }
         self.progress
             .change(|progress| progress.skipped += blocks as u64);
     }
@@ -344,7 +450,8 @@ impl Worker<'_> {
         let reported = self.reported.get();
         if reported.is_none_or(|reported| reported.elapsed() >= REPORT_INTERVAL) {
             self.reported.set(Some(Instant::now()));
-            let percent = format!(", {} %", self.cursor.percent_claimed());
+            let cursor = self.load.cursor(self.slot, self.cursors);
+            let percent = format!(", {} %", cursor.percent_claimed());
             activity::report([b"loading ", &*self.database, percent.as_bytes()].concat());
         }
     }
@@ -401,10 +508,7 @@ impl Drop for Tally<'_> {
         let read = loaded as usize;
         self.turn.read.set(read);
         let worker = self.worker;
-        worker
-            .state
-            .load
-            .count(worker.load.number(), loaded, cached);
+        worker.count(loaded, cached);
         // If this worker is terminated before the next turn, the worker that gets the
         // rest of the chunk must not count these blocks again.
         worker.slot.set_done(self.turn.done.get());

@@ -48,7 +48,7 @@ mod tests {
             tablespace: record.tablespace,
             filenumber: record.filenumber,
         };
-        match Relation::open_by_file_if_free(transaction(), locator) {
+        match Relation::open_by_file(transaction(), locator, false) {
             Opened::Open(relation) => Some(relation),
             Opened::Locked | Opened::Gone => None,
         }

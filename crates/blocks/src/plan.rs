@@ -274,6 +274,11 @@ impl Plan {
             })
     }
 
+    /// How many blocks each chunk has.
+    pub fn chunk_sizes(&self) -> impl ExactSizeIterator<Item = u32> {
+        self.chunks.iter().map(|chunk| chunk.count)
+    }
+
     /// How many words [`Plan::encode`] fills.
     pub fn words(&self) -> usize {
         HEADER_WORDS
@@ -451,6 +456,11 @@ impl<'a> PlanView<'a> {
             blocks,
             usage_counts,
         }
+    }
+
+    /// How many chunks there are.
+    pub fn chunks(self) -> usize {
+        self.chunks.len() / CHUNK_WORDS
     }
 
     /// The chunk at that index, and its blocks.

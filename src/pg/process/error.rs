@@ -43,6 +43,14 @@ impl Caught {
         self.sqlstate == PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE
     }
 
+    /// Whether a lock was waited for too long, or the wait was interrupted.
+    pub fn is_lock_timeout(&self) -> bool {
+        matches!(
+            self.sqlstate,
+            PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE | PgSqlErrorCode::ERRCODE_QUERY_CANCELED
+        )
+    }
+
     /// Whether memory, room in the lock table or open files were short. A retry may
     /// succeed.
     pub fn is_shortage(&self) -> bool {

@@ -11,6 +11,7 @@ mod allocator;
 pub mod background;
 pub mod error;
 pub mod latch;
+pub mod lock_timeout;
 pub mod memory;
 pub mod report;
 mod reserve;

@@ -8,4 +8,5 @@ pub mod contents;
 pub mod named;
 pub mod parallel;
 pub mod segment;
+pub mod slots;
 pub mod worker;

@@ -115,6 +115,18 @@ impl Handle {
         status == pg_sys::BgwHandleStatus::BGWH_STARTED
     }
 
+    /// Ends its wait for a lock, if it waits within [`crate::pg::process::lock_timeout`].
+    pub fn interrupt(&self) {
+        let mut pid = 0;
+        // SAFETY: the handle was made by the server, and is freed by `drop` only.
+        let status = unsafe { pg_sys::GetBackgroundWorkerPid(self.0, &mut pid) };
+        if status == pg_sys::BgwHandleStatus::BGWH_STARTED {
+            // SAFETY: the postmaster has started a process of that ID and not noticed its
+            // end. Workers handle this signal, or ignore it.
+            unsafe { libc::kill(pid, libc::SIGINT) };
+        }
+    }
+
     /// Asks the postmaster to terminate it, or not to start it.
     pub fn terminate(&self) {
         // SAFETY: the handle was made by the server, and is freed by `drop` only.

@@ -42,6 +42,34 @@ impl Database {
     }
 }
 
+/// Whether a command holds or waits for a lock on the database that keeps new connections
+/// out. Such a command needs the database without connections: `DROP DATABASE`, `ALTER
+/// DATABASE … RENAME` and `… SET TABLESPACE` lock it exclusively, and `CREATE DATABASE`
+/// locks its template in share mode.
+pub fn is_wanted_alone(_transaction: &Transaction, database: Oid) -> bool {
+    const NO_WAIT: bool = true;
+    // What a new connection locks the database with.
+    let mode = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+    let tag = pg_sys::LOCKTAG {
+        locktag_field1: pg_sys::InvalidOid.to_u32(),
+        locktag_field2: pg_sys::DatabaseRelationId.to_u32(),
+        locktag_field3: database,
+        locktag_field4: 0,
+        locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
+        locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
+    };
+    // SAFETY: a transaction is open. The tag is made as `SET_LOCKTAG_OBJECT` does, and the
+    // lock is released in the mode in which it was taken.
+    unsafe {
+        let result = pg_sys::LockAcquire(&tag, mode, false, NO_WAIT);
+        if result == pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL {
+            return true;
+        }
+        pg_sys::LockRelease(&tag, mode, false);
+    }
+    false
+}
+
 /// The name of a database, in the server's encoding; its OID if it has none. Runs a
 /// transaction.
 pub fn name(database: Oid) -> Vec<u8> {

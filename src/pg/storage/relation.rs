@@ -16,10 +16,10 @@ const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 /// `INVALID_PROC_NUMBER`, the backend of relations that are not temporary.
 const NO_BACKEND: i32 = -1;
 
-/// What came of opening a relation without waiting for locks.
+/// What came of opening a relation by its file.
 pub enum Opened<'t> {
     Open(Relation<'t>),
-    /// It is locked in a conflicting mode.
+    /// It is locked in a conflicting mode, or a process waits for such a lock.
     Locked,
     /// No relation has that file.
     Gone,
@@ -86,9 +86,9 @@ impl<'t> Relation<'t> {
         })
     }
 
-    /// Opens the permanent or unlogged relation that has this file now, unless that would
-    /// mean to wait for a lock.
-    pub fn open_by_file_if_free(transaction: &'t Transaction, locator: Locator) -> Opened<'t> {
+    /// Opens the permanent or unlogged relation that has this file now. Waits for its lock
+    /// only if `wait` says so.
+    pub fn open_by_file(transaction: &'t Transaction, locator: Locator, wait: bool) -> Opened<'t> {
         // SAFETY: a transaction is open.
         let relation = unsafe {
             let oid =
@@ -96,7 +96,11 @@ impl<'t> Relation<'t> {
             if oid == pg_sys::InvalidOid {
                 return Opened::Gone;
             }
-            if !pg_sys::ConditionalLockRelationOid(oid, LOCK) {
+            if wait {
+                // It would hold back `xmin` meanwhile.
+                transaction.release_catalog_snapshot();
+                pg_sys::LockRelationOid(oid, LOCK);
+            } else if !pg_sys::ConditionalLockRelationOid(oid, LOCK) {
                 return Opened::Locked;
             }
             let relation = pg_sys::try_relation_open(oid, pg_sys::NoLock as pg_sys::LOCKMODE);

@@ -15,6 +15,7 @@
 //! - A **call** may evict any block but those that it has read itself
 //!   ([`count_evictable_before`]).
 
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 
 use pgrx::pg_sys;
@@ -55,12 +56,12 @@ pub fn survey() -> Room {
 }
 
 /// The room of one load, which its workers share.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct LoadRoom {
     /// Clean blocks with a lower usage count are replaced.
     replaced_below: usize,
     /// Where the clock hand was when the load began, see [`clock_hand`].
-    start: u64,
+    start: AtomicU64,
 }
 
 impl LoadRoom {
@@ -68,8 +69,13 @@ impl LoadRoom {
     pub fn new(budget: Budget) -> Self {
         Self {
             replaced_below: budget.replaced_below,
-            start: clock_hand().0,
+            start: AtomicU64::new(clock_hand().0),
         }
+    }
+
+    /// Lets the clock hand go round once more, from where it is now.
+    pub fn begin_again(&self) {
+        self.start.store(clock_hand().0, Relaxed);
     }
 
     /// How many blocks may be read now, at most `most`. Serves interrupts.
@@ -78,7 +84,7 @@ impl LoadRoom {
             return most;
         }
         let (turned, next) = clock_hand();
-        let passed = usize::try_from(turned.wrapping_sub(self.start)).unwrap_or(usize::MAX);
+        let passed = usize::try_from(turned.wrapping_sub(self.start.load(Relaxed))).unwrap_or(usize::MAX);
         let not_passed = count().saturating_sub(passed);
         let reserve = reserve();
         let mut found = 0;

@@ -15,6 +15,7 @@ macro_rules! define_signal_handlers {
             pub fn SignalHandlerForShutdownRequest($(_: $argument),+);
             pub fn SignalHandlerForConfigReload($(_: $argument),+);
             pub fn die($(_: $argument),+);
+            pub fn StatementCancelHandler($(_: $argument),+);
         }
 
         /// Does nothing.

@@ -12,6 +12,7 @@ use crate::blocks::{Fork, Oid, Record};
 pub const SESSION_SETTINGS: &[(&CStr, &CStr)] = &[
     (c"statement_timeout", c"0"),
     (c"lock_timeout", c"0"),
+    (c"log_lock_waits", c"off"),
     (c"idle_in_transaction_session_timeout", c"0"),
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
     (c"transaction_timeout", c"0"),

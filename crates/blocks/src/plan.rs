@@ -454,5 +454,6 @@ impl<'a> ChunkBlocks<'a> {
     }
 }
 
+mod shrink;
 #[cfg(test)]
 mod tests;

@@ -146,6 +146,20 @@ fn a_plan() {
 }
 
 #[test]
+fn a_plan_that_is_made_smaller() {
+    let text = text();
+    refuse_each_request(
+        1,
+        || {
+            let list = BlockList::read(&text[..], text.len() as u64).unwrap();
+            Plan::new(list, std::iter::empty(), 4000).unwrap()
+        },
+        |mut plan| plan.shrink(1000),
+        |_| true,
+    );
+}
+
+#[test]
 fn a_list_that_is_written() {
     // As many records as were expected, and more than that.
     for expected in [4000, 1000] {

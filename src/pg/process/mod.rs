@@ -12,6 +12,7 @@ pub mod background;
 pub mod error;
 pub mod latch;
 pub mod memory;
+pub mod postmaster;
 pub mod report;
 mod reserve;
 pub mod transaction;

@@ -62,10 +62,14 @@ pub enum Fault {
     PoorProcess,
     /// but so many bytes.
     MemoryLeft,
+    /// A new segment of dynamic shared memory may have so many bytes.
+    SegmentSize,
+    /// What a larger one fails with.
+    SegmentError,
 }
 
 impl Fault {
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::Clock,
         Self::Uptime,
         Self::ReadDelay,
@@ -80,6 +84,8 @@ impl Fault {
         Self::RefusedMemory,
         Self::PoorProcess,
         Self::MemoryLeft,
+        Self::SegmentSize,
+        Self::SegmentError,
     ];
 }
 

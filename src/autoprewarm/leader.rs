@@ -1,6 +1,9 @@
 //! The leader: loads the list when it starts and on request, and dumps it at
 //! intervals and at shutdown.
 //!
+//! A smart shutdown waits for all sessions, perhaps until the server is killed. So the
+//! leader also dumps when it is requested.
+//!
 //! A file that cannot be read or written is a warning and is tried again later; it
 //! never ends the process. The leader does not dump before the load has ended,
 //! since that would replace a good list with one of the few blocks cached so far.
@@ -11,12 +14,13 @@ use pgrx::PgLogLevel;
 
 use super::dump::{self, Unlogged};
 use super::load::{self, Outcome};
+use super::mark;
 use super::state::{Phase, State};
 use super::stats::LoadResult;
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::latch::{self, WaitEvent};
 use crate::pg::process::report::{Message, SUCCESS};
-use crate::pg::process::{activity, background, transaction};
+use crate::pg::process::{activity, background, postmaster, transaction};
 use crate::settings;
 
 /// When a load that failed is tried again if there are no dumps at intervals.
@@ -24,6 +28,9 @@ const RETRY_WITHOUT_INTERVAL: Duration = Duration::from_secs(300);
 
 /// How long the leader waits at shutdown for a session that is dumping.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often the leader looks whether a smart shutdown was requested.
+const SHUTDOWN_POLL: Duration = Duration::from_secs(1);
 
 /// Runs the leader until the server shuts down or terminates it.
 pub fn main() {
@@ -37,15 +44,29 @@ pub fn main() {
         return;
     }
 
-    if state.phase() == Phase::Due {
-        load(state);
+    match state.phase() {
+        Phase::Due => load(state),
+        // Its former leader has ended, and the server has not crashed.
+        Phase::Failed => mark::remove(state),
+        _ => {}
     }
     // A dump right after the load would be pointless, so the interval begins here.
     // If a former leader has just ended, its last list may be better than what is
     // cached now.
     let mut last = Instant::now();
+    let mut is_stopping = false;
     while !background::shutdown_requested() {
         let reloaded = background::reload_configuration_if_due();
+        // While sessions go on, the end of a smart shutdown may be far away, and the server
+        // be killed before.
+        if !is_stopping && postmaster::is_stopping() {
+            is_stopping = true;
+            if state.phase() == Phase::Ended {
+                last = Instant::now();
+                try_dump(state, Unlogged::LeftOut);
+                continue;
+            }
+        }
         let has_failed = state.phase() == Phase::Failed;
         let interval =
             settings::autoprewarm_interval().or(has_failed.then_some(RETRY_WITHOUT_INTERVAL));
@@ -57,8 +78,14 @@ pub fn main() {
             last = Instant::now();
         } else if interval_is_over {
             last = Instant::now();
-            try_dump(state, Unlogged::LeftOut);
+            if state.phase() != Phase::Suspended {
+                try_dump(state, Unlogged::LeftOut);
+            }
         } else {
+            let wait = match is_stopping {
+                true => wait,
+                false => Some(wait.unwrap_or(SHUTDOWN_POLL).min(SHUTDOWN_POLL)),
+            };
             latch::sleep_as_worker(wait, WaitEvent::Leader);
         }
     }
@@ -69,17 +96,20 @@ pub fn main() {
             wait_for_other_dumps(state);
             try_dump(state, Unlogged::Included);
         }
-        Phase::Cancelled => {}
+        Phase::Cancelled | Phase::Suspended => {}
         Phase::Due | Phase::Loading | Phase::Failed => state.postpone_load(),
     }
 }
 
 fn load(state: &'static State) {
     let before = state.phase();
+    let was_requested = state.load_is_requested();
     state.begin_load();
     activity::report(b"loading".to_vec());
-    let (phase, result) = match load::run(state) {
+    let (phase, result) = match load::run(state, was_requested) {
         Outcome::Completed => (Phase::Ended, LoadResult::Completed),
+        Outcome::NoList => (Phase::Ended, LoadResult::NoList),
+        Outcome::Suspended => (Phase::Suspended, LoadResult::Suspended),
         Outcome::Cancelled => (Phase::Cancelled, LoadResult::Cancelled),
         // Unless the list was loaded before, the load is retried: the dump in progress
         // may fail, and then the old list is still to be loaded.

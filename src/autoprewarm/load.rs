@@ -1,26 +1,25 @@
 //! Loading the list: the leader's side.
 //!
-//! The leader reads the list, makes the plan and puts it into shared memory. It has the
+//! The leader reads the list, makes the plan and [shares](super::share) it. It has the
 //! plan's chunks loaded by workers, which it [supervises](super::supervise), and logs the
 //! result.
 
 use std::collections::HashMap;
-use std::io;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
-use super::DUMP_FILE;
-use super::shared::{Cursor, Load};
+use super::mark::{self, Mark};
+use super::share::share;
 use super::state::State;
-use super::supervise::{Halt, Supervisor, reason_to_skip};
-use crate::blocks::{BlockList, Plan, SkipReason, UsageCounts};
+use super::supervise::{Halt, Supervisor};
+use super::{DUMP_FILE, no_list};
+use crate::blocks::{BlockList, Oid, Plan, SkipReason, UsageCounts};
 use crate::error::Error;
 use crate::pg::process::background;
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::memory::{Infallible, fallible};
 use crate::pg::process::report::Message;
 use crate::pg::process::transaction::{self, Transaction};
-use crate::pg::shared::segment::Segment;
 use crate::pg::storage::database::Database;
 use crate::pg::storage::{buffer, file, room};
 
@@ -38,8 +37,12 @@ const RETRIED: &str = "The load is retried after \"pg_prewarm.autoprewarm_interv
 pub enum Outcome {
     /// All blocks of the list were loaded or skipped.
     Completed,
+    /// There is no list.
+    NoList,
     /// The load was cancelled.
     Cancelled,
+    /// The load was not begun, since the server has crashed during the last ones.
+    Suspended,
     /// The list is in use: a new one is being written.
     InUse,
     /// The list is still to be loaded: the server is shutting down, or the load has
@@ -47,8 +50,9 @@ pub enum Outcome {
     StillDue,
 }
 
-/// Loads the list. The caller has recorded in the state that a load has begun.
-pub fn run(state: &'static State) -> Outcome {
+/// Loads the list. The caller has recorded in the state that a load has begun, and says
+/// whether a session has requested it.
+pub fn run(state: &'static State, was_requested: bool) -> Outcome {
     let _in_use = match state.use_dump_file() {
         Ok(in_use) => in_use,
         Err(pid) => {
@@ -59,9 +63,35 @@ pub fn run(state: &'static State) -> Outcome {
             return Outcome::InUse;
         }
     };
-    match transaction::run(|transaction| prepare(transaction, state)) {
-        Ok(Ok(Some(supervisor))) => load(supervisor, state),
-        Ok(Ok(None)) => Outcome::Completed,
+    if let Some(reason) = no_list::reason() {
+        no_list::report(&reason);
+        mark::remove(state);
+        return Outcome::NoList;
+    }
+    match mark::begin(state, was_requested) {
+        Ok(mark) => run_marked(state, mark),
+        Err(crashes) => {
+            mark::report(state, &crashes);
+            Outcome::Suspended
+        }
+    }
+}
+
+fn run_marked(state: &'static State, mark: Mark) -> Outcome {
+    let outcome = read_and_load(state);
+    mark.end();
+    outcome
+}
+
+fn read_and_load(state: &'static State) -> Outcome {
+    let prepared = transaction::run(|transaction| prepare(transaction, state));
+    let shared = match prepared {
+        Ok(Ok((plan, existing))) => share(plan, &existing, state).map(Ok),
+        Ok(Err(error)) => Ok(Err(error)),
+        Err(caught) => Err(caught),
+    };
+    match shared {
+        Ok(Ok(supervisor)) => load(supervisor, state),
         // A request to stop was noticed while the list was being read.
         Ok(Err(_)) if background::shutdown_requested() => Outcome::StillDue,
         Ok(Err(_)) if state.cancel_is_requested() => {
@@ -81,12 +111,14 @@ pub fn run(state: &'static State) -> Outcome {
     }
 }
 
-/// Reads the list and puts its plan into shared memory. `None` if there is no list.
-fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Supervisor>, Error> {
+/// Reads the list and makes its plan. Returns which databases exist as well, if the plan
+/// is not empty.
+fn prepare(
+    transaction: &Transaction,
+    state: &State,
+) -> Result<(Plan, HashMap<Oid, Database>), Error> {
     let is_to_stop = || background::shutdown_requested() || state.cancel_is_requested();
-    let Some(list) = read_list(is_to_stop)? else {
-        return Ok(None);
-    };
+    let list = read_list(is_to_stop)?;
     report_defects(&list, state);
     let stats = &state.load;
     stats.set_total(list.entries.len() as u64);
@@ -104,27 +136,7 @@ fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Su
     // shared buffers.
     let any = plan.databases().next();
     let existing = any.map_or_else(HashMap::new, |_| Database::all(transaction));
-    let mut shared = 0..0;
-    let mut databases = Vec::new();
-    for database in plan.databases() {
-        if database.database == 0 {
-            // Shared catalogs can be read from any database, so they need no worker of
-            // their own.
-            shared = database.chunks;
-        } else if let Some(reason) = reason_to_skip(existing.get(&database.database)) {
-            skip(reason, database.blocks);
-        } else {
-            databases.push(database);
-        }
-    }
-    let cursors: Vec<_> = databases
-        .iter()
-        .map(|database| Cursor::new(database.chunks.clone()))
-        .collect();
-    let load = Load::new(number, shared);
-    let segment = Segment::create(load, &cursors, plan.words(), |words| plan.encode(words));
-    let databases = databases.iter().map(|database| database.database);
-    Ok(Some(Supervisor::new(state, segment, databases)))
+    Ok((plan, existing))
 }
 
 /// Has workers load the plan, and logs the result.
@@ -189,18 +201,13 @@ fn report_defects(list: &BlockList, state: &State) {
     }
 }
 
-/// Reads the list. `None` if there is no file; an error if `is_to_stop` becomes true.
-fn read_list(is_to_stop: impl Fn() -> bool) -> Result<Option<BlockList>, Error> {
-    match file::open(DUMP_FILE) {
-        Ok((reader, size)) => {
-            let reader = Infallible(file::Interruptible { reader, is_to_stop });
-            Ok(Some(fallible(|| BlockList::read(reader, size))?))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::File {
-            action: "read",
-            path: DUMP_FILE,
-            source,
-        }),
-    }
+/// Reads the list. An error if `is_to_stop` becomes true.
+fn read_list(is_to_stop: impl Fn() -> bool) -> Result<BlockList, Error> {
+    let (reader, size) = file::open(DUMP_FILE).map_err(|source| Error::File {
+        action: "read",
+        path: DUMP_FILE,
+        source,
+    })?;
+    let reader = Infallible(file::Interruptible { reader, is_to_stop });
+    Ok(fallible(|| BlockList::read(reader, size))?)
 }

@@ -6,6 +6,7 @@
 mod common;
 
 mod bad_files;
+mod crash_loop;
 mod discard;
 mod functions;
 mod list;
@@ -16,6 +17,8 @@ mod resources;
 mod restart;
 mod security;
 mod settings;
+mod short_memory;
+mod shutdown;
 mod slow_disk;
 mod standby;
 mod stat;

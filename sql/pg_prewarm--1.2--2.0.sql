@@ -88,6 +88,7 @@ CREATE FUNCTION pg_stat_get_autoprewarm(
     OUT skipped_unreadable bigint,
     OUT skipped_locked bigint,
     OUT skipped_no_free_buffer bigint,
+    OUT skipped_no_shared_memory bigint,
     OUT skipped_interrupted bigint,
     OUT skipped_cancelled bigint,
     OUT last_dump_time timestamp with time zone,

@@ -531,22 +531,65 @@ fn blocks_that_clients_have_read_are_not_evicted_by_a_load() {
     assert_eq!(evicted, 0);
 }
 
-#[test]
-fn a_missing_list_is_loaded_silently() {
-    let cluster = Cluster::build().start();
-    wait_until("the leader", || cluster.leader().is_some());
-    cluster.stop(Shutdown::Fast);
-    std::fs::remove_file(cluster.data(crate::common::LIST)).unwrap();
+/// What is said at the start without a list: one line, a DETAIL, and the view.
+fn assert_no_list(cluster: &Cluster, primary: &str, detail: &str) {
     let mark = cluster.log_end();
     cluster.start();
-    wait_until("the leader", || cluster.leader().is_some());
-    cluster.stop(Shutdown::Fast);
+    let mut client = cluster.connect("postgres");
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!((&*stats.state, stats.result()), ("idle", "no list"));
+    assert_eq!(stats.total, 0);
+    // A few intervals, and another leader.
+    std::thread::sleep(std::time::Duration::from_millis(2500));
+    let leader = cluster.leader().unwrap();
+    client
+        .batch_execute(&format!(
+            "SELECT pg_terminate_backend({leader}, 60000), autoprewarm_start_worker()"
+        ))
+        .unwrap();
+    cluster.wait_for_leader();
     let log = cluster.log_since(mark);
     let said: Vec<_> = log
         .lines()
-        .filter(|line| line.contains("autoprewarm") && !line.contains("DEBUG:"))
+        .filter(|line| line.contains("autoprewarm.blocks"))
+        .map(|line| line.split_once("] ").unwrap().1)
         .collect();
-    assert!(said.is_empty(), "{said:?}");
+    assert_eq!(said, [primary, detail], "{log}");
+    assert!(!log.contains("WARNING"), "{log}");
+    cluster.stop(Shutdown::Fast);
+    let list = std::fs::symlink_metadata(cluster.data(crate::common::LIST)).unwrap();
+    assert!(list.is_file());
+}
+
+#[test]
+fn a_list_that_is_missing_is_said_once_with_where_it_will_be() {
+    let cluster = Cluster::build()
+        .setting("pg_prewarm.autoprewarm_interval = 1")
+        .start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.stop(Shutdown::Fast);
+    let list = cluster.data(crate::common::LIST);
+    std::fs::remove_file(&list).unwrap();
+    let path = list.display();
+    let detail = format!("DETAIL:  The next block dump writes file \"{path}\".");
+    assert_no_list(
+        &cluster,
+        "LOG:  skipping prewarm because file \"autoprewarm.blocks\" does not exist",
+        &detail,
+    );
+
+    std::fs::remove_file(&list).unwrap();
+    std::os::unix::fs::symlink("/nowhere/at all", &list).unwrap();
+    let detail = format!(
+        "DETAIL:  The link leads to \"/nowhere/at all\". The next block dump replaces it with \
+         file \"{path}\"."
+    );
+    assert_no_list(
+        &cluster,
+        "LOG:  skipping prewarm because file \"autoprewarm.blocks\" is a symbolic link to a file \
+         that does not exist",
+        &detail,
+    );
 }
 
 #[test]

@@ -8,6 +8,7 @@
 mod common;
 
 mod bad_files;
+mod crash_loop;
 mod discard;
 mod functions;
 mod give_way;
@@ -21,6 +22,8 @@ mod restart;
 mod room;
 mod security;
 mod settings;
+mod short_memory;
+mod shutdown;
 mod slow_disk;
 mod standby;
 mod stat;

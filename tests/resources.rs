@@ -10,8 +10,8 @@ use std::time::Instant;
 use postgres::Client;
 
 use crate::common::{
-    Block, Cluster, Fault, LIST, LoadStats, Shutdown, error, limit, limit_file_size, list_of,
-    signal, value, wait_until,
+    Block, Cluster, Fault, LIST, LoadStats, Shutdown, error, limit, list_of, signal, value,
+    wait_until,
 };
 
 const WAITING: &str = "LOG:  autoprewarm is waiting for a background worker slot";
@@ -100,52 +100,6 @@ fn a_load_continues_when_a_worker_slot_becomes_free() {
     assert_eq!(cluster.wait_for_load(0), (20, 20));
     assert_eq!(cluster.leader(), leader);
     assert_eq!(cluster.list(), list);
-}
-
-#[test]
-fn a_load_without_dynamic_shared_memory_is_tried_again() {
-    let cluster = Cluster::build()
-        .setting("dynamic_shared_memory_type = posix")
-        .setting("shared_buffers = 256MB")
-        .setting("pg_prewarm.autoprewarm_interval = 1")
-        .create();
-    // The segment for these is larger than the file size limit, and the log, which is
-    // the only file that the leader writes, is smaller.
-    const LIMIT: u64 = 64 << 10;
-    let catalog = Block {
-        database: 5,
-        tablespace: 1663,
-        filenumber: 1259,
-        fork: 0,
-        block: 0,
-    };
-    let list = list_of((0..LIMIT as u32).map(|block| catalog.at(block)));
-    cluster.write_list(&list);
-    let set_mode = |mode| {
-        fs::set_permissions(cluster.data(LIST), fs::Permissions::from_mode(mode)).unwrap();
-    };
-    // The list cannot be read before the limit is set.
-    set_mode(0o000);
-    cluster.start();
-    cluster.wait_for_log(0, "could not read file");
-    let leader = cluster.leader().unwrap();
-    limit_file_size(leader, Some(LIMIT));
-    let start = Instant::now();
-    set_mode(0o600);
-    let warning = "WARNING:  could not resize shared memory segment";
-    let warnings = || cluster.log().matches(warning).count() as u64;
-    wait_until("the second try", || warnings() >= 2);
-    let tries = warnings();
-    assert!(tries <= start.elapsed().as_secs() + 1, "{tries}");
-    assert_eq!(cluster.list(), list);
-    assert_eq!(cluster.leader(), Some(leader));
-
-    limit_file_size(leader, None);
-    let (loaded, total) = cluster.wait_for_load(0);
-    assert!(loaded > 0);
-    assert_eq!(total, LIMIT);
-    assert_eq!(cluster.leader(), Some(leader));
-    wait_until("a dump after the load", || cluster.list() != list);
 }
 
 /// A load of so many blocks whose worker finds the lock table full until the client is

@@ -49,7 +49,7 @@ fn the_views_have_the_documented_columns() {
          blocks_loaded bigint, blocks_cached bigint, blocks_skipped bigint, \
          skipped_illegal bigint, skipped_template_database bigint, skipped_no_database bigint, \
          skipped_no_relation bigint, skipped_no_block bigint, skipped_unreadable bigint, \
-         skipped_locked bigint, skipped_no_free_buffer bigint, skipped_interrupted bigint, \
+         skipped_locked bigint, skipped_no_free_buffer bigint, skipped_no_shared_memory bigint, skipped_interrupted bigint, \
          skipped_cancelled bigint, last_dump_time timestamp with time zone, \
          last_dump_blocks bigint, last_dump_duration interval, last_error text, \
          last_error_time timestamp with time zone"
@@ -74,7 +74,7 @@ fn columns_are_null_before_the_first_load_and_dump() {
     let row: String = value(&mut client, "SELECT s::text FROM pg_stat_autoprewarm s");
     assert_eq!(
         row,
-        "(,\"not running\",,,,0,0,0,0,0,0,0,0,0,0,0,0,0,0,,,,,)"
+        "(,\"not running\",,,,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,,,,,)"
     );
     assert_eq!(
         value::<i64>(&mut client, "SELECT count(*) FROM pg_stat_progress_prewarm"),
@@ -158,10 +158,10 @@ fn the_counters_of_a_load_grow_and_add_up() {
                           blocks_skipped, skipped_illegal, skipped_template_database, \
                           skipped_no_database, skipped_no_relation, skipped_no_block, \
                           skipped_unreadable, skipped_locked, skipped_no_free_buffer, \
-                          skipped_interrupted, skipped_cancelled) \
+                          skipped_no_shared_memory, skipped_interrupted, skipped_cancelled) \
          FROM pg_stat_autoprewarm",
     );
-    assert_eq!(row, "completed 1034 1010 24 1 5 10 1 7 0 0 0 0 0");
+    assert_eq!(row, "completed 1034 1010 24 1 5 10 1 7 0 0 0 0 0 0");
     let times = "load_start_time >= pg_postmaster_start_time() \
                  AND load_end_time - load_start_time BETWEEN '100ms' AND '1 min' \
                  AND load_end_time <= clock_timestamp() AND last_error IS NULL";
@@ -225,10 +225,10 @@ fn skipped_blocks_are_counted_by_reason() {
             &mut client,
             "ARRAY[skipped_illegal, skipped_template_database, skipped_no_database, \
                    skipped_no_relation, skipped_no_block, skipped_unreadable, skipped_locked, \
-                   skipped_no_free_buffer, skipped_interrupted, skipped_cancelled]"
+                   skipped_no_free_buffer, skipped_no_shared_memory, skipped_interrupted, skipped_cancelled]"
         )
         .unwrap(),
-        "{1,2,3,4,5,6,7,0,0,0}"
+        "{1,2,3,4,5,6,7,0,0,0,0}"
     );
 }
 

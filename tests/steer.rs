@@ -267,7 +267,7 @@ fn a_missing_a_corrupt_and_an_unreadable_list_give_different_results() {
         (stats.result().to_owned(), stats.total, stats.skipped)
     };
     fs::remove_file(cluster.data(LIST)).unwrap();
-    assert_eq!(load(&mut client), ("completed".to_owned(), 0, 0));
+    assert_eq!(load(&mut client), ("no list".to_owned(), 0, 0));
     assert_eq!(error_of(&mut client), None);
 
     cluster.write_list(format!(
@@ -704,8 +704,9 @@ fn two_hundred_sessions_can_wait_at_once() {
 fn a_wait_while_the_server_starts_does_not_return_before_the_load_has_ended() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let list = cluster.list();
-    for crash in [false, true] {
-        for _ in 0..3 {
+    // The third load in a row that followed a crash would not be begun.
+    for (crash, rounds) in [(false, 3), (true, 2)] {
+        for _ in 0..rounds {
             cluster.stop(if crash {
                 Shutdown::Immediate
             } else {

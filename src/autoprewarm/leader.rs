@@ -15,12 +15,13 @@ use pgrx::PgLogLevel;
 use super::dump::{self, Unlogged};
 use super::later::Later;
 use super::load::{self, Outcome, Reason};
+use super::mark;
 use super::state::{Phase, State};
 use super::stats::LoadResult;
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::latch::{self, WaitEvent};
 use crate::pg::process::report::{Message, SUCCESS};
-use crate::pg::process::{activity, background, transaction};
+use crate::pg::process::{activity, background, postmaster, transaction};
 use crate::pg::shared::slots;
 use crate::settings;
 
@@ -32,6 +33,9 @@ const SLOT_POLL: Duration = Duration::from_secs(1);
 
 /// How long the leader waits at shutdown for a session that is dumping.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often the leader looks whether a smart shutdown was requested.
+const SHUTDOWN_POLL: Duration = Duration::from_secs(1);
 
 /// Runs the leader until the server shuts down or terminates it.
 pub fn main() {
@@ -46,15 +50,29 @@ pub fn main() {
     }
 
     let mut after = AfterLoad::default();
-    if state.phase() == Phase::Due {
-        after = load(state, after);
+    match state.phase() {
+        Phase::Due => after = load(state, after),
+        // Its former leader has ended, and the server has not crashed.
+        Phase::Failed => mark::remove(state),
+        _ => {}
     }
     // A dump right after the load would be pointless, so the interval begins here.
     // If a former leader has just ended, its last list may be better than what is
     // cached now.
     let mut last = Instant::now();
+    let mut is_stopping = false;
     while !background::shutdown_requested() {
         let reloaded = background::reload_configuration_if_due();
+        // While sessions go on, the end of a smart shutdown may be far away, and the server
+        // be killed before.
+        if !is_stopping && postmaster::is_stopping() {
+            is_stopping = true;
+            if state.phase() == Phase::Ended {
+                last = Instant::now();
+                try_dump(state, Unlogged::LeftOut);
+                continue;
+            }
+        }
         let has_failed = state.phase() == Phase::Failed;
         let interval =
             settings::autoprewarm_interval().or(has_failed.then_some(RETRY_WITHOUT_INTERVAL));
@@ -66,11 +84,13 @@ pub fn main() {
             last = Instant::now();
         } else if interval_is_over {
             last = Instant::now();
-            if !has_failed {
+            if !has_failed && state.phase() != Phase::Suspended {
                 try_dump(state, Unlogged::LeftOut);
             }
         } else {
-            let wait = wait.into_iter().chain(after.advance(state)).min();
+            let shutdown_poll = (!is_stopping).then_some(SHUTDOWN_POLL);
+            let wait = [wait, after.advance(state), shutdown_poll];
+            let wait = wait.into_iter().flatten().min();
             latch::sleep_as_worker(wait, WaitEvent::Leader);
         }
     }
@@ -81,7 +101,7 @@ pub fn main() {
             wait_for_other_dumps(state);
             try_dump(state, Unlogged::Included);
         }
-        Phase::Cancelled => {}
+        Phase::Cancelled | Phase::Suspended => {}
         Phase::Due | Phase::Loading | Phase::Failed => state.postpone_load(),
     }
 }
@@ -137,6 +157,8 @@ fn load(state: &'static State, former: AfterLoad) -> AfterLoad {
     let slots_then = (outcome == Outcome::NoSlot).then(slots::count_free);
     let (phase, result) = match outcome {
         Outcome::Completed => (Phase::Ended, LoadResult::Completed),
+        Outcome::NoList => (Phase::Ended, LoadResult::NoList),
+        Outcome::Suspended => (Phase::Suspended, LoadResult::Suspended),
         Outcome::Cancelled => (Phase::Cancelled, LoadResult::Cancelled),
         // Unless the list was loaded before, the load is retried: the dump in progress
         // may fail, and then the old list is still to be loaded.

@@ -5,27 +5,24 @@
 //! result.
 
 use std::collections::HashMap;
-use std::collections::TryReserveError;
-use std::io;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
-use super::DUMP_FILE;
 use super::later::Later;
-use super::shared::{Cursor, Load};
+use super::mark::{self, Mark};
+use super::share::share;
 use super::state::State;
-use super::supervise::{Halt, Supervisor, reason_to_skip};
-use crate::blocks::{BlockList, DatabasePlan, Plan, SkipReason, UsageCounts};
+use super::supervise::{Halt, Supervisor};
+use super::{DUMP_FILE, no_list};
+use crate::blocks::{BlockList, Budget, Oid, Plan, SkipReason, UsageCounts};
 use crate::error::Error;
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::memory::{Infallible, fallible, infallible};
 use crate::pg::process::report::Message;
 use crate::pg::process::transaction::{self, Transaction};
 use crate::pg::process::{background, check_for_interrupts};
-use crate::pg::shared::segment::Segment;
 use crate::pg::storage::database::Database;
-use crate::pg::storage::room::{self, LoadRoom};
-use crate::pg::storage::{buffer, file};
+use crate::pg::storage::{buffer, file, room};
 
 /// The DETAIL that tells when a failed load is retried.
 const RETRIED: &str = "The load is retried after \"pg_prewarm.autoprewarm_interval\" (five \
@@ -48,6 +45,10 @@ const RETRIED_WITH_SLOT: &str = "The load is retried when a slot is free. The bl
 /// How a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
+    /// There is no list, or it cannot be found.
+    NoList,
+    /// The load was not begun, since the server has crashed during the last ones.
+    Suspended,
     /// All blocks of the list were loaded or skipped.
     Completed,
     /// The load was cancelled.
@@ -74,9 +75,35 @@ pub fn run(state: &'static State, reason: Reason) -> (Outcome, Option<Later>) {
             return (Outcome::InUse, None);
         }
     };
-    let outcome = match transaction::run(|transaction| prepare(transaction, state, reason)) {
-        Ok(Ok(Some(supervisor))) => return load(supervisor, state),
-        Ok(Ok(None)) => Outcome::Completed,
+    if let Some(why) = no_list::reason() {
+        no_list::report(&why);
+        mark::remove(state);
+        return (Outcome::NoList, None);
+    }
+    match mark::begin(state, reason == Reason::OnDemand) {
+        Ok(mark) => run_marked(state, reason, mark),
+        Err(crashes) => {
+            mark::report(state, &crashes);
+            (Outcome::Suspended, None)
+        }
+    }
+}
+
+fn run_marked(state: &'static State, reason: Reason, mark: Mark) -> (Outcome, Option<Later>) {
+    let result = read_and_load(state, reason);
+    mark.end();
+    result
+}
+
+fn read_and_load(state: &'static State, reason: Reason) -> (Outcome, Option<Later>) {
+    let prepared = transaction::run(|transaction| prepare(transaction, state, reason));
+    let shared = match prepared {
+        Ok(Ok(prepared)) => share(prepared, state).map(Ok),
+        Ok(Err(error)) => Ok(Err(error)),
+        Err(caught) => Err(caught),
+    };
+    let outcome = match shared {
+        Ok(Ok(supervisor)) => return load(supervisor, state),
         // A request to stop was noticed while the list was being read.
         Ok(Err(_)) if background::shutdown_requested() => Outcome::StillDue,
         Ok(Err(_)) if state.cancel_is_requested() => {
@@ -97,16 +124,19 @@ pub fn run(state: &'static State, reason: Reason) -> (Outcome, Option<Later>) {
     (outcome, None)
 }
 
-/// Reads the list and puts its plan into shared memory. `None` if there is no list.
-fn prepare(
-    transaction: &Transaction,
-    state: &'static State,
-    reason: Reason,
-) -> Result<Option<Supervisor>, Error> {
+/// What a load is made of.
+pub struct Prepared {
+    pub plan: Plan,
+    /// What it may replace in shared buffers.
+    pub budget: Budget,
+    /// Which databases exist, if the plan is not empty.
+    pub existing: HashMap<Oid, Database>,
+}
+
+/// Reads the list and makes its plan.
+fn prepare(transaction: &Transaction, state: &State, reason: Reason) -> Result<Prepared, Error> {
     let is_to_stop = || background::shutdown_requested() || state.cancel_is_requested();
-    let Some(list) = read_list(is_to_stop)? else {
-        return Ok(None);
-    };
+    let list = read_list(is_to_stop)?;
     report_defects(&list, state);
     let stats = &state.load;
     stats.set_total(list.entries.len() as u64);
@@ -134,36 +164,11 @@ fn prepare(
     // shared buffers.
     let any = plan.databases().next();
     let existing = any.map_or_else(HashMap::new, |_| Database::all(transaction));
-    let mut shared = 0..0;
-    let mut databases = Vec::new();
-    for database in plan.databases() {
-        if database.database == 0 {
-            // Shared catalogs can be read from any database, so they need no worker of
-            // their own.
-            shared = database.chunks;
-        } else if let Some(reason) = reason_to_skip(existing.get(&database.database)) {
-            skip(reason, database.blocks);
-        } else {
-            databases.push(database);
-        }
-    }
-    let cursors = fallible(|| cursors(&databases, &plan))
-        .map_err(|error| Error::ListTooLarge(error.to_string()))?;
-    let load = Load::new(number, shared, databases.len(), LoadRoom::new(budget));
-    let segment = Segment::create(load, &cursors, plan.words(), |words| plan.encode(words));
-    let databases = databases.iter().map(|database| database.database);
-    Ok(Some(Supervisor::new(state, segment, databases)))
-}
-
-/// The cursors of the databases, and then those of the chunks.
-fn cursors(databases: &[DatabasePlan], plan: &Plan) -> Result<Vec<Cursor>, TryReserveError> {
-    let chunks = plan.chunk_sizes();
-    let mut cursors = Vec::new();
-    cursors.try_reserve_exact(databases.len() + chunks.len())?;
-    let of_databases = databases.iter().map(|database| database.chunks.clone());
-    cursors.extend(of_databases.map(Cursor::new));
-    cursors.extend(chunks.map(Cursor::new_of_chunk));
-    Ok(cursors)
+    Ok(Prepared {
+        plan,
+        budget,
+        existing,
+    })
 }
 
 /// Has workers load the plan, and logs the result.
@@ -244,18 +249,13 @@ fn report_defects(list: &BlockList, state: &State) {
     }
 }
 
-/// Reads the list. `None` if there is no file; an error if `is_to_stop` becomes true.
-fn read_list(is_to_stop: impl Fn() -> bool) -> Result<Option<BlockList>, Error> {
-    match file::open(DUMP_FILE) {
-        Ok((reader, size)) => {
-            let reader = Infallible(file::Interruptible { reader, is_to_stop });
-            Ok(Some(fallible(|| BlockList::read(reader, size))?))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::File {
-            action: "read",
-            path: DUMP_FILE,
-            source,
-        }),
-    }
+/// Reads the list. An error if `is_to_stop` becomes true.
+fn read_list(is_to_stop: impl Fn() -> bool) -> Result<BlockList, Error> {
+    let (reader, size) = file::open(DUMP_FILE).map_err(|source| Error::File {
+        action: "read",
+        path: DUMP_FILE,
+        source,
+    })?;
+    let reader = Infallible(file::Interruptible { reader, is_to_stop });
+    Ok(fallible(|| BlockList::read(reader, size))?)
 }

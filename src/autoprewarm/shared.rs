@@ -262,6 +262,10 @@ impl Slot {
 impl Load {
     /// The load of that number, with the chunks of shared catalogs, of a plan with so many
     /// databases besides.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "databases are counted in 32 bits"
+    )]
     pub fn new(number: u32, shared: Range<u32>, databases: usize, room: LoadRoom) -> Self {
         Self {
             number: AtomicU32::new(number),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use pgrx::prelude::*;
 
 use super::state::{Phase, State};
-use super::{LEADER, dump};
+use super::{LEADER, dump, mark};
 use crate::error::Error;
 use crate::pg::process::latch::{self, WaitEvent};
 use crate::pg::process::report::{Message, SUCCESS, report};
@@ -76,6 +76,8 @@ fn dump_now() -> Result<i64, Error> {
     let state = State::attach();
     let _in_use = state.use_dump_file().map_err(Error::DumpFileInUse)?;
     let written = dump::write(dump::Unlogged::Included, state)?;
+    // Whatever the former list did to the server, it is gone.
+    mark::forget();
     let message = dump::describe(written);
     report(PgLogLevel::DEBUG1, Message::new(SUCCESS, &message));
     // The number of buffers fits into 31 bits.

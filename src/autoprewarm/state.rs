@@ -82,6 +82,9 @@ pub enum Phase {
     /// The load was cancelled. The list may be wanted later, so it is not replaced
     /// at shutdown, but only by a dump at an interval or on request.
     Cancelled,
+    /// The load was not begun, since the server has crashed during the last ones. The
+    /// list is replaced only by a dump on request, and loaded on request.
+    Suspended,
     /// The list has been loaded and may be replaced.
     Ended,
 }
@@ -181,6 +184,7 @@ impl State {
             1 => Phase::Loading,
             2 => Phase::Failed,
             3 => Phase::Cancelled,
+            4 => Phase::Suspended,
             _ => Phase::Ended,
         }
     }
@@ -201,12 +205,11 @@ impl State {
 
     /// Records that a new list was written, so that the dump at shutdown may replace it.
     pub fn list_was_replaced(&self) {
-        let _ = self.phase.compare_exchange(
-            Phase::Cancelled as u32,
-            Phase::Ended as u32,
-            SeqCst,
-            SeqCst,
-        );
+        for former in [Phase::Cancelled, Phase::Suspended] {
+            let _ = self
+                .phase
+                .compare_exchange(former as u32, Phase::Ended as u32, SeqCst, SeqCst);
+        }
     }
 
     /// Records that the leader exits before the load has completed: the next leader

@@ -40,6 +40,10 @@ pub enum LoadResult {
     /// The list could not be read, the leader exited during the load, or workers
     /// kept exiting.
     Failed,
+    /// There is no list.
+    NoList,
+    /// The load was not begun, since the server has crashed during the last ones.
+    Suspended,
 }
 
 impl LoadResult {
@@ -48,6 +52,8 @@ impl LoadResult {
             Self::Completed => "completed",
             Self::Cancelled => "cancelled",
             Self::Failed => "failed",
+            Self::NoList => "no list",
+            Self::Suspended => "suspended",
         }
     }
 }
@@ -172,6 +178,8 @@ impl LoadStats {
             1 => Some(LoadResult::Completed),
             2 => Some(LoadResult::Cancelled),
             3 => Some(LoadResult::Failed),
+            4 => Some(LoadResult::NoList),
+            5 => Some(LoadResult::Suspended),
             _ => None,
         }
     }
@@ -325,6 +333,8 @@ mod tests {
             LoadResult::Completed,
             LoadResult::Cancelled,
             LoadResult::Failed,
+            LoadResult::NoList,
+            LoadResult::Suspended,
         ] {
             stats.result.store(result as u32 + 1, SeqCst);
             assert_eq!(stats.result(), Some(result));

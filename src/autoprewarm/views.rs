@@ -32,6 +32,7 @@ fn pg_stat_get_autoprewarm() -> TableIterator<
         name!(skipped_unreadable, i64),
         name!(skipped_locked, i64),
         name!(skipped_no_free_buffer, i64),
+        name!(skipped_no_shared_memory, i64),
         name!(skipped_interrupted, i64),
         name!(skipped_cancelled, i64),
         name!(last_dump_time, Option<TimestampWithTimeZone>),
@@ -75,6 +76,7 @@ fn pg_stat_get_autoprewarm() -> TableIterator<
         skipped(SkipReason::Unreadable),
         skipped(SkipReason::Locked),
         skipped(SkipReason::NoFreeBuffer),
+        skipped(SkipReason::NoSharedMemory),
         skipped(SkipReason::Interrupted),
         skipped(SkipReason::Cancelled),
         dump_time,
@@ -97,6 +99,7 @@ fn state_name(state: &State) -> &'static str {
         _ if !leads => "not running",
         _ if state.load_is_pending() => "load pending",
         Phase::Failed => "load failed",
+        Phase::Suspended => "load suspended",
         _ => "idle",
     }
 }

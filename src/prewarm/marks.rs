@@ -86,6 +86,10 @@ impl<'a> Marks<'a> {
     }
 
     /// Buffer numbers fit into 31 bits.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the number of buffers fits into 31 bits"
+    )]
     fn entry(buffer: usize) -> u32 {
         buffer as u32 + 1
     }

@@ -5,7 +5,8 @@
  *
  * Reads are those of user relations' files, and of the list by autoprewarm_blocks().
  * Writes are those of the new list. As on a real disk, signals do not interrupt a
- * delay. Memory is refused to the library, or to all code of one process.
+ * delay. Memory is refused to the library, or to all code of one process. Dynamic shared memory is
+ * short for the whole server.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -17,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/shm.h>
 #include <sys/time.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -43,6 +45,8 @@ struct faults
 	int64_t refused_memory; /* one of so many memory requests of the library fails */
 	int64_t limited_process;	/* the process whose memory is limited */
 	int64_t memory_left;	/* bytes more than now that it can have */
+	int64_t segment_size;	/* bytes that a segment of dynamic shared memory may have */
+	int64_t segment_error;	/* what a larger one fails with */
 };
 
 static const struct faults none;
@@ -171,10 +175,49 @@ ssize_t preadv64(int file, const struct iovec *into, int count, off64_t offset)
 	return bad_read(file) ? -1 : next(file, into, count, offset);
 }
 
+/* Whether a segment of dynamic shared memory is larger than one may be. */
+static int is_too_large(int64_t size)
+{
+	if (faults->segment_size == 0 || size <= faults->segment_size)
+		return 0;
+	errno = faults->segment_error;
+	return 1;
+}
+
+/* The server makes segments of type posix, sysv and mmap by these. */
+int posix_fallocate(int file, off_t offset, off_t length)
+{
+	NEXT(posix_fallocate);
+	return is_too_large(offset + length) ? errno : next(file, offset, length);
+}
+
+int posix_fallocate64(int file, off64_t offset, off64_t length)
+{
+	return posix_fallocate(file, offset, length);
+}
+
+int shmget(key_t key, size_t size, int flags)
+{
+	NEXT(shmget);
+	return is_too_large(size) ? -1 : next(key, size, flags);
+}
+
+static int is_segment(int file)
+{
+	char path[4096];
+
+	path_of(file, path, sizeof(path));
+	return strstr(path, "/pg_dynshmem/") != NULL;
+}
+
 ssize_t write(int file, const void *from, size_t length)
 {
 	NEXT(write);
 	long milliseconds = faults->list_delay, error = faults->list_write;
+
+	if (faults->segment_size > 0 && is_segment(file) &&
+		is_too_large(lseek(file, 0, SEEK_CUR) + length))
+		return -1;
 
 	if ((milliseconds > 0 || error > 0) && is_named(file, NEW_LIST))
 	{
@@ -337,7 +380,7 @@ void *mmap(void *at, size_t length, int protection, int flags, int file, off_t o
 	if (counts && REFUSED(length))
 		return MAP_FAILED;
 	mapped = next(at, length, protection, flags, file, offset);
-	if (counts && mapped != MAP_FAILED && faults->poor_process == getpid())
+	if (counts && mapped != MAP_FAILED && faults->limited_process == getpid())
 		taken += length;
 	return mapped;
 }
@@ -348,7 +391,7 @@ int munmap(void *at, size_t length)
 	int counts = is_ours(__builtin_return_address(0));
 	int result = next(at, length);
 
-	if (counts && result == 0 && faults->poor_process == getpid())
+	if (counts && result == 0 && faults->limited_process == getpid())
 		taken -= length;
 	return result;
 }

@@ -63,10 +63,14 @@ pub enum Fault {
     LimitedProcess,
     /// How many bytes more than now that process can have.
     MemoryLeft,
+    /// A new segment of dynamic shared memory may have so many bytes.
+    SegmentSize,
+    /// What a larger one fails with.
+    SegmentError,
 }
 
 impl Fault {
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::Clock,
         Self::Uptime,
         Self::ReadDelay,
@@ -81,6 +85,8 @@ impl Fault {
         Self::RefusedMemory,
         Self::LimitedProcess,
         Self::MemoryLeft,
+        Self::SegmentSize,
+        Self::SegmentError,
     ];
 }
 

@@ -461,6 +461,9 @@ impl Arena {
             .query_one("SELECT pid, state FROM pg_stat_autoprewarm", &[])
             .ok()?;
         let leader: Option<i32> = row.get(0);
+        if row.get::<_, &str>(1) == "load suspended" {
+            client.batch_execute("SELECT autoprewarm_load_now()").ok()?;
+        }
         if done && row.get::<_, &str>(1) == "idle" && leader.is_some() {
             return leader;
         }

@@ -20,21 +20,26 @@ const ALWAYS_EXCUSED: [&str; 4] = [
     "skipped_no_block",
 ];
 
-const OTHER_REASONS: [&str; 6] = [
+const OTHER_REASONS: [&str; 7] = [
     "skipped_illegal",
     "skipped_unreadable",
     "skipped_locked",
     "skipped_no_free_buffer",
+    "skipped_no_shared_memory",
     "skipped_interrupted",
     "skipped_cancelled",
 ];
 
+/// After three crashes during loads, whatever has caused them, the next load is not begun.
+const CRASHED: &str = "skipping prewarm because the server crashed during the last 3 loads";
+
 /// What autoprewarm's processes may log at any time, since they may be terminated or
 /// the server may go down.
-const ALWAYS_ALLOWED: [&str; 3] = [
+const ALWAYS_ALLOWED: [&str; 4] = [
     "due to administrator command",
     "because of crash of another server process",
     "due to unexpected postmaster exit",
+    CRASHED,
 ];
 
 impl Arena {
@@ -123,7 +128,7 @@ impl Arena {
         if error != self.last_error {
             if let Some(text) = &error {
                 assert!(
-                    is_allowed(text, &self.round.allowed),
+                    is_allowed(text, &[CRASHED]) || is_allowed(text, &self.round.allowed),
                     "the last error is {text:?}"
                 );
             }

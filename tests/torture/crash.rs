@@ -2,7 +2,7 @@
 
 use super::arena::{Arena, Call, DATABASES};
 use super::process;
-use crate::common::{Fault, Shutdown};
+use crate::common::{Fault, Shutdown, value};
 
 pub const FAULTS: &[super::Kind] = &[
     ("kill-leader-in-load", kill_leader_in_load),
@@ -10,6 +10,7 @@ pub const FAULTS: &[super::Kind] = &[
     ("kill-leader-in-dump", kill_leader_in_dump),
     ("kill-leader-at-rest", kill_leader_at_rest),
     ("kill-again-and-again", kill_again_and_again),
+    ("crash-loop", crash_loop),
     ("kill-caller", kill_caller),
     ("kill-caller-in-dump", kill_caller_in_dump),
     ("kill-parallel-worker", kill_parallel_worker),
@@ -52,6 +53,31 @@ fn kill_again_and_again(arena: &mut Arena) {
             .choose(&["autoprewarm leader", "autoprewarm worker"]);
         kill(arena, victim);
         arena.round.pause(100);
+    }
+    arena.back_to_normal();
+}
+
+/// Each load is killed, until none is begun any more.
+fn crash_loop(arena: &mut Arena) {
+    arena.settle();
+    arena.begin_slow_load();
+    let list = arena.cluster.list();
+    let victim = arena
+        .round
+        .choose(&["autoprewarm leader", "autoprewarm worker"]);
+    for _ in 0..arena.round.choose(&[2, 3, 5]) {
+        kill(arena, victim);
+        arena.round.pause(300);
+    }
+    if arena.round.coin() {
+        arena.restart(Shutdown::Immediate);
+    }
+    let mut client = arena.connect("postgres");
+    let state: String = value(&mut client, "SELECT state FROM pg_stat_autoprewarm");
+    if state == "load suspended" {
+        arena.reload();
+        arena.round.pause(300);
+        assert_eq!(arena.cluster.list(), list);
     }
     arena.back_to_normal();
 }

@@ -10,6 +10,7 @@ use crate::common::{Fault, Shutdown, limit, value, wait_until};
 pub const FAULTS: &[super::Kind] = &[
     ("no-worker-slots", no_worker_slots),
     ("no-connections", no_connections),
+    ("little-shared-memory", little_shared_memory),
     ("no-locks", no_locks),
     ("little-memory-for-one", little_memory_for_one),
     ("little-memory-for-all", little_memory_for_all),
@@ -75,6 +76,27 @@ fn all_connections(arena: &Arena) -> Vec<Client> {
     std::iter::from_fn(|| arena.cluster.config().connect(NoTls).ok())
         .take(100)
         .collect()
+}
+
+/// Dynamic shared memory suffices for a part of the load, or not even for that.
+fn little_shared_memory(arena: &mut Arena) {
+    arena.round.may_skip = true;
+    arena.round.allowed.extend([
+        "because of insufficient dynamic shared memory",
+        "could not resize shared memory segment",
+    ]);
+    arena.begin_slow_load();
+    let mut client = arena.connect("postgres");
+    let _ = client.batch_execute("SELECT autoprewarm_cancel()");
+    let size = arena.round.choose(&[100, 2000, 4000, 8000]);
+    let error = arena.round.choose(&[libc::ENOSPC, libc::ENOMEM]);
+    arena.cluster.set_fault(Fault::SegmentError, error.into());
+    arena.cluster.set_fault(Fault::SegmentSize, size);
+    let _ = client.batch_execute("SELECT autoprewarm_load_now()");
+    client
+        .batch_execute("SELECT autoprewarm_wait('10 s')")
+        .unwrap();
+    arena.back_to_normal();
 }
 
 /// A session has all the locks for which the lock table has space.

@@ -459,8 +459,12 @@ impl<'a> PlanView<'a> {
     }
 
     /// How many chunks there are.
-    pub fn chunks(self) -> usize {
-        self.chunks.len() / CHUNK_WORDS
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "a plan's indexes have 32 bits"
+    )]
+    pub fn chunks(self) -> u32 {
+        (self.chunks.len() / CHUNK_WORDS) as u32
     }
 
     /// The chunk at that index, and its blocks.
@@ -501,5 +505,6 @@ impl<'a> ChunkBlocks<'a> {
     }
 }
 
+mod shrink;
 #[cfg(test)]
 mod tests;

@@ -21,6 +21,8 @@ pub enum SkipReason {
     Locked,
     /// There was no free buffer.
     NoFreeBuffer,
+    /// There was not enough dynamic shared memory for the whole plan.
+    NoSharedMemory,
     /// The worker that had claimed the block exited before it loaded it.
     Interrupted,
     /// The load was cancelled.
@@ -29,7 +31,7 @@ pub enum SkipReason {
 
 impl SkipReason {
     /// All reasons, in the order of their counters.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Illegal,
         Self::TemplateDatabase,
         Self::NoDatabase,
@@ -38,6 +40,7 @@ impl SkipReason {
         Self::Unreadable,
         Self::Locked,
         Self::NoFreeBuffer,
+        Self::NoSharedMemory,
         Self::Interrupted,
         Self::Cancelled,
     ];
@@ -52,6 +55,7 @@ impl SkipReason {
             Self::Unreadable => "that could not be read",
             Self::Locked => "of locked relations",
             Self::NoFreeBuffer => "because there was no free buffer",
+            Self::NoSharedMemory => "because there was not enough dynamic shared memory",
             Self::Interrupted => "because their worker was interrupted",
             Self::Cancelled => "because the load was cancelled",
         }

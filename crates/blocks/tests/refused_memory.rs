@@ -147,6 +147,20 @@ fn planning_returns_an_error_if_memory_is_refused() {
 }
 
 #[test]
+fn making_a_plan_smaller_returns_an_error_if_memory_is_refused() {
+    let text = text();
+    refuse_each_request(
+        1,
+        || {
+            let list = BlockList::read(&text[..], text.len() as u64).unwrap();
+            Plan::new(list, std::iter::empty(), |_| 4000).unwrap()
+        },
+        |mut plan| plan.shrink(1000),
+        |_| true,
+    );
+}
+
+#[test]
 fn writing_a_list_returns_an_error_if_memory_is_refused() {
     // As many records as expected, and more.
     for expected in [4000, 1000] {

@@ -60,6 +60,18 @@ impl Caught {
         )
     }
 
+    /// Whether a smaller segment of dynamic shared memory may be possible: what this one
+    /// was refused for is memory, room in a file system, or (an internal error to
+    /// PostgreSQL) the system's limit for one segment.
+    pub fn is_shortage_of_shared_memory(&self) -> bool {
+        matches!(
+            self.sqlstate,
+            PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY
+                | PgSqlErrorCode::ERRCODE_DISK_FULL
+                | PgSqlErrorCode::ERRCODE_INTERNAL_ERROR
+        )
+    }
+
     /// Logs the error as a WARNING.
     pub fn warn(self) {
         let message = Message {

@@ -13,6 +13,7 @@ pub mod error;
 pub mod latch;
 pub mod lock_timeout;
 pub mod memory;
+pub mod postmaster;
 pub mod report;
 mod reserve;
 pub mod transaction;

@@ -46,6 +46,7 @@ impl Database {
 /// out. Such a command needs the database without connections: `DROP DATABASE`, `ALTER
 /// DATABASE … RENAME` and `… SET TABLESPACE` lock it exclusively, and `CREATE DATABASE`
 /// locks its template in share mode.
+#[expect(clippy::cast_possible_truncation, reason = "constants that fit")]
 pub fn is_wanted_alone(_transaction: &Transaction, database: Oid) -> bool {
     const NO_WAIT: bool = true;
     // What a new connection locks the database with.

@@ -1,6 +1,6 @@
 //! Files in the data directory, which is the working directory of every server process.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::IntoRawFd;
@@ -143,6 +143,30 @@ pub fn rename_durably(from: &str, to: &str) {
     let [from, to] = [from, to].map(|path| CString::new(path).expect("a path has no NUL"));
     // SAFETY: two C strings that outlive the call.
     unsafe { pg_sys::durable_rename(from.as_ptr(), to.as_ptr(), PgLogLevel::ERROR as i32) };
+}
+
+/// Removes a file durably: its directory is flushed, unless `fsync` is off. A file that is
+/// missing is removed already. Raises an ERROR if that fails.
+pub fn remove_durably(path: &str) {
+    if fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        return;
+    }
+    let path = CString::new(path).expect("a path has no NUL");
+    // SAFETY: a C string that outlives the call.
+    unsafe { pg_sys::durable_unlink(path.as_ptr(), PgLogLevel::ERROR as i32) };
+}
+
+/// What a symbolic link to nothing says that it leads to. `None` if that path is no link.
+pub fn link_target(path: &str) -> Option<String> {
+    let target = fs::read_link(path).ok()?;
+    Some(target.to_string_lossy().into_owned())
+}
+
+/// The full path of a file in the data directory.
+pub fn full_path(name: &str) -> String {
+    // SAFETY: the postmaster has set it to a C string, which does not change.
+    let directory = unsafe { CStr::from_ptr(pg_sys::DataDir) };
+    format!("{}/{name}", directory.to_string_lossy())
 }
 
 /// A reader that serves interrupts before each read, and fails when it is to stop.

@@ -84,7 +84,8 @@ impl LoadRoom {
             return most;
         }
         let (turned, next) = clock_hand();
-        let passed = usize::try_from(turned.wrapping_sub(self.start.load(Relaxed))).unwrap_or(usize::MAX);
+        let passed =
+            usize::try_from(turned.wrapping_sub(self.start.load(Relaxed))).unwrap_or(usize::MAX);
         let not_passed = count().saturating_sub(passed);
         let reserve = reserve();
         let mut found = 0;

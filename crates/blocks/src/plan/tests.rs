@@ -251,3 +251,25 @@ proptest! {
         prop_assert!(lowest_kept.is_none() || highest_left_out.is_none() || lowest_kept >= highest_left_out);
     }
 }
+
+#[test]
+fn a_plan_that_is_made_smaller_is_the_same_as_one_with_that_budget() {
+    let records: Vec<CountedRecord> = (0..3000)
+        .map(|number| {
+            let file = 16384 + number % 3;
+            counted(record(5 + number % 2, file, 0, number), number * 7 % 6)
+        })
+        .collect();
+    for most in [2999, 1500, 511, 100, 1] {
+        let mut plan = plan_within(&records, u64::MAX);
+        assert_eq!(plan.blocks(), 3000);
+        let words = plan.words();
+        plan.shrink(most).unwrap();
+        assert_eq!(plan.blocks(), most);
+        assert!(plan.words() < words);
+        let expected = plan_within(&records, most);
+        assert_eq!(decode(&plan), decode(&expected), "{most}");
+        assert_eq!(plan.words(), expected.words(), "{most}");
+        assert!(plan.databases().eq(expected.databases()), "{most}");
+    }
+}

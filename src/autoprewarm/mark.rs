@@ -1,0 +1,163 @@
+//! The mark of a load on disk, by which loads that crash the server are noticed.
+//!
+//! The file [`MARK`] exists from the beginning of a load to its end, however it ends,
+//! unless the server crashes. It holds the number of loads in a row that have begun and
+//! not ended. So at the beginning of a load, that is how many crashes came before it; what
+//! crashed the server cannot be told. After [`CRASHES`] of them the next load is not
+//! begun: if it is the load that takes the server down (because of a memory limit, or of
+//! huge pages that are missing), the server would crash for ever.
+//!
+//! The file says nothing that a load needs. One that cannot be read counts as none, and
+//! one that cannot be written keeps no load from beginning.
+
+use std::fs;
+use std::io::{self, Read, Write};
+
+use pgrx::{PgLogLevel, PgSqlErrorCode};
+
+use super::state::State;
+use crate::error::Error;
+use crate::pg::process::error::log_message;
+use crate::pg::process::report::{Message, SUCCESS};
+use crate::pg::process::transaction;
+use crate::pg::storage::file;
+
+/// In a directory that base backups and `pg_rewind` leave out, and that the server does
+/// not empty: a standby that was made during a load has not crashed.
+const MARK: &str = "pg_stat_tmp/autoprewarm.loading";
+const MARK_BEING_WRITTEN: &str = "pg_stat_tmp/autoprewarm.loading.tmp";
+
+/// After how many crashes in a row the next load is not begun. Two loads may follow
+/// crashes: those may have had another reason.
+const CRASHES: u32 = 3;
+
+/// The mark of the load that has begun.
+pub struct Mark {
+    state: &'static State,
+    is_written: bool,
+}
+
+/// The server has crashed during that many loads in a row.
+pub struct Crashes(pub u32);
+
+/// Marks that a load begins. `Err` if it must not begin, because the server has crashed
+/// during the last ones. A load that was requested begins all the same, and former crashes
+/// are forgotten.
+pub fn begin(state: &'static State, was_requested: bool) -> Result<Mark, Crashes> {
+    let crashes = if was_requested { 0 } else { read() };
+    if crashes >= CRASHES {
+        return Err(Crashes(crashes));
+    }
+    Ok(Mark {
+        state,
+        is_written: write(state, crashes + 1),
+    })
+}
+
+impl Mark {
+    /// Records that the load has ended.
+    pub fn end(self) {
+        if self.is_written {
+            remove(self.state);
+        }
+    }
+}
+
+/// Forgets crashes, as a background worker.
+pub fn remove(state: &State) {
+    if let Err(caught) = transaction::run(|_| forget()) {
+        state.last_error.record(&caught.message);
+        caught.warn();
+    }
+}
+
+/// Forgets crashes. Raises an ERROR if the mark cannot be removed.
+pub fn forget() {
+    file::remove_durably(MARK);
+}
+
+/// How many loads in a row have begun and not ended.
+fn read() -> u32 {
+    let read = || {
+        let (mut file, _) = file::open(MARK)?;
+        // More than any number that a mark has.
+        let mut bytes = [0; 16];
+        let length = file.read(&mut bytes)?;
+        let number = str::from_utf8(&bytes[..length]).ok();
+        let number = number.and_then(|text| text.trim_end().parse().ok());
+        number.ok_or_else(|| io::Error::other("invalid contents"))
+    };
+    match read() {
+        Ok(number) => number,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+        Err(error) => {
+            let message = format!("ignoring file \"{MARK}\": {}", file::describe(&error));
+            let detail = "Crashes of the server during former loads are not counted.";
+            log_message(
+                PgLogLevel::LOG,
+                Message::new(SUCCESS, &message).detail(detail),
+            );
+            // The server renames nothing over a file that it cannot open.
+            let _ = fs::remove_file(MARK);
+            0
+        }
+    }
+}
+
+/// Writes the mark durably. False if that failed, which is logged.
+fn write(state: &State, loads: u32) -> bool {
+    const UNCOUNTED: &str = "The load proceeds, but a crash of the server during it will not be \
+                             counted.";
+    let write = || -> Result<(), Error> {
+        let fail = |action| {
+            move |source| Error::File {
+                action,
+                path: MARK_BEING_WRITTEN,
+                source,
+            }
+        };
+        let mut file = file::create(MARK_BEING_WRITTEN).map_err(fail("open"))?;
+        let text = format!("{loads}\n");
+        file.write_all(text.as_bytes()).map_err(fail("write to"))?;
+        file::close(file).map_err(fail("close"))?;
+        file::rename_durably(MARK_BEING_WRITTEN, MARK);
+        Ok(())
+    };
+    match transaction::run(|_| write()) {
+        Ok(Ok(())) => return true,
+        Ok(Err(error)) => {
+            state.last_error.record(&error.to_string());
+            error.warn(UNCOUNTED, None);
+        }
+        Err(caught) => {
+            state.last_error.record(&caught.message);
+            caught.warn();
+        }
+    }
+    // Where it could not be created, there is nothing to remove.
+    let _ = fs::remove_file(MARK_BEING_WRITTEN);
+    false
+}
+
+/// Says that a load is not begun, and how to go on.
+pub fn report(state: &State, crashes: &Crashes) {
+    let message = format!(
+        "skipping prewarm because the server crashed during the last {} loads",
+        crashes.0
+    );
+    state.last_error.record(&message);
+    log_message(
+        PgLogLevel::WARNING,
+        Message::new(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            &message,
+        )
+        .detail(
+            "The block dump file is kept, and is replaced neither periodically nor at shutdown.",
+        )
+        .hint(
+            "Use autoprewarm_load_now() to load the blocks, or autoprewarm_dump_now() to replace \
+             the block dump file.",
+        ),
+    );
+}

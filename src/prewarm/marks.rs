@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering::Relaxed;
 pub enum Marks<'a> {
     Bits(&'a [AtomicU32]),
     /// Each word is the number of a buffer plus one, or 0. The number of words is a power
-    /// of two.
+    /// of two, at most 2^31.
     Table(&'a [AtomicU32]),
 }
 
@@ -85,10 +85,9 @@ impl<'a> Marks<'a> {
         (buffer / bits, 1 << (buffer % bits))
     }
 
-    /// Buffer numbers fit into 31 bits.
     #[expect(
         clippy::cast_possible_truncation,
-        reason = "the number of buffers fits into 31 bits"
+        reason = "the number of buffers has 31 bits"
     )]
     fn entry(buffer: usize) -> u32 {
         buffer as u32 + 1
@@ -98,12 +97,11 @@ impl<'a> Marks<'a> {
     /// first is that of Fibonacci hashing: a call fills long runs of buffers, which would
     /// otherwise stand in each other's way.
     fn places(words: &'a [AtomicU32], buffer: usize) -> impl Iterator<Item = &'a AtomicU32> {
-        const GOLDEN_RATIO: u64 = 0x9e37_79b9_7f4a_7c15;
-        let first = ((buffer as u64).wrapping_mul(GOLDEN_RATIO) >> 32) as usize;
-        let (after, before) = match words.len() {
-            0 => (words, words),
-            length => (&words[first % length..], &words[..first % length]),
-        };
+        const GOLDEN_RATIO: u32 = 0x9e37_79b9;
+        let hash = Self::entry(buffer).wrapping_mul(GOLDEN_RATIO);
+        let bits = words.len().max(1).ilog2();
+        let first = hash.checked_shr(u32::BITS - bits).unwrap_or(0) as usize;
+        let (before, after) = words.split_at(first);
         after.iter().chain(before)
     }
 }

@@ -268,6 +268,23 @@ int fsync(int file)
 	return next(file);
 }
 
+int fdatasync(int file)
+{
+	NEXT(fdatasync);
+	long milliseconds = faults->flush_delay, error = faults->list_flush;
+
+	if ((milliseconds > 0 || error > 0) && is_named(file, NEW_LIST))
+	{
+		delay(milliseconds);
+		if (error > 0)
+		{
+			errno = error;
+			return -1;
+		}
+	}
+	return next(file);
+}
+
 int rename(const char *from, const char *to)
 {
 	NEXT(rename);

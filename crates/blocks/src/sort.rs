@@ -33,7 +33,7 @@ fn sort_from<T: Copy>(
         elements.sort_unstable_by_key(|&element| bits(element));
         return;
     }
-    let bucket_of = |element: T| (bits(element) >> shift) as usize % BUCKETS;
+    let bucket_of = |element: T| usize::from((bits(element) >> shift).to_le_bytes()[0]);
     let mut counts = [0; BUCKETS];
     for elements in elements.chunks(AT_ONCE) {
         for &element in elements {

@@ -5,8 +5,7 @@ use std::io;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
-use crate::autoprewarm::DUMP_FILE;
-use crate::blocks::ReadError;
+use crate::blocks::{DUMP_FILE, ReadError};
 use crate::pg::process::error::log_message;
 use crate::pg::process::report::{Message, raise};
 use crate::pg::storage::file;

@@ -50,7 +50,7 @@ fn a_restart_restores_usage_counts() {
     cluster.restart();
     cluster.wait_for_load(mark);
     assert_eq!(usage_counts(&cluster), before);
-    assert!(!cluster.log_since(mark).contains("usage_count"));
+    assert!(!cluster.log_since(mark).contains("usage counts"));
 }
 
 #[test]

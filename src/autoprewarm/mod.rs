@@ -27,11 +27,11 @@ mod supervise;
 pub mod views;
 pub mod worker;
 
+use crate::blocks::DUMP_FILE;
 use crate::pg::shared::worker::Kind;
 use crate::settings;
 
-/// The block dump file in the data directory, and its name while it is written.
-pub const DUMP_FILE: &str = "autoprewarm.blocks";
+/// The name of the block dump file while it is written.
 const DUMP_FILE_BEING_WRITTEN: &str = "autoprewarm.blocks.tmp";
 
 const LEADER: Kind = Kind {

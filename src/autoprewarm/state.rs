@@ -29,7 +29,6 @@ const NO_PID: i32 = -1;
 #[repr(C)]
 pub struct State {
     leader: AtomicI32,
-    dump_file_user: AtomicI32,
     /// The session that requests a load.
     load_requester: AtomicI32,
     /// Whether there has been a leader since the state was initialized.
@@ -56,7 +55,6 @@ impl Default for State {
     fn default() -> Self {
         Self {
             leader: AtomicI32::new(NO_PID),
-            dump_file_user: AtomicI32::new(NO_PID),
             load_requester: AtomicI32::new(NO_PID),
             had_leader: AtomicBool::new(false),
             awaited_since: AtomicI64::new(0),
@@ -100,9 +98,26 @@ const NAME: &CStr = match CStr::from_bytes_with_nul(
 
 static STATE: NamedStruct<State> = NamedStruct::new(NAME);
 
+/// The process that uses the dump file. Unlike the state, it has the same name and layout
+/// in all versions of the library, so that two of them never write the file at once.
+#[repr(C)]
+struct DumpFileUser(AtomicI32);
+
+// SAFETY: it is an atomic integer, for which every bit pattern is valid.
+unsafe impl Shared for DumpFileUser {}
+
+impl Default for DumpFileUser {
+    fn default() -> Self {
+        Self(AtomicI32::new(NO_PID))
+    }
+}
+
+static DUMP_FILE_USER: NamedStruct<DumpFileUser> = NamedStruct::new(c"pg_prewarm dump file");
+
 /// Reserves shared memory for the state while the server starts.
 pub fn reserve() {
     STATE.reserve();
+    DUMP_FILE_USER.reserve();
 }
 
 impl State {
@@ -113,7 +128,11 @@ impl State {
             return state;
         }
         let state = STATE.get();
+        DUMP_FILE_USER.get();
         process::at_exit(|| {
+            if let Some(user) = DUMP_FILE_USER.get_if_mapped() {
+                release(&user.0);
+            }
             if let Some(state) = STATE.get_if_mapped() {
                 let me = Some(process::my_pid());
                 if [&state.leader, &state.load_requester]
@@ -125,7 +144,6 @@ impl State {
                     state.load_requested.store(0, SeqCst);
                 }
                 release(&state.leader);
-                release(&state.dump_file_user);
                 release(&state.load_requester);
             }
         });
@@ -169,13 +187,14 @@ impl State {
 
     /// Reserves the dump file for this process. `Err` is the process ID of the process
     /// that uses it.
-    pub fn use_dump_file(&self) -> Result<DumpFileInUse<'_>, i32> {
-        acquire(&self.dump_file_user).map(|()| DumpFileInUse(self))
+    pub fn use_dump_file(&self) -> Result<DumpFileInUse, i32> {
+        let user = &DUMP_FILE_USER.get().0;
+        acquire(user).map(|()| DumpFileInUse(user))
     }
 
     /// The process ID of the process that uses the dump file. `None` if none does.
     pub fn dump_file_user(&self) -> Option<i32> {
-        holder(&self.dump_file_user)
+        holder(&DUMP_FILE_USER.get().0)
     }
 
     pub fn phase(&self) -> Phase {
@@ -265,11 +284,11 @@ impl State {
 }
 
 /// Reserves the dump file for this process, until it is dropped.
-pub struct DumpFileInUse<'a>(&'a State);
+pub struct DumpFileInUse(&'static AtomicI32);
 
-impl Drop for DumpFileInUse<'_> {
+impl Drop for DumpFileInUse {
     fn drop(&mut self) {
-        release(&self.0.dump_file_user);
+        release(self.0);
     }
 }
 

@@ -1,12 +1,12 @@
 //! The server: PostgreSQL's API as small safe types, without policy.
 //!
-//! Four rooms. Each uses only those that stand before it; `shared` and `storage` do
-//! not know each other.
+//! Four modules. Each uses only those above it in this table; `shared` and `storage` do
+//! not use each other.
 //!
-//! | room | what it has |
+//! | module | what it has |
 //! | --- | --- |
 //! | [`sys`] | symbols and structures of the server, and all differences between its major versions |
-//! | [`process`] | this process: errors, memory, transactions, signals, its latch, what it shows of itself |
+//! | [`process`] | this process: errors, memory, transactions, signals, its latch, its status reports |
 //! | [`shared`] | memory that processes share, background workers, parallel workers |
 //! | [`storage`] | relations, buffers, catalogs, files, and reading |
 //!

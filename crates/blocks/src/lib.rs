@@ -13,6 +13,9 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+/// The name of the file, in the data directory.
+pub const DUMP_FILE: &str = "autoprewarm.blocks";
+
 mod list;
 mod parser;
 mod plan;

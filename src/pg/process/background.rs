@@ -9,7 +9,8 @@ use crate::pg::sys::version::SESSION_SETTINGS;
 /// Handles signals as the leader: it ends when it finds [`shutdown_requested`]. It
 /// ignores cancels, since it serves the whole server and runs no query.
 pub fn handle_signals_as_leader() {
-    // SAFETY: PostgreSQL's own handlers, which only set flags and the latch.
+    // SAFETY: PostgreSQL's own handlers, which only set flags and the latch, and one that
+    // does nothing.
     unsafe {
         set_handler(libc::SIGINT, signal::ignore_signal);
         set_handler(libc::SIGTERM, signal::SignalHandlerForShutdownRequest);
@@ -21,7 +22,8 @@ pub fn handle_signals_as_leader() {
 /// Handles signals as a worker: if it is terminated, it ends when it next serves
 /// interrupts.
 pub fn handle_signals_as_worker() {
-    // SAFETY: PostgreSQL's own handler, which only sets flags and the latch.
+    // SAFETY: PostgreSQL's own handler, which only sets flags and the latch, and one that
+    // does nothing.
     unsafe {
         set_handler(libc::SIGINT, signal::ignore_signal);
         set_handler(libc::SIGTERM, signal::die);
@@ -36,7 +38,8 @@ pub fn shutdown_requested() -> bool {
     unsafe { (&raw const pg_sys::ShutdownRequestPending).read_volatile() != 0 }
 }
 
-/// Reads the configuration again if a reload was requested. Returns whether it was.
+/// Reads the configuration again if a reload was requested. Returns whether it was. Called
+/// between transactions.
 pub fn reload_configuration_if_due() -> bool {
     // SAFETY: a flag of this process, which its signal handler sets and only this
     // function clears. No transaction is open, as `ProcessConfigFile` requires.

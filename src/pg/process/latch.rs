@@ -1,7 +1,6 @@
 //! Waiting: this process's latch, those of others, and the wait events that
 //! `pg_stat_activity` shows meanwhile.
 
-use std::ffi::CStr;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -32,26 +31,25 @@ pub enum WaitEvent {
 }
 
 impl WaitEvent {
-    const COUNT: usize = Self::Pause as usize + 1;
-
-    fn name(self) -> &'static CStr {
-        match self {
-            Self::Leader => c"AutoprewarmLeaderMain",
-            Self::Load => c"AutoprewarmLoad",
-            Self::LockedRelation => c"AutoprewarmLockedRelation",
-            Self::RateLimit => c"AutoprewarmRateLimit",
-            Self::LeaderStart => c"AutoprewarmLeaderStart",
-            Self::LoadEnd => c"AutoprewarmLoadEnd",
-            Self::Pause => c"PrewarmPause",
-        }
-    }
-
-    /// Its number in this server.
+    /// Its number in this server, which is looked up once.
     fn id(self) -> u32 {
-        static IDS: [AtomicU32; WaitEvent::COUNT] = [const { AtomicU32::new(0) }; WaitEvent::COUNT];
-        let id = &IDS[self as usize];
+        macro_rules! event {
+            ($name:literal) => {{
+                static ID: AtomicU32 = AtomicU32::new(0);
+                ($name, &ID)
+            }};
+        }
+        let (name, id) = match self {
+            Self::Leader => event!(c"AutoprewarmLeaderMain"),
+            Self::Load => event!(c"AutoprewarmLoad"),
+            Self::LockedRelation => event!(c"AutoprewarmLockedRelation"),
+            Self::RateLimit => event!(c"AutoprewarmRateLimit"),
+            Self::LeaderStart => event!(c"AutoprewarmLeaderStart"),
+            Self::LoadEnd => event!(c"AutoprewarmLoadEnd"),
+            Self::Pause => event!(c"PrewarmPause"),
+        };
         if id.load(Relaxed) == 0 {
-            id.store(version::wait_event(self.name()), Relaxed);
+            id.store(version::wait_event(name), Relaxed);
         }
         id.load(Relaxed)
     }

@@ -44,6 +44,8 @@ pub struct Lengths {
 /// What the memory begins with.
 #[repr(C)]
 struct Prefix<H> {
+    /// What has written the contents, see [`Contents::STAMP`].
+    stamp: u64,
     lengths: Lengths,
     header: H,
 }
@@ -52,6 +54,19 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
     /// Where the cells begin; the words follow the last cell.
     const CELLS_AT: usize = size_of::<Prefix<H>>().next_multiple_of(align_of::<C>());
     const WORDS_ARE_ALIGNED: () = assert!(align_of::<C>() >= align_of::<W>());
+
+    /// Stands for the version of the library and the sizes of the types. A process that was
+    /// started by another version, of a library that is not preloaded, finds another stamp.
+    const STAMP: u64 = {
+        let version = env!("CARGO_PKG_VERSION").as_bytes();
+        let mut stamp = (size_of::<H>() << 32 | size_of::<C>()) as u64;
+        let mut index = 0;
+        while index < version.len() {
+            stamp = stamp.wrapping_mul(31).wrapping_add(version[index] as u64);
+            index += 1;
+        }
+        stamp
+    };
 
     fn words_at(lengths: Lengths) -> usize {
         let () = Self::WORDS_ARE_ALIGNED;
@@ -83,7 +98,11 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
         // SAFETY: all three parts lie within the size, each aligned for its type. Cells
         // have nothing to drop, so they may be copied bit by bit.
         unsafe {
-            base.cast::<Prefix<H>>().write(Prefix { lengths, header });
+            base.cast::<Prefix<H>>().write(Prefix {
+                stamp: Self::STAMP,
+                lengths,
+                header,
+            });
             let first_cell: *mut C = base.add(Self::CELLS_AT).cast();
             first_cell.copy_from_nonoverlapping(cells.as_ptr(), cells.len());
             let first_word: *mut W = base.add(Self::words_at(lengths)).cast();
@@ -93,23 +112,29 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
         }
     }
 
-    /// How many cells and words there are.
+    /// How many cells and words there are. `None` if another version of this library has
+    /// written them.
     ///
     /// # Safety
-    /// Contents of these types were written to `base`.
-    pub unsafe fn lengths(base: *const u8) -> Lengths {
-        // SAFETY: they begin with a prefix, whose lengths do not change.
-        unsafe { (*base.cast::<Prefix<H>>()).lengths }
+    /// Contents of some types were written to `base`, by this library or another version of
+    /// it, which begins them in the same way.
+    pub unsafe fn lengths(base: *const u8) -> Option<Lengths> {
+        // SAFETY: they begin with a prefix, whose stamp and lengths do not change.
+        unsafe {
+            let prefix = base.cast::<Prefix<H>>();
+            ((*prefix).stamp == Self::STAMP).then(|| (*prefix).lengths)
+        }
     }
 
     /// Finds them where they were written.
     ///
     /// # Safety
-    /// Contents of these types were written to `base`, and stay there for `'a`.
+    /// Contents were written to `base`, by this library or another version of it, and stay
+    /// there for `'a`.
     pub unsafe fn at(base: *const u8) -> Self {
         // SAFETY: each part lies where `write` has written it.
         unsafe {
-            let lengths = Self::lengths(base);
+            let lengths = Self::lengths(base).expect("another version of this library wrote them");
             let cells = base.add(Self::CELLS_AT).cast();
             let words = base.add(Self::words_at(lengths)).cast();
             Self {

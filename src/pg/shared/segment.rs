@@ -36,12 +36,14 @@ impl<H: Shared, C: Shared> Segment<H, C> {
         }
     }
 
-    /// Maps the segment of that handle. `None` if it is gone.
+    /// Maps the segment of that handle. `None` if it is gone, or was made by another version
+    /// of this library.
     pub fn attach(handle: u32) -> Option<Self> {
-        // SAFETY: a segment whose handle was passed on has contents of these types.
+        // SAFETY: a segment whose handle was passed on was written by this library, or by
+        // another version of it.
         unsafe {
             let segment = Self::new(pg_sys::dsm_attach(handle))?;
-            let lengths = Contents::<H, C, u32>::lengths(segment.base());
+            let lengths = Contents::<H, C, u32>::lengths(segment.base())?;
             let size = pg_sys::dsm_segment_map_length(segment.segment.as_ptr());
             assert!(Contents::<H, C, u32>::size(lengths) <= size);
             Some(segment)

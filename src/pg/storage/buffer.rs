@@ -9,6 +9,8 @@ use crate::pg::process::check_for_interrupts;
 use crate::pg::sys::buffer_state::{self, AtomicWord, Word};
 use crate::pg::sys::{ffi, version};
 
+const _: () = assert!(UsageCount::COUNT == pg_sys::BM_MAX_USAGE_COUNT as usize + 1);
+
 /// A copy of a page.
 pub type Page = [u8; pg_sys::BLCKSZ as usize];
 

@@ -85,7 +85,8 @@ fn populate(buffers: Range<usize>) {
     let _ = buffers;
     #[cfg(target_os = "linux")]
     if let Some((start, bytes)) = pages(buffers) {
-        // SAFETY: the memory of existing buffers. The advice leaves its content as it is.
+        // SAFETY: the memory of existing buffers, and what is before them on their first page.
+        // The advice leaves its content as it is.
         let _ = unsafe {
             use rustix::mm::{Advice, madvise};
             madvise(start.cast_mut().cast(), bytes, Advice::LinuxPopulateWrite)
@@ -99,7 +100,7 @@ fn map(buffers: Range<usize>) {
     const FAULT_AROUND: usize = 64 * 1024;
     if let Some((start, bytes)) = pages(buffers) {
         for offset in (0..bytes).step_by(FAULT_AROUND) {
-            // SAFETY: the memory of existing buffers. The byte that is read is not used,
+            // SAFETY: memory of the server's, which is mapped. The byte that is read is not used,
             // so other processes may be writing it.
             unsafe { start.wrapping_add(offset).read_volatile() };
         }

@@ -86,8 +86,10 @@ impl Relation<'_> {
                 blocks,
                 || self.transaction.release_catalog_snapshot(),
                 &mut |index, buffer| {
+                    let flow = each(index, &Pinned::new(buffer));
+                    // After the pin was released: replay may be waiting for it.
                     check_for_interrupts();
-                    each(index, &Pinned::new(buffer))
+                    flow
                 },
             )
         }

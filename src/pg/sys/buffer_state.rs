@@ -12,7 +12,7 @@ pub use word::{
     BUF_USAGECOUNT_MASK, BUF_USAGECOUNT_ONE, Word,
 };
 
-#[cfg(not(feature = "pg19"))]
+#[cfg(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18"))]
 mod word {
     pub use pgrx::pg_sys::{
         BM_DIRTY, BM_LOCKED, BM_PERMANENT, BM_TAG_VALID, BUF_REFCOUNT_MASK, BUF_USAGECOUNT_MASK,
@@ -24,7 +24,7 @@ mod word {
 }
 
 /// Macros of 19's `buf_internals.h`, which pgrx does not bind.
-#[cfg(feature = "pg19")]
+#[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18")))]
 mod word {
     use pgrx::pg_sys;
 

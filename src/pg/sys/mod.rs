@@ -1,8 +1,8 @@
 //! The server's symbols and structures, as each major version has them.
 //!
 //! Nothing here uses the rest of the library, except for the core's plain types.
-//! Every `#[cfg(feature = "pg…")]` stands in this folder: a new major version of
-//! PostgreSQL begins here.
+//! All version conditionals, `#[cfg(feature = "pg…")]`, are in this directory. They name
+//! the older versions, so that a new one is like the newest.
 
 pub mod buffer_state;
 pub mod ffi;

@@ -71,13 +71,16 @@ pub unsafe fn smgr_prefetch(
 ) {
     // SAFETY: the relation is open and has the fork.
     unsafe {
-        let storage = pg_sys::RelationGetSmgr(relation);
         #[cfg(any(feature = "pg15", feature = "pg16"))]
         for index in 0..count {
+            let storage = pg_sys::RelationGetSmgr(relation);
             pg_sys::smgrprefetch(storage, fork as i32, first + index as BlockNumber);
         }
         #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-        pg_sys::smgrprefetch(storage, fork as i32, first, count as i32);
+        {
+            let storage = pg_sys::RelationGetSmgr(relation);
+            pg_sys::smgrprefetch(storage, fork as i32, first, count as i32);
+        }
     }
 }
 

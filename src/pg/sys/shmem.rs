@@ -2,7 +2,7 @@
 //! a dynamic segment that the server finds by its name.
 
 #![cfg_attr(
-    any(feature = "pg15", feature = "pg16", feature = "pg19"),
+    not(any(feature = "pg17", feature = "pg18")),
     expect(
         ffi_unwind_calls,
         reason = "`init` raises no ERROR, and one of another library's hook ends the postmaster"
@@ -47,7 +47,7 @@ pub unsafe fn named_struct(name: &'static CStr, size: usize, init: Init) -> *mut
         // SAFETY: the name is static, and `init` fills memory of that size.
         unsafe { pg_sys::GetNamedDSMSegment(name.as_ptr(), size, Some(init), &mut found) }
     }
-    #[cfg(feature = "pg19")]
+    #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18")))]
     {
         unsafe extern "C-unwind" fn call(address: *mut c_void, init: *mut c_void) {
             // SAFETY: `init` is the function pointer that is passed below, and the
@@ -65,7 +65,7 @@ pub unsafe fn named_struct(name: &'static CStr, size: usize, init: Init) -> *mut
 /// nothing to reserve.
 ///
 /// # Safety
-/// Called once, by `_PG_init` of a preloaded library.
+/// Called by `_PG_init` of a preloaded library, once for each structure.
 pub unsafe fn reserve(size: usize) {
     #[cfg(any(feature = "pg15", feature = "pg16"))]
     {
@@ -85,12 +85,13 @@ pub unsafe fn reserve(size: usize) {
             }
         }
 
-        RESERVED.store(size, Relaxed);
-        // SAFETY: the postmaster has one thread, and calls the hook only after all
-        // libraries are loaded.
-        unsafe {
-            PREVIOUS = pg_sys::shmem_request_hook;
-            pg_sys::shmem_request_hook = Some(request);
+        if RESERVED.fetch_add(size, Relaxed) == 0 {
+            // SAFETY: the postmaster has one thread, and calls the hook only after all
+            // libraries are loaded.
+            unsafe {
+                PREVIOUS = pg_sys::shmem_request_hook;
+                pg_sys::shmem_request_hook = Some(request);
+            }
         }
     }
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]

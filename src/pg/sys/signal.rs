@@ -23,9 +23,9 @@ macro_rules! define_signal_handlers {
     };
 }
 
-#[cfg(not(feature = "pg19"))]
+#[cfg(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18"))]
 define_signal_handlers!(c_int);
-#[cfg(feature = "pg19")]
+#[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18")))]
 define_signal_handlers!(c_int, *const pg_sys::pg_signal_info);
 
 /// Sets the handler of a signal.
@@ -35,9 +35,9 @@ define_signal_handlers!(c_int, *const pg_sys::pg_signal_info);
 pub unsafe fn set_handler(signal: c_int, handler: SignalHandler) {
     // SAFETY: the handler may run at any moment, as the caller promises.
     unsafe {
-        #[cfg(not(any(feature = "pg18", feature = "pg19")))]
+        #[cfg(any(feature = "pg15", feature = "pg16", feature = "pg17"))]
         pg_sys::pqsignal(signal, Some(handler));
-        #[cfg(any(feature = "pg18", feature = "pg19"))]
+        #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17")))]
         pg_sys::pqsignal_be(signal, Some(handler));
     }
 }

@@ -23,11 +23,11 @@ pub const SESSION_SETTINGS: &[(&CStr, &CStr)] = &[
 /// The flag of a background worker that `CREATE`, `ALTER` and `DROP DATABASE` may
 /// terminate. 0 before 19, which have no such workers.
 pub const BGWORKER_INTERRUPTIBLE: u32 = {
-    #[cfg(not(feature = "pg19"))]
+    #[cfg(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18"))]
     {
         0
     }
-    #[cfg(feature = "pg19")]
+    #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18")))]
     {
         pg_sys::BGWORKER_INTERRUPTIBLE
     }
@@ -80,13 +80,13 @@ pub unsafe fn path(relation: pg_sys::Relation, fork: Fork) -> String {
             (*relation).rd_backend,
             fork as i32,
         );
-        #[cfg(not(any(feature = "pg18", feature = "pg19")))]
+        #[cfg(any(feature = "pg15", feature = "pg16", feature = "pg17"))]
         {
             let copy = CStr::from_ptr(path).to_string_lossy().into_owned();
             pg_sys::pfree(path.cast());
             copy
         }
-        #[cfg(any(feature = "pg18", feature = "pg19"))]
+        #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17")))]
         CStr::from_ptr(path.str_.as_ptr())
             .to_string_lossy()
             .into_owned()
@@ -112,7 +112,7 @@ pub fn record(tag: &pg_sys::BufferTag) -> Record {
 /// Whether the list of free buffers is empty, read without a lock. `None` on 19, which
 /// has no such list.
 pub fn free_list_is_empty() -> Option<bool> {
-    #[cfg(not(feature = "pg19"))]
+    #[cfg(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18"))]
     {
         unsafe extern "C" {
             fn have_free_buffer() -> bool;
@@ -120,7 +120,7 @@ pub fn free_list_is_empty() -> Option<bool> {
         // SAFETY: it reads one word of shared memory, and raises no ERROR.
         Some(unsafe { !have_free_buffer() })
     }
-    #[cfg(feature = "pg19")]
+    #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18")))]
     None
 }
 
@@ -131,9 +131,9 @@ pub fn free_list_is_empty() -> Option<bool> {
 pub unsafe fn share_lock_buffer(buffer: pg_sys::Buffer) {
     // SAFETY: the buffer is pinned and not locked.
     unsafe {
-        #[cfg(not(feature = "pg19"))]
+        #[cfg(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18"))]
         pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as i32);
-        #[cfg(feature = "pg19")]
+        #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18")))]
         pg_sys::LockBufferInternal(buffer, pg_sys::BufferLockMode::BUFFER_LOCK_SHARE);
     }
 }
@@ -145,9 +145,9 @@ pub unsafe fn share_lock_buffer(buffer: pg_sys::Buffer) {
 pub unsafe fn unlock_buffer(buffer: pg_sys::Buffer) {
     // SAFETY: the buffer is pinned and locked.
     unsafe {
-        #[cfg(not(feature = "pg19"))]
+        #[cfg(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18"))]
         pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_UNLOCK as i32);
-        #[cfg(feature = "pg19")]
+        #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18")))]
         pg_sys::UnlockBuffer(buffer);
     }
 }

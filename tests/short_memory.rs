@@ -1,4 +1,4 @@
-//! What fits into dynamic shared memory is loaded, the hottest blocks first.
+//! What fits into dynamic shared memory is loaded, the most used blocks first.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -66,7 +66,7 @@ fn cached(client: &mut Client, condition: &str) -> i64 {
 }
 
 #[test]
-fn where_shared_memory_is_short_the_hottest_part_that_fits_is_loaded() {
+fn where_shared_memory_is_short_the_most_used_part_that_fits_is_loaded() {
     for (kind, error, reason) in [
         ("posix", libc::ENOSPC, "No space left on device"),
         ("posix", libc::ENOMEM, "Cannot allocate memory"),

@@ -5,11 +5,6 @@
 //! distributed by their most significant bytes, in place, until few enough are left
 //! together to be sorted in a moment.
 
-#![expect(
-    clippy::cast_possible_truncation,
-    reason = "the remainder is a bucket's index"
-)]
-
 /// How many elements are handled between two callbacks: a few milliseconds' worth.
 const AT_ONCE: usize = 1 << 16;
 

@@ -13,7 +13,8 @@ use super::DUMP_FILE;
 use super::shared::{Cursor, Load};
 use super::state::State;
 use super::supervise::{Halt, Supervisor, reason_to_skip};
-use crate::blocks::{BlockList, Plan, SkipReason, UsageCounts};
+use super::{carry, dump};
+use crate::blocks::{BlockList, Carried, OverBudget, Plan, SkipReason, UsageCounts};
 use crate::error::Error;
 use crate::pg::process::background;
 use crate::pg::process::error::{log, log_message};
@@ -59,9 +60,13 @@ pub fn run(state: &'static State) -> Outcome {
             return Outcome::InUse;
         }
     };
+    state.carry.begin_load();
     match transaction::run(|transaction| prepare(transaction, state)) {
-        Ok(Ok(Some(supervisor))) => load(supervisor, state),
-        Ok(Ok(None)) => Outcome::Completed,
+        Ok(Ok(Some((supervisor, over_budget)))) => load(supervisor, over_budget, state),
+        Ok(Ok(None)) => {
+            state.carry.settle(0);
+            Outcome::Completed
+        }
         // A request to stop was noticed while the list was being read.
         Ok(Err(_)) if background::shutdown_requested() => Outcome::StillDue,
         Ok(Err(_)) if state.cancel_is_requested() => {
@@ -82,7 +87,10 @@ pub fn run(state: &'static State) -> Outcome {
 }
 
 /// Reads the list and puts its plan into shared memory. `None` if there is no list.
-fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Supervisor>, Error> {
+fn prepare(
+    transaction: &Transaction,
+    state: &'static State,
+) -> Result<Option<(Supervisor, OverBudget)>, Error> {
     let is_to_stop = || background::shutdown_requested() || state.cancel_is_requested();
     let Some(list) = read_list(is_to_stop)? else {
         return Ok(None);
@@ -122,13 +130,16 @@ fn prepare(transaction: &Transaction, state: &'static State) -> Result<Option<Su
         .map(|database| Cursor::new(database.chunks.clone()))
         .collect();
     let load = Load::new(number, shared);
-    let segment = Segment::create(load, &cursors, plan.words(), |words| plan.encode(words));
+    let segment = Segment::create(load, &cursors, plan.chunks(), plan.words(), |words| {
+        plan.encode(words)
+    });
     let databases = databases.iter().map(|database| database.database);
-    Ok(Some(Supervisor::new(state, segment, databases)))
+    let supervisor = Supervisor::new(state, segment, databases);
+    Ok(Some((supervisor, plan.into_over_budget())))
 }
 
 /// Has workers load the plan, and logs the result.
-fn load(mut supervisor: Supervisor, state: &State) -> Outcome {
+fn load(mut supervisor: Supervisor, over_budget: OverBudget, state: &State) -> Outcome {
     if let Err(halt) = supervisor.keep_workers_running() {
         supervisor.terminate_workers();
         if halt == Halt::NoProgress {
@@ -154,9 +165,60 @@ fn load(mut supervisor: Supervisor, state: &State) -> Outcome {
     if counts.skipped.total() > 0 {
         log(&format!("autoprewarm skipped {}", counts.skipped));
     }
-    match supervisor.ended_for() {
-        Some(SkipReason::Cancelled) => Outcome::Cancelled,
-        _ => Outcome::Completed,
+    let was_cancelled = supervisor.ended_for() == Some(SkipReason::Cancelled);
+    match left(&supervisor, &over_budget, state) {
+        // The list stays as it is, and is carried as a whole.
+        Ok(carried) if was_cancelled => state.carry.cancel_load(carried.left()),
+        Ok(carried) if carried.left() == 0 => state.carry.settle(0),
+        Ok(carried) => keep(carried, state),
+        Err(error) => {
+            state.last_error.record(&error.to_string());
+            error.warn("The block dump file is kept as it is.", None);
+        }
+    }
+    match was_cancelled {
+        true => Outcome::Cancelled,
+        false => Outcome::Completed,
+    }
+}
+
+/// The records that the load has left for a reason that passes.
+fn left(
+    supervisor: &Supervisor,
+    over_budget: &OverBudget,
+    state: &State,
+) -> Result<Carried, Error> {
+    let mut left = supervisor.left().chain(over_budget.records()).peekable();
+    // Without need, pg_database is not read: that would put its blocks into shared
+    // buffers.
+    let existing = left
+        .peek()
+        .and_then(|_| match transaction::run(Database::all) {
+            Ok(existing) => Some(existing),
+            Err(caught) => {
+                state.last_error.record(&caught.message);
+                caught.warn();
+                None
+            }
+        });
+    // Blocks of databases that are not loaded are not carried either.
+    let left = left.filter(|(record, ..)| {
+        record.database == 0
+            || existing
+                .as_ref()
+                .is_none_or(|existing| reason_to_skip(existing.get(&record.database)).is_none())
+    });
+    carry::after_load(state, left)
+}
+
+/// Writes the list of what is cached and what the load has left.
+fn keep(carried: Carried, state: &State) {
+    dump::write_as_leader(Some(carried), dump::Unlogged::LeftOut, state);
+    match state.carry.records() {
+        Some(records) if records > 0 => log(&format!(
+            "autoprewarm keeps {records} of the skipped blocks in \"{DUMP_FILE}\""
+        )),
+        _ => {}
     }
 }
 

@@ -14,6 +14,7 @@ use std::cell::Cell;
 use std::ops::ControlFlow::{Break, Continue};
 use std::time::{Duration, Instant};
 
+use super::left::Settled;
 use super::shared::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use super::state::State;
 use crate::blocks::{Fork, PlanView, SkipReason};
@@ -74,6 +75,7 @@ pub fn main(argument: WorkerArgument) {
         slot,
         cursor: load.cursor(slot, segment.cells()),
         plan: PlanView::new(segment.words()),
+        settled: Settled::of(&segment),
         prefaulter: Prefaulter::new(&load.prefaulted),
         pace: Pace::new(),
         database: database::name(slot.database()),
@@ -115,6 +117,7 @@ struct Worker<'a> {
     /// The cursor of the worker's database.
     cursor: &'a Cursor,
     plan: PlanView<'a>,
+    settled: Settled<'a>,
     prefaulter: Prefaulter<'a>,
     pace: Pace,
     /// The database's name, in the server's encoding.
@@ -213,15 +216,14 @@ impl Worker<'_> {
             self.report_now_and_then();
             let once_more = done.get() < one_by_one;
             let turn = Turn {
+                chunk: claim.chunk,
                 done: &done,
                 most: if once_more { 1 } else { allowed },
                 once_more,
                 opened: Cell::new(false),
                 read: Cell::new(0),
             };
-            let end = match transaction::run(|transaction| {
-                self.load_turn(transaction, claim.chunk, &turn)
-            }) {
+            let end = match transaction::run(|transaction| self.load_turn(transaction, &turn)) {
                 // Replay on a standby needed the relation. The blocks can be read later.
                 Err(caught) if caught.is_conflict_with_recovery() => Ok(TurnEnd::Locked),
                 end => end,
@@ -236,6 +238,7 @@ impl Worker<'_> {
                 }
                 Ok(TurnEnd::Skip(reason)) => {
                     self.skip(reason, total - done.get());
+                    self.set_done(claim.chunk, total);
                     return ChunkEnd::Done;
                 }
                 // Memory, locks or files are short, perhaps only for a moment.
@@ -254,6 +257,7 @@ impl Worker<'_> {
                     }
                     if !turn.opened.get() {
                         self.skip(SkipReason::Unreadable, total - done.get());
+                        self.set_done(claim.chunk, total);
                         return ChunkEnd::Done;
                     } else if turn.once_more {
                         self.skip(SkipReason::Unreadable, 1);
@@ -263,16 +267,16 @@ impl Worker<'_> {
                     }
                 }
             }
-            self.slot.set_done(done.get());
+            self.set_done(claim.chunk, done.get());
         }
         ChunkEnd::Done
     }
 
     /// Runs one turn: opens and locks the chunk's relation, and loads blocks until the
     /// time is up.
-    fn load_turn(&self, transaction: &Transaction, chunk: u32, turn: &Turn) -> TurnEnd {
+    fn load_turn(&self, transaction: &Transaction, turn: &Turn) -> TurnEnd {
         let start = Instant::now();
-        let (chunk, blocks) = self.plan.chunk(chunk);
+        let (chunk, blocks) = self.plan.chunk(turn.chunk);
         let locator = Locator {
             database: chunk.database,
             tablespace: chunk.tablespace,
@@ -322,6 +326,12 @@ impl Worker<'_> {
         }
     }
 
+    /// Records how many blocks of a chunk are done, be they loaded or skipped for good.
+    fn set_done(&self, chunk: u32, done: usize) {
+        self.slot.set_done(done);
+        self.settled.settle(chunk, done);
+    }
+
     /// Counts blocks as skipped.
     fn skip(&self, reason: SkipReason, blocks: usize) {
         self.state
@@ -344,6 +354,8 @@ impl Worker<'_> {
 
 /// What a turn is to do, and what it has done.
 struct Turn<'a> {
+    /// The index of the chunk.
+    chunk: u32,
     /// How many of the chunk's blocks are done.
     done: &'a Cell<usize>,
     /// The maximum number of blocks to read.
@@ -394,7 +406,7 @@ impl Drop for Tally<'_> {
             .count(worker.load.number(), loaded, cached);
         // If this worker is terminated before the next turn, the worker that gets the
         // rest of the chunk must not count these blocks again.
-        worker.slot.set_done(self.turn.done.get());
+        worker.set_done(self.turn.chunk, self.turn.done.get());
         worker.progress.change(|progress| progress.done += blocks);
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A list goes one way: [`BlockList`] holds the records of the file, with the usage
 //! count that each block had; [`Plan`] chooses and orders what is loaded, and lays it
-//! out for shared memory; [`ListWriter`] writes the next file from what is cached.
+//! out for shared memory; [`ListWriter`] writes the next file from what is cached and
+//! what is [`Carried`], since the load has left it.
 //! [`ListReader`] hands out the records one by one, for those who only want to look.
 //!
 //! Nothing here calls PostgreSQL, so that all of it runs under plain `cargo test` and
@@ -13,6 +14,8 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod carried;
+mod hottest;
 mod list;
 mod parser;
 mod plan;
@@ -22,11 +25,14 @@ mod skip;
 mod trailer;
 mod writer;
 
+pub use carried::{Carried, CarriedBuilder};
 pub use list::{BlockList, Entry, FileFork};
 pub use parser::ReadError;
-pub use plan::{CHUNK_BLOCKS, Chunk, ChunkBlocks, DatabasePlan, Plan, PlanError, PlanView};
+pub use plan::{
+    CHUNK_BLOCKS, Chunk, ChunkBlocks, DatabasePlan, OverBudget, Plan, PlanError, PlanView,
+};
 pub use reader::ListReader;
-pub use record::{BlockNumber, Fork, Oid, Record, UsageCount};
+pub use record::{Age, BlockNumber, CarriedCounts, Fork, Oid, Record, UsageCount};
 pub use skip::{SkipCounts, SkipReason};
 pub use trailer::UsageCounts;
 pub use writer::{ListWriter, WriteError};

@@ -18,7 +18,7 @@ use std::collections::TryReserveError;
 use std::io::{self, Read};
 
 use crate::trailer::{TrailerReader, UsageCounts};
-use crate::{Record, UsageCount};
+use crate::{CarriedCounts, Record, UsageCount};
 
 /// How much of the file is looked at in one go.
 pub(super) const CHUNK: usize = 256 * 1024;
@@ -39,7 +39,7 @@ pub enum ReadError {
     /// Memory was refused.
     #[error("out of memory")]
     OutOfMemory(#[from] TryReserveError),
-    /// The list names more files than can be told apart: half a billion.
+    /// The list names more files than can be told apart: 134 million.
     #[error("too many relations")]
     TooManyFiles,
 }
@@ -59,6 +59,10 @@ pub(super) struct Summary {
     /// See [`BlockList::first_bad_line`](crate::BlockList::first_bad_line).
     pub first_bad_line: Option<u64>,
     pub usage_counts: UsageCounts,
+    /// How many lines were taken for records.
+    pub records: u64,
+    /// How many of these, the last ones, are carried.
+    pub carried: CarriedCounts,
     /// Where in the file the digits of a trailer begin.
     pub digits_at: u64,
 }
@@ -100,10 +104,14 @@ pub(super) fn read_all<S: Sink>(
         }
     }
     parser.end()?;
+    let digits_at = list_length + trailer.before_digits();
+    let (usage_counts, carried) = trailer.finish(checksum, parser.seen);
     let summary = Summary {
         first_bad_line: parser.first_bad_line,
-        digits_at: list_length + trailer.before_digits(),
-        usage_counts: trailer.finish(checksum, parser.seen),
+        usage_counts,
+        records: parser.seen,
+        carried,
+        digits_at,
     };
     Ok((parser.sink, summary))
 }

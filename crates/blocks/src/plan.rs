@@ -15,7 +15,7 @@
 //! bytes a block:
 //!
 //! ```text
-//! chunks, blocks │ chunks: 6 words each │ block numbers: a word each │ usage counts: a byte each
+//! chunks, blocks │ chunks: 6 words each │ block numbers: a word each │ usage counts and ages: a byte each
 //! ```
 
 use std::collections::TryReserveError;
@@ -23,8 +23,9 @@ use std::ops::Range;
 
 use rustc_hash::FxHashMap;
 
+use crate::hottest::{keep_hottest, rank};
 use crate::list::{BlockList, Entry, FileFork};
-use crate::{BlockNumber, Fork, Oid, Record, UsageCount};
+use crate::{Age, BlockNumber, Fork, Oid, Record, UsageCount};
 
 /// The most blocks of a chunk. What a worker that dies was at is lost, and must
 /// be little; what a worker claims should keep it busy for a while.
@@ -37,12 +38,12 @@ const HOT: u32 = 2;
 /// How many tiers there are.
 const TIERS: usize = 2;
 
-/// The number that PostgreSQL reserves for "no block".
-const INVALID_BLOCK: BlockNumber = BlockNumber::MAX;
-
 /// Words of a chunk, and of what stands before the first.
 const CHUNK_WORDS: usize = 6;
 const HEADER_WORDS: usize = 2;
+
+/// Where in a block's byte its record's age begins; the usage count stands before it.
+const AGE_SHIFT: u32 = 4;
 
 /// Blocks of one fork, to be loaded in one go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +68,16 @@ pub struct Plan {
     keys: Vec<Key>,
     illegal: u64,
     cached: u64,
-    over_budget: u64,
+    over_budget: OverBudget,
+}
+
+/// The blocks of a list that the budget of its plan does not suffice for.
+#[derive(Debug, Default)]
+pub struct OverBudget {
+    keys: Vec<Key>,
+    files: Vec<FileFork>,
+    /// The file at each place of [`Places`].
+    places: Vec<u32>,
 }
 
 /// The chunks of one database.
@@ -87,28 +97,37 @@ pub enum PlanError {
     /// Memory was refused.
     #[error("out of memory")]
     OutOfMemory(#[from] TryReserveError),
-    /// The list names more files than can be told apart: a quarter of a billion.
+    /// The list names more files than can be told apart: 67 million.
     #[error("too many relations")]
     TooManyFiles,
 }
 
 /// A block by which it is sorted: the place of its file's tier among all of these,
-/// its number, and (so that it is not lost) its usage count.
+/// its number, and (so that they are not lost) its usage count and its record's age.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Key(u64);
 
 impl Key {
+    const AGE_BITS: u32 = 2;
+    const AGE: u64 = (1 << Self::AGE_BITS) - 1;
     const USAGE_COUNT_BITS: u32 = 3;
-    const USAGE_COUNT: u64 = (1 << Self::USAGE_COUNT_BITS) - 1;
-    const PLACE_SHIFT: u32 = 32 + Self::USAGE_COUNT_BITS;
+    const USAGE_COUNT: u64 = ((1 << Self::USAGE_COUNT_BITS) - 1) << Self::AGE_BITS;
+    const BLOCK_SHIFT: u32 = Self::AGE_BITS + Self::USAGE_COUNT_BITS;
+    const PLACE_SHIFT: u32 = Self::BLOCK_SHIFT + 32;
     const MAX_FILES: usize = (1 << (64 - Self::PLACE_SHIFT)) / TIERS;
 
-    fn new(place: u32, block: BlockNumber, usage_count: UsageCount) -> Self {
+    fn new(place: u32, block: BlockNumber, usage_count: UsageCount, age: Age) -> Self {
         Self(
             u64::from(place) << Self::PLACE_SHIFT
-                | u64::from(block) << Self::USAGE_COUNT_BITS
-                | u64::from(usage_count.get()),
+                | u64::from(block) << Self::BLOCK_SHIFT
+                | u64::from(usage_count.get()) << Self::AGE_BITS
+                | age as u64,
         )
+    }
+
+    /// The lowest key that a block can have.
+    fn lowest(place: u32, block: BlockNumber) -> Self {
+        Self::new(place, block, UsageCount::new(0), Age::Cached)
     }
 
     fn place(self) -> usize {
@@ -116,15 +135,19 @@ impl Key {
     }
 
     fn block(self) -> BlockNumber {
-        (self.0 >> Self::USAGE_COUNT_BITS) as BlockNumber
+        (self.0 >> Self::BLOCK_SHIFT) as BlockNumber
     }
 
     fn usage_count(self) -> UsageCount {
-        UsageCount::new((self.0 & Self::USAGE_COUNT) as u32)
+        UsageCount::new(((self.0 & Self::USAGE_COUNT) >> Self::AGE_BITS) as u32)
+    }
+
+    fn age(self) -> Age {
+        Age::from_number((self.0 & Self::AGE) as u32)
     }
 
     fn is_same_block(self, other: Self) -> bool {
-        self.0 & !Self::USAGE_COUNT == other.0 & !Self::USAGE_COUNT
+        self.0 >> Self::BLOCK_SHIFT == other.0 >> Self::BLOCK_SHIFT
     }
 
     /// Puts a mark in the place of the usage count, which is never that high.
@@ -154,9 +177,24 @@ impl Plan {
         let mut keys = plan.keys_of(entries, &files, &places);
         keys.sort_unstable();
         plan.cached = remove_cached(&mut keys, &files, &places, cached)?;
-        plan.over_budget = keep_hottest(&mut keys, budget);
+        let mut over_budget = Vec::new();
+        over_budget.try_reserve_exact(
+            keys.len()
+                .saturating_sub(usize::try_from(budget).unwrap_or(usize::MAX)),
+        )?;
+        keep_hottest(
+            &mut keys,
+            budget,
+            |key| rank(key.usage_count(), key.age()),
+            |key| over_budget.push(*key),
+        );
         plan.keys = keys;
         plan.cut_into_chunks(&files, &places)?;
+        plan.over_budget = OverBudget {
+            keys: over_budget,
+            files,
+            places: places.files,
+        };
         Ok(plan)
     }
 
@@ -167,19 +205,14 @@ impl Plan {
         let total = entries.len();
         let keys: Vec<Key> = entries
             .into_iter()
-            .filter(|entry| {
-                let file = &files[entry.file()];
-                // No relation has file number 0: it marks those of mapped catalogs.
-                entry.block() != INVALID_BLOCK
-                    && file.filenumber != 0
-                    && Fork::from_number(file.fork).is_some()
-            })
+            .filter(|entry| files[entry.file()].record(entry.block()).is_legal())
             .map(|entry| {
                 let usage_count = entry.usage_count();
                 Key::new(
                     places.find(entry.file(), usage_count),
                     entry.block(),
                     usage_count,
+                    entry.age(),
                 )
             })
             .collect();
@@ -228,6 +261,11 @@ impl Plan {
 
     /// Blocks left out because the budget does not suffice.
     pub fn over_budget(&self) -> u64 {
+        self.over_budget.keys.len() as u64
+    }
+
+    /// These blocks, when the rest of the plan is not needed any more.
+    pub fn into_over_budget(self) -> OverBudget {
         self.over_budget
     }
 
@@ -245,6 +283,11 @@ impl Plan {
                     blocks: chunks.iter().map(|chunk| u64::from(chunk.count)).sum(),
                 }
             })
+    }
+
+    /// How many chunks there are.
+    pub fn chunks(&self) -> usize {
+        self.chunks.len()
     }
 
     /// How many words [`Plan::encode`] fills.
@@ -277,7 +320,7 @@ impl Plan {
         for (keys, usage_counts) in self.keys.chunks(size_of::<u32>()).zip(usage_counts) {
             let mut bytes = [0; size_of::<u32>()];
             for (key, byte) in keys.iter().zip(&mut bytes) {
-                *byte = key.usage_count().digit();
+                *byte = (key.usage_count().get() | (key.age() as u32) << AGE_SHIFT) as u8;
             }
             *usage_counts = u32::from_le_bytes(bytes);
         }
@@ -342,7 +385,7 @@ fn remove_cached(
             continue;
         };
         for place in places.places[file] {
-            let block = Key::new(place, record.block, UsageCount::new(0));
+            let block = Key::lowest(place, record.block);
             let start = keys.partition_point(|key| *key < block);
             // The same block may be listed more than once, and be seen in two buffers
             // when it moves from one to the other meanwhile.
@@ -359,32 +402,14 @@ fn remove_cached(
     Ok((total - keys.len()) as u64)
 }
 
-/// Keeps the hottest `budget` keys, without changing their order, and returns how
-/// many were left out. Of those that are as hot as the coldest kept, the first
-/// are kept.
-fn keep_hottest(keys: &mut Vec<Key>, budget: u64) -> u64 {
-    let total = keys.len() as u64;
-    if total <= budget {
-        return 0;
+impl OverBudget {
+    /// The blocks' records, each with its usage count and age.
+    pub fn records(&self) -> impl Iterator<Item = (Record, UsageCount, Age)> {
+        self.keys.iter().map(|key| {
+            let file = self.files[self.places[key.place()] as usize];
+            (file.record(key.block()), key.usage_count(), key.age())
+        })
     }
-    let mut by_usage_count = [0u64; UsageCount::COUNT];
-    for key in keys.iter() {
-        by_usage_count[key.usage_count().get() as usize] += 1;
-    }
-    // Each usage count has what the hotter ones leave.
-    let mut left = budget;
-    let mut quota = [0; UsageCount::COUNT];
-    for usage_count in (0..UsageCount::COUNT).rev() {
-        quota[usage_count] = by_usage_count[usage_count].min(left);
-        left -= quota[usage_count];
-    }
-    keys.retain(|key| {
-        let quota = &mut quota[key.usage_count().get() as usize];
-        let keep = *quota > 0;
-        *quota -= u64::from(keep);
-        keep
-    });
-    total - keys.len() as u64
 }
 
 /// A plan as a worker sees it in shared memory.
@@ -414,6 +439,26 @@ impl<'a> PlanView<'a> {
             blocks,
             usage_counts,
         }
+    }
+
+    /// The records of a chunk but for its first `done`, each with its usage count and
+    /// age.
+    pub fn records_from(
+        self,
+        index: u32,
+        done: usize,
+    ) -> impl Iterator<Item = (Record, UsageCount, Age)> {
+        let (chunk, blocks) = self.chunk(index);
+        (done..blocks.numbers().len()).map(move |at| {
+            let record = Record {
+                database: chunk.database,
+                tablespace: chunk.tablespace,
+                filenumber: chunk.filenumber,
+                fork: chunk.fork as u32,
+                block: blocks.numbers()[at],
+            };
+            (record, blocks.usage_count(at), blocks.age(at))
+        })
     }
 
     /// The chunk of that index, and its blocks.
@@ -447,10 +492,17 @@ impl<'a> ChunkBlocks<'a> {
 
     /// How hot the block at that place is.
     pub fn usage_count(self, index: usize) -> UsageCount {
+        UsageCount::new(u32::from(self.byte(index)) & ((1 << AGE_SHIFT) - 1))
+    }
+
+    /// How long the record of the block at that place has been carried.
+    pub fn age(self, index: usize) -> Age {
+        Age::from_number(u32::from(self.byte(index) >> AGE_SHIFT))
+    }
+
+    fn byte(self, index: usize) -> u8 {
         let at = self.first + index;
-        let bytes = self.plan.usage_counts[at / size_of::<u32>()].to_le_bytes();
-        UsageCount::from_digit(bytes[at % size_of::<u32>()])
-            .expect("a plan has legal usage_counts only")
+        self.plan.usage_counts[at / size_of::<u32>()].to_le_bytes()[at % size_of::<u32>()]
     }
 }
 

@@ -4,8 +4,13 @@
 //! # pg_prewarm 2.0
 //! # usage counts
 //! 5102…                       one digit for each record, at most 120 in a line
+//! # carried 123 45            if records are carried: how many of each age
 //! # crc32c 0x12345678         of every byte before this line
 //! ```
+//!
+//! The records that are carried are the last ones: here 123 that were left once, and
+//! then 45 that were left twice. A reader that does not know the line leaves the trailer
+//! aside.
 //!
 //! It stands after the last record, where contrib does not look. One that is cut
 //! short, does not match the records, or whose checksum differs (somebody edited
@@ -14,8 +19,13 @@
 use std::collections::TryReserveError;
 use std::io::Write;
 
+use crate::CarriedCounts;
+
 /// What a trailer begins with, and what stands before the digits.
 pub(super) const FIRST_LINES: [&str; 2] = ["# pg_prewarm 2.0", "# usage counts"];
+
+/// What the line about carried records begins with; two numbers follow.
+pub(super) const CARRIED: &str = "# carried ";
 
 /// What the last line begins with; eight hexadecimal digits follow.
 pub(super) const CHECKSUM: &str = "# crc32c 0x";
@@ -25,6 +35,8 @@ pub(super) const DIGITS_PER_LINE: usize = 120;
 
 /// Why a trailer of another list is left aside.
 pub(super) const NOT_ONE_EACH: &str = "it has not one digit for each record";
+
+const TOO_MANY_CARRIED: &str = "it has more carried records than there are";
 
 /// Where the usage count of a list's records comes from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,6 +58,8 @@ pub(super) struct TrailerReader {
     /// The digits so far, and the bytes before the line of the first.
     digits: u64,
     before_digits: u64,
+    /// How many records are carried, once it was told.
+    carried: Option<CarriedCounts>,
     outcome: Option<UsageCounts>,
 }
 
@@ -91,19 +105,28 @@ impl TrailerReader {
         self.before_digits
     }
 
-    /// What came of it, for a list of that many records.
-    pub fn finish(mut self, checksum: u32, records: u64) -> UsageCounts {
+    /// What came of it, for a list of that many records, and how many of these are
+    /// carried.
+    pub fn finish(mut self, checksum: u32, records: u64) -> (UsageCounts, CarriedCounts) {
         // The last line needs no line break after it.
         if self.outcome.is_none() && !self.line.is_empty() {
             self.line(checksum, &mut |_, _| false);
         }
-        match self.outcome {
+        let carried = self.carried.unwrap_or_default();
+        let outcome = match self.outcome {
             None if self.lines == 0 => UsageCounts::Missing,
             None => UsageCounts::Ignored("it is cut short"),
             Some(UsageCounts::Saved) if self.digits != records => {
                 UsageCounts::Ignored(NOT_ONE_EACH)
             }
+            Some(UsageCounts::Saved) if carried.total() > records => {
+                UsageCounts::Ignored(TOO_MANY_CARRIED)
+            }
             Some(outcome) => outcome,
+        };
+        match outcome {
+            UsageCounts::Saved => (outcome, carried),
+            _ => (outcome, CarriedCounts::default()),
         }
     }
 
@@ -143,6 +166,13 @@ impl TrailerReader {
                 return Err("its checksum differs");
             }
             self.outcome = Some(UsageCounts::Saved);
+        } else if let Some(counts) = line.strip_prefix(CARRIED.as_bytes())
+            && self.carried.is_none()
+        {
+            let counts = parse_carried(counts).ok_or("it has an invalid line")?;
+            self.carried = Some(counts);
+        } else if self.carried.is_some() {
+            return Err("it has an invalid line");
         } else {
             for &digit in line {
                 if !usage_count(self.digits, digit) {
@@ -153,4 +183,17 @@ impl TrailerReader {
         }
         Ok(())
     }
+}
+
+/// The two numbers of the line about carried records.
+fn parse_carried(text: &[u8]) -> Option<CarriedCounts> {
+    let (once, twice) = std::str::from_utf8(text).ok()?.split_once(' ')?;
+    let number = |text: &str| {
+        let is_plain = text.bytes().all(|byte| byte.is_ascii_digit());
+        is_plain.then(|| text.parse().ok()).flatten()
+    };
+    Some(CarriedCounts {
+        once: number(once)?,
+        twice: number(twice)?,
+    })
 }

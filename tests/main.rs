@@ -6,6 +6,7 @@
 mod common;
 
 mod bad_files;
+mod carry;
 mod discard;
 mod functions;
 mod list;

@@ -6,8 +6,8 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use crate::common::{
-    Block, Cluster, Installation, LIST, LoadStats, Shutdown, error, list_of,
-    list_with_usage_counts, signal, value, wait_until,
+    Block, Cluster, Fault, Installation, LIST, LoadStats, Shutdown, error, list_of,
+    list_with_usage_counts, signal, wait_until,
 };
 
 const DUMP: &str = "SELECT autoprewarm_dump_now()";
@@ -57,7 +57,8 @@ fn restart(cluster: &Cluster) -> (u64, u64) {
     loaded
 }
 
-/// A cluster with a table of 100 blocks that a prepared transaction has locked.
+/// A cluster with a table of 100 blocks that a prepared transaction has locked. Its list
+/// has these, and no other block of the table.
 fn cluster_with_locked_table() -> (Cluster, Block) {
     let cluster = Cluster::build()
         .setting("max_prepared_transactions = 2")
@@ -65,7 +66,13 @@ fn cluster_with_locked_table() -> (Cluster, Block) {
         .start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let table = cluster.table("t", 100);
+    cluster.sql("CHECKPOINT");
     cluster.sql("BEGIN; LOCK TABLE t; PREPARE TRANSACTION 'lock'");
+    // What is cached at the shutdown has blocks of other forks as well.
+    cluster.configure("pg_prewarm.autoprewarm = off");
+    cluster.restart();
+    cluster.configure("pg_prewarm.autoprewarm = on");
+    cluster.write_list(list_of(table.first(100)));
     (cluster, table)
 }
 
@@ -77,8 +84,8 @@ fn a_list_is_carried_over_five_restarts_with_changing_shared_buffers() {
         .start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let table = cluster.table("t", 1500);
-    let all: BTreeSet<_> = table.first(1500).collect();
-    assert_eq!(cached(&cluster, table), all);
+    let all = cached(&cluster, table);
+    assert!(all.len() > 1500);
     for (shared_buffers, fits) in [
         ("4MB", false),
         ("6MB", false),
@@ -87,16 +94,16 @@ fn a_list_is_carried_over_five_restarts_with_changing_shared_buffers() {
         ("24MB", true),
     ] {
         restart_with(&cluster, shared_buffers);
-        assert_eq!(cached(&cluster, table).len() == 1500, fits);
+        assert_eq!(cached(&cluster, table) == all, fits);
         assert_eq!(shown(&cluster).unwrap() > 0, !fits, "{shared_buffers}");
         // At the end of the load, by a dump at an interval, by one on request.
-        assert_eq!(listed(&cluster, table), all, "{shared_buffers}");
+        assert!(listed(&cluster, table) == all, "{shared_buffers}");
         let mark = cluster.log_end();
         cluster.wait_for_log(mark, "wrote block details");
-        assert_eq!(listed(&cluster, table), all, "{shared_buffers}");
+        assert!(listed(&cluster, table) == all, "{shared_buffers}");
         let written: i64 = cluster.value(DUMP);
         assert_eq!(written as usize, cluster.listed().len());
-        assert_eq!(listed(&cluster, table), all, "{shared_buffers}");
+        assert!(listed(&cluster, table) == all, "{shared_buffers}");
         let (once, twice) = carried(&cluster);
         assert_eq!(shown(&cluster), Some((once + twice) as i64));
     }
@@ -141,13 +148,14 @@ fn usage_counts_are_carried_along() {
         let rows = rows.unwrap();
         rows.iter().map(|row| (row.get(0), row.get(1))).collect()
     };
-    cluster.stop(Shutdown::Fast);
+    cluster.stop(Shutdown::Immediate);
     let digits: String = (0..100).map(|block| (block % 6).to_string()).collect();
     cluster.write_list(list_with_usage_counts(table.first(100), &digits));
     let mark = cluster.log_end();
     cluster.start();
     cluster.wait_for_load(mark);
     restart(&cluster);
+    cluster.sql(DUMP);
     let expected: BTreeMap<_, _> = (0..100).map(|block| (block, (block % 6) as i16)).collect();
     assert_eq!(counts(), expected);
 }
@@ -157,7 +165,7 @@ fn what_three_starts_have_left_is_carried_no_more() {
     let (cluster, table) = cluster_with_locked_table();
     for age in [(100, 0), (0, 100), (0, 0)] {
         restart(&cluster);
-        assert_eq!(carried(&cluster).0 + carried(&cluster).1, age.0 + age.1);
+        assert_eq!(shown(&cluster), Some((age.0 + age.1) as i64));
         // Neither loads on demand nor dumps make a record older.
         for _ in 0..2 {
             cluster.sql(DUMP);
@@ -175,7 +183,6 @@ fn what_three_starts_have_left_is_carried_no_more() {
 fn what_is_gone_is_not_carried() {
     let (cluster, table) = cluster_with_locked_table();
     let kept = cluster.table("kept", 10);
-    cluster.sql(DUMP);
     let missing = Block {
         filenumber: 4_000_000,
         ..table
@@ -249,15 +256,15 @@ fn four_times_as_many_blocks_as_there_are_buffers_are_carried_the_hottest() {
     cluster.stop(Shutdown::Fast);
     let (once, twice) = carried(&cluster);
     assert!(once <= 4 * 256 && twice == 0, "{once}, {twice}");
-    // The thousand blocks of the highest usage count, and some of the next.
-    let listed = listed(&cluster, table);
-    for block in table.first(3000) {
-        match usage_count(block.block) {
-            2 => assert!(listed.contains(&block), "{block:?}"),
-            0 => assert!(!listed.contains(&block), "{block:?}"),
-            _ => {}
+    // Nearly all of the thousand blocks of the highest usage count: what was loaded may
+    // have been evicted since.
+    let mut of_count = [0; 3];
+    for block in listed(&cluster, table) {
+        if block.fork == 0 {
+            of_count[usage_count(block.block) as usize] += 1;
         }
     }
+    assert!(of_count[0] == 0 && of_count[2] > 700, "{of_count:?}");
 }
 
 #[test]
@@ -356,7 +363,7 @@ fn a_dump_that_cannot_read_what_is_carried_keeps_the_list() {
 #[test]
 fn a_list_that_cannot_be_written_after_a_load_is_carried_as_a_whole_later() {
     let (cluster, table) = cluster_with_locked_table();
-    cluster.stop(Shutdown::Fast);
+    cluster.stop(Shutdown::Immediate);
     let tmp = cluster.data("autoprewarm.blocks.tmp");
     fs::create_dir(&tmp).unwrap();
     let list = cluster.list();
@@ -368,19 +375,30 @@ fn a_list_that_cannot_be_written_after_a_load_is_carried_as_a_whole_later() {
     fs::remove_dir(&tmp).unwrap();
     cluster.stop(Shutdown::Fast);
     assert_eq!(listed(&cluster, table).len(), 100);
-    assert_eq!(carried(&cluster).1, 0);
-    assert!(carried(&cluster).0 >= 100);
+    assert_eq!(carried(&cluster), (100, 0));
 }
 
 #[test]
-fn a_list_is_not_read_for_a_dump_unless_it_carries_anything() {
-    let cluster = Cluster::build()
-        .setting("pg_prewarm.autoprewarm_interval = 0")
-        .start();
-    cluster.sql("CREATE EXTENSION pg_prewarm");
-    restart(&cluster);
-    assert_eq!(shown(&cluster), Some(0));
-    fs::set_permissions(cluster.data(LIST), fs::Permissions::from_mode(0o200)).unwrap();
-    cluster.sql(DUMP);
-    assert!(cluster.listed().len() > 10);
+fn a_dump_that_is_refused_memory_forgets_nothing_that_is_carried() {
+    let (cluster, table) = cluster_with_locked_table();
+    cluster.stop(Shutdown::Immediate);
+    cluster.set_fault(Fault::RefusedMemory, 0);
+    let mark = cluster.log_end();
+    cluster.start();
+    cluster.wait_for_load(mark);
+    LoadStats::wait_for_end(&mut cluster.connect("postgres"));
+    let (mut dumps, mut refused) = (0, 0);
+    for round in 0..30 {
+        let mut client = cluster.connect("postgres");
+        client.batch_execute("LOAD 'pg_prewarm'").unwrap();
+        cluster.set_fault(Fault::RefusedMemory, 2 + round % 15);
+        match client.batch_execute(DUMP) {
+            Ok(()) => dumps += 1,
+            Err(_) => refused += 1,
+        }
+        cluster.set_fault(Fault::RefusedMemory, 0);
+        assert_eq!(carried(&cluster), (100, 0));
+        assert_eq!(listed(&cluster, table).len(), 100);
+    }
+    assert!(dumps > 0 && refused > 0, "{dumps}, {refused}");
 }

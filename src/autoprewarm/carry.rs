@@ -21,10 +21,12 @@ use pgrx::PgSqlErrorCode;
 
 use super::list;
 use super::state::{Phase, State};
-use crate::blocks::{Age, Carried, CarriedBuilder, ReadError, Record, UsageCount};
+use crate::blocks::{Age, Carried, CarriedBuilder, Fork, ReadError, Record, UsageCount};
 use crate::error::Error;
+use crate::pg::process::check_for_interrupts;
 use crate::pg::process::memory::fallible;
-use crate::pg::storage::{buffer, file};
+use crate::pg::storage::relation::Locator;
+use crate::pg::storage::{buffer, file, segments};
 
 /// How many records are carried for each shared buffer at most.
 const CARRIED_PER_BUFFER: u64 = 4;
@@ -122,6 +124,20 @@ pub fn from_list(state: &State) -> Result<Carried, Error> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// Removes records of relations that are gone, by their files: relations of other
+/// databases cannot be looked up.
+pub fn forget_dropped(carried: &mut Carried) {
+    carried.retain_files(|file| {
+        check_for_interrupts();
+        let locator = Locator {
+            database: file.database,
+            tablespace: file.tablespace,
+            filenumber: file.filenumber,
+        };
+        Fork::from_number(file.fork).is_some_and(|fork| segments::has_blocks(locator, fork))
+    });
 }
 
 /// Whether opening or reading a file may succeed later.

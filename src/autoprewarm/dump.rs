@@ -40,6 +40,7 @@ fn write_carrying(
     state: &State,
     start: Instant,
 ) -> Result<u64, Error> {
+    carry::forget_dropped(&mut carried);
     let unfinished = RemoveOnDrop(DUMP_FILE_BEING_WRITTEN);
     let most_carried = carried.left() as usize;
     let mut expected = buffer::count_cached(unlogged == Unlogged::LeftOut) + most_carried;

@@ -12,7 +12,7 @@
 use std::io::Read;
 
 use crate::hottest::{keep_hottest, rank};
-use crate::list::{Entry, ListBuilder};
+use crate::list::{Entry, FileFork, ListBuilder};
 use crate::{Age, ListReader, ReadError, Record, UsageCount};
 
 /// Gathers the records to be carried.
@@ -120,6 +120,23 @@ impl Carried {
     /// How many records are left.
     pub fn left(&self) -> u64 {
         self.left
+    }
+
+    /// Removes the records of all files for which `exists` returns false. This comes
+    /// before [`Carried::found`].
+    pub fn retain_files(&mut self, mut exists: impl FnMut(&FileFork) -> bool) {
+        let files = &self.list.files;
+        let mut last = None;
+        // Records of the same file follow one another.
+        self.list.entries.retain(|entry| match last {
+            Some((file, exists)) if file == entry.file() => exists,
+            _ => {
+                let exists = exists(&files[entry.file()]);
+                last = Some((entry.file(), exists));
+                exists
+            }
+        });
+        self.left = self.list.entries.len() as u64;
     }
 
     /// Removes the record of a block, if there is one: the block is cached.

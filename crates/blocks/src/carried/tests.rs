@@ -161,3 +161,21 @@ fn a_list_is_carried_as_a_whole_or_only_what_it_carries() {
         assert_eq!(rows(&builder.finish(10)), expected);
     }
 }
+
+#[test]
+fn a_file_that_is_gone_is_asked_for_once_and_takes_its_records_along() {
+    let records: Vec<_> = (0..9)
+        .map(|block| (record(block % 3 + 1, block), block % 6, Age::Once))
+        .collect();
+    let mut carried = carried(&records, true, 10);
+    let mut asked = Vec::new();
+    carried.retain_files(|file| {
+        asked.push(file.filenumber);
+        file.filenumber != 2
+    });
+    assert_eq!(asked, [1, 2, 3]);
+    carried.found(&record(2, 1));
+    carried.found(&record(3, 2));
+    let blocks: Vec<_> = rows(&carried).iter().map(|row| row.0.block).collect();
+    assert_eq!(blocks, [0, 3, 6, 5, 8]);
+}

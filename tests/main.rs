@@ -8,6 +8,7 @@
 mod common;
 
 mod bad_files;
+mod carry;
 mod crash_loop;
 mod discard;
 mod functions;

@@ -50,7 +50,7 @@ fn the_views_have_the_documented_columns() {
          skipped_illegal bigint, skipped_template_database bigint, skipped_no_database bigint, \
          skipped_no_relation bigint, skipped_no_block bigint, skipped_unreadable bigint, \
          skipped_locked bigint, skipped_no_free_buffer bigint, skipped_no_shared_memory bigint, skipped_interrupted bigint, \
-         skipped_cancelled bigint, last_dump_time timestamp with time zone, \
+         skipped_cancelled bigint, blocks_carried bigint, last_dump_time timestamp with time zone, \
          last_dump_blocks bigint, last_dump_duration interval, last_error text, \
          last_error_time timestamp with time zone"
     );
@@ -74,7 +74,7 @@ fn columns_are_null_before_the_first_load_and_dump() {
     let row: String = value(&mut client, "SELECT s::text FROM pg_stat_autoprewarm s");
     assert_eq!(
         row,
-        "(,\"not running\",,,,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,,,,,)"
+        "(,\"not running\",,,,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,,,,,,)"
     );
     assert_eq!(
         value::<i64>(&mut client, "SELECT count(*) FROM pg_stat_progress_prewarm"),

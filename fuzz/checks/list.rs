@@ -1,8 +1,12 @@
 //! Reading a list of any bytes, which come in pieces of any size.
 
+use std::collections::HashSet;
 use std::io::{Cursor, Read};
 
-use pg_prewarm_blocks::{BlockList, ListReader, ListWriter, Record, UsageCount, UsageCounts};
+use pg_prewarm_blocks::{
+    Age, BlockList, CarriedBuilder, CarriedCounts, ListReader, ListWriter, Record, UsageCount,
+    UsageCounts,
+};
 
 use super::memory;
 
@@ -38,15 +42,19 @@ pub fn check(input: &[u8]) {
         assert_eq!(list.entries, whole.entries);
         assert_eq!(list.first_bad_line, whole.first_bad_line);
         assert_eq!(list.usage_counts, whole.usage_counts);
+        assert_eq!(list.carried, whole.carried);
     }
+    check_carried(&whole);
 
     // Records that are read one by one are the same.
     let from = |at| Pieces::of(&text[at as usize..], *step);
     memory::within(MEMORY_BESIDE, || {
         let mut reader = ListReader::in_chunks(from, chunk).unwrap();
         assert_eq!(reader.first_bad_line(), whole.first_bad_line);
-        for record in whole.records() {
-            assert_eq!(reader.next().unwrap().unwrap(), record);
+        assert_eq!(reader.carried(), whole.carried);
+        for ((record, usage_count), entry) in whole.records().zip(&whole.entries) {
+            let expected = (record, usage_count, entry.age());
+            assert_eq!(reader.next_aged().unwrap().unwrap(), expected);
         }
         assert!(reader.next().is_none());
     });
@@ -62,6 +70,47 @@ pub fn check(input: &[u8]) {
         false => UsageCounts::Saved,
     };
     assert_eq!(again.usage_counts, usage_counts);
+    carry(text, &whole);
+}
+
+/// The last records are carried, the youngest first, and no more than there are.
+fn check_carried(list: &BlockList) {
+    let CarriedCounts { once, twice } = list.carried;
+    let of_age = |age| {
+        list.entries
+            .iter()
+            .filter(|entry| entry.age() == age)
+            .count() as u64
+    };
+    assert_eq!((of_age(Age::Once), of_age(Age::Twice)), (once, twice));
+    assert!(list.entries.is_sorted_by_key(|entry| entry.age()));
+    assert!(list.carried.total() == 0 || list.usage_counts == UsageCounts::Saved);
+}
+
+/// Carries what the list carries, at most half of it, while every third block is cached.
+fn carry(text: &[u8], list: &BlockList) {
+    let mut builder = CarriedBuilder::new(false);
+    let reader = ListReader::new(|at| &text[at as usize..]).unwrap();
+    builder.add_list(reader, true).unwrap();
+    let most = list.carried.total() / 2;
+    let mut carried = builder.finish(most);
+    let cached: Vec<_> = list.records().step_by(3).collect();
+    let cached_blocks: HashSet<_> = cached.iter().map(|(record, _)| *record).collect();
+    for (record, _) in &cached {
+        carried.found(record);
+    }
+    let mut writer = ListWriter::begin(Cursor::new(Vec::new()), list.entries.len()).unwrap();
+    for (record, usage_count) in &cached {
+        writer.push(record, *usage_count).unwrap();
+    }
+    for (record, usage_count, age) in carried.records() {
+        assert!(!cached_blocks.contains(&record));
+        writer.push_carried(&record, usage_count, age).unwrap();
+    }
+    let next = read_at_once(&writer.finish().unwrap().1.into_inner());
+    assert_eq!(next.carried.total(), carried.left());
+    assert!(carried.left() <= most);
+    check_carried(&next);
 }
 
 /// A list of these records.

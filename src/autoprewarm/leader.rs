@@ -10,18 +10,15 @@
 
 use std::time::{Duration, Instant};
 
-use pgrx::PgLogLevel;
-
 use super::dump::{self, Unlogged};
 use super::later::Later;
 use super::load::{self, Outcome, Reason};
 use super::mark;
 use super::state::{Phase, State};
 use super::stats::LoadResult;
-use crate::pg::process::error::{log, log_message};
+use crate::pg::process::error::log;
 use crate::pg::process::latch::{self, WaitEvent};
-use crate::pg::process::report::{Message, SUCCESS};
-use crate::pg::process::{activity, background, postmaster, transaction};
+use crate::pg::process::{activity, background, postmaster};
 use crate::pg::shared::slots;
 use crate::settings;
 
@@ -179,8 +176,7 @@ fn wait_for_other_dumps(state: &State) {
     }
 }
 
-/// Dumps, and only logs an error: the list on disk stays until a new one is
-/// complete.
+/// Dumps, unless another process is doing so.
 fn try_dump(state: &State, unlogged: Unlogged) {
     let _in_use = match state.use_dump_file() {
         Ok(in_use) => in_use,
@@ -191,24 +187,5 @@ fn try_dump(state: &State, unlogged: Unlogged) {
             return;
         }
     };
-    activity::report(b"dumping".to_vec());
-    match transaction::run(|_| dump::write(unlogged, state)) {
-        Ok(Ok(written)) => {
-            let message = dump::describe(written);
-            log_message(PgLogLevel::DEBUG1, Message::new(SUCCESS, &message));
-        }
-        Ok(Err(error)) => {
-            state.last_error.record(&error.to_string());
-            error.warn(
-                "The previous block dump file is kept. The next dump is attempted after \
-                 \"pg_prewarm.autoprewarm_interval\".",
-                None,
-            );
-        }
-        Err(caught) => {
-            state.last_error.record(&caught.message);
-            caught.warn();
-        }
-    }
-    activity::report_idle();
+    dump::write_as_leader(None, unlogged, state);
 }

@@ -71,7 +71,8 @@ fn autoprewarm_blocks() -> TableIterator<
     }))
 }
 
-fn open() -> Result<ListReader<impl Read>, Error> {
+/// Opens the list to be read record by record.
+pub(super) fn open() -> Result<ListReader<impl Read>, Error> {
     let (file, _) = file::open(DUMP_FILE).map_err(|source| Error::File {
         action: "open",
         path: DUMP_FILE,

@@ -12,9 +12,9 @@ use super::later::Later;
 use super::mark::{self, Mark};
 use super::share::share;
 use super::state::State;
-use super::supervise::{Halt, Supervisor};
-use super::{DUMP_FILE, no_list};
-use crate::blocks::{BlockList, Budget, Oid, Plan, SkipReason, UsageCounts};
+use super::supervise::{Halt, Supervisor, reason_to_skip};
+use super::{DUMP_FILE, carry, dump, no_list};
+use crate::blocks::{BlockList, Budget, Carried, Oid, OverBudget, Plan, SkipReason, UsageCounts};
 use crate::error::Error;
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::memory::{Infallible, fallible, infallible};
@@ -78,8 +78,10 @@ pub fn run(state: &'static State, reason: Reason) -> (Outcome, Option<Later>) {
     if let Some(why) = no_list::reason() {
         no_list::report(&why);
         mark::remove(state);
+        state.carry.settle(0);
         return (Outcome::NoList, None);
     }
+    state.carry.begin_load();
     match mark::begin(state, reason == Reason::OnDemand) {
         Ok(mark) => run_marked(state, reason, mark),
         Err(crashes) => {
@@ -103,7 +105,7 @@ fn read_and_load(state: &'static State, reason: Reason) -> (Outcome, Option<Late
         Err(caught) => Err(caught),
     };
     let outcome = match shared {
-        Ok(Ok(supervisor)) => return load(supervisor, state),
+        Ok(Ok((supervisor, over_budget))) => return load(supervisor, over_budget, state),
         // A request to stop was noticed while the list was being read.
         Ok(Err(_)) if background::shutdown_requested() => Outcome::StillDue,
         Ok(Err(_)) if state.cancel_is_requested() => {
@@ -172,7 +174,11 @@ fn prepare(transaction: &Transaction, state: &State, reason: Reason) -> Result<P
 }
 
 /// Has workers load the plan, and logs the result.
-fn load(mut supervisor: Supervisor, state: &State) -> (Outcome, Option<Later>) {
+fn load(
+    mut supervisor: Supervisor,
+    over_budget: OverBudget,
+    state: &State,
+) -> (Outcome, Option<Later>) {
     if let Err(halt) = supervisor.keep_workers_running() {
         supervisor.terminate_workers();
         let outcome = match halt {
@@ -203,10 +209,67 @@ fn load(mut supervisor: Supervisor, state: &State) -> (Outcome, Option<Later>) {
     if counts.skipped.total() > 0 {
         log(&format!("autoprewarm skipped {}", counts.skipped));
     }
-    match supervisor.ended_for() {
+    let ended_for = supervisor.ended_for();
+    let was_cancelled = ended_for == Some(SkipReason::Cancelled);
+    match left(&supervisor, over_budget, state) {
+        // The list stays as it is, and is carried as a whole.
+        Some(carried) if was_cancelled => state.carry.cancel_load(carried.left()),
+        Some(carried) if carried.left() == 0 => state.carry.settle(0),
+        Some(carried) => keep(carried, state),
+        None => {}
+    }
+    match ended_for {
         Some(SkipReason::Cancelled) => (Outcome::Cancelled, None),
         Some(_) => (Outcome::Completed, None),
         None => (Outcome::Completed, Later::of(supervisor)),
+    }
+}
+
+/// The records that the load has left for a reason that passes. `None` if they could not
+/// be gathered, which is logged; the whole list counts as left then.
+fn left(supervisor: &Supervisor, over_budget: OverBudget, state: &State) -> Option<Carried> {
+    let mut left = supervisor.left().chain(over_budget.records()).peekable();
+    // Without need, pg_database is not read: that would put its blocks into shared
+    // buffers.
+    let existing = left
+        .peek()
+        .and_then(|_| match transaction::run(Database::all) {
+            Ok(existing) => Some(existing),
+            Err(caught) => {
+                state.last_error.record(&caught.message);
+                caught.warn();
+                None
+            }
+        });
+    // Blocks of databases that are not loaded are not carried either.
+    let left = left.filter(|(record, ..)| {
+        record.database == 0
+            || existing
+                .as_ref()
+                .is_none_or(|existing| reason_to_skip(existing.get(&record.database)).is_none())
+    });
+    match transaction::run(|_| carry::after_load(state, left)) {
+        Ok(Ok(carried)) => return Some(carried),
+        Ok(Err(error)) => {
+            state.last_error.record(&error.to_string());
+            error.warn("The block dump file is kept as it is.", None);
+        }
+        Err(caught) => {
+            state.last_error.record(&caught.message);
+            caught.warn();
+        }
+    }
+    None
+}
+
+/// Writes the list of what is cached and what the load has left.
+fn keep(carried: Carried, state: &State) {
+    dump::write_as_leader(Some(carried), dump::Unlogged::LeftOut, state);
+    match state.carry.records() {
+        Some(records) if records > 0 => log(&format!(
+            "autoprewarm keeps {records} of the skipped blocks in \"{DUMP_FILE}\""
+        )),
+        _ => {}
     }
 }
 

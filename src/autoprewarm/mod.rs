@@ -4,15 +4,18 @@
 //! One background worker, the [`leader`], runs as long as the server. It
 //! [`load`]s the list by [`worker`]s that it [`supervise`]s, each connected to one
 //! database, since a process can read relations of one database only. After that
-//! it [`dump`]s the list at intervals, and once more at shutdown. [`sql`] has the
+//! it [`dump`]s the list at intervals, and once more at shutdown; what the load has
+//! [`left`] stays in the list ([`carry`]). [`sql`] has the
 //! control functions, [`list`] the function that returns the list as rows, and
 //! [`views`] those behind the statistics views. What a load leaves locked is tried
 //! [`later`]. [`state`] lies in shared memory
 //! all the time, what is in [`shared`] during a load.
 
+mod carry;
 mod dump;
 mod later;
 pub mod leader;
+mod left;
 pub mod list;
 mod load;
 mod mark;

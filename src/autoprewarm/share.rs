@@ -14,7 +14,7 @@ use super::load::Prepared;
 use super::shared::{Cursor, Load};
 use super::state::State;
 use super::supervise::{Supervisor, reason_to_skip};
-use crate::blocks::{CHUNK_BLOCKS, Oid, Plan, SkipReason};
+use crate::blocks::{CHUNK_BLOCKS, Oid, OverBudget, Plan, SkipReason};
 use crate::pg::process::error::{Caught, log_message};
 use crate::pg::process::memory::{fallible, room_for};
 use crate::pg::process::report::{Message, raise};
@@ -23,8 +23,12 @@ use crate::pg::shared::segment::Segment;
 use crate::pg::storage::database::Database;
 use crate::pg::storage::room::LoadRoom;
 
-/// Puts the plan, or the hottest part of it that fits, into shared memory.
-pub fn share(prepared: Prepared, state: &'static State) -> Result<Supervisor, Caught> {
+/// Puts the plan, or the hottest part of it that fits, into shared memory. Also returns
+/// what is left out.
+pub fn share(
+    prepared: Prepared,
+    state: &'static State,
+) -> Result<(Supervisor, OverBudget), Caught> {
     let Prepared {
         mut plan,
         budget,
@@ -43,7 +47,10 @@ pub fn share(prepared: Prepared, state: &'static State) -> Result<Supervisor, Ca
         );
         // An ERROR leaves the segment's descriptor to the end of the transaction.
         let segment = transaction::run(|_| {
-            Segment::create(load, &cursors, plan.words(), |words| plan.encode(words))
+            let chunks = plan.chunk_sizes().len();
+            Segment::create(load, &cursors, chunks, plan.words(), |words| {
+                plan.encode(words)
+            })
         });
         match segment {
             Ok(segment) => break (layout, segment),
@@ -68,11 +75,9 @@ pub fn share(prepared: Prepared, state: &'static State) -> Result<Supervisor, Ca
     for &(reason, blocks) in &layout.skipped {
         state.load.skip(number, reason, blocks);
     }
-    Ok(Supervisor::new(
-        state,
-        segment,
-        layout.databases.into_iter().map(|(database, _)| database),
-    ))
+    let databases = layout.databases.into_iter().map(|(database, _)| database);
+    let supervisor = Supervisor::new(state, segment, databases);
+    Ok((supervisor, plan.into_over_budget()))
 }
 
 /// Halves the plan.

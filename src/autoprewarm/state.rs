@@ -18,6 +18,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32};
 use std::time::Duration;
 
+use super::carry::CarryState;
 use super::stats::{DumpStats, LastError, LoadResult, LoadStats};
 use crate::pg::process::{self, latch};
 use crate::pg::shared::contents::Shared;
@@ -42,6 +43,7 @@ pub struct State {
     load_requested: AtomicU32,
     /// The number of the load that is to be cancelled; 0 means none.
     load_to_cancel: AtomicU32,
+    pub carry: CarryState,
     pub load: LoadStats,
     pub dump: DumpStats,
     pub last_error: LastError,
@@ -61,6 +63,7 @@ impl Default for State {
             phase: AtomicU32::new(Phase::Due as u32),
             load_requested: AtomicU32::new(0),
             load_to_cancel: AtomicU32::new(0),
+            carry: CarryState::new(),
             load: LoadStats::new(),
             dump: DumpStats::new(),
             last_error: LastError::new(),

@@ -17,10 +17,11 @@ use std::time::{Duration, Instant};
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use super::WORKER;
+use super::left::Settled;
 use super::shared::{Claim, Cursor, Load, MAX_WORKERS, Stage, WorkerArgument};
 use super::state::State;
 use super::stats::LoadStats;
-use crate::blocks::{Oid, PlanView, SkipReason};
+use crate::blocks::{Age, Oid, PlanView, Record, SkipReason, UsageCount};
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::latch::{self, WaitEvent};
 use crate::pg::process::report::Message;
@@ -592,6 +593,20 @@ impl Supervisor {
         let chunks = PlanView::new(self.segment.words()).chunks();
         let blocks = self.blocks_left_of(0..chunks);
         self.skip(reason, blocks);
+    }
+
+    /// The records of blocks that were neither loaded nor skipped for good. The workers
+    /// are done.
+    pub fn left(&self) -> impl Iterator<Item = (Record, UsageCount, Age)> {
+        let settled = Settled::of(&self.segment);
+        let plan = PlanView::new(self.segment.words());
+        // No database of the list can be loaded, so blocks of shared catalogs cannot.
+        if self.ended_for().is_none() {
+            for chunk in self.segment.header().shared_unclaimed() {
+                settled.settle(chunk, plan.chunk(chunk).1.numbers().len());
+            }
+        }
+        settled.rest(plan)
     }
 
     /// Counts the blocks that are left as skipped.

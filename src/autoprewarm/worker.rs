@@ -17,6 +17,7 @@ use std::cell::Cell;
 use std::ops::ControlFlow::{Break, Continue};
 use std::time::{Duration, Instant};
 
+use super::left::Settled;
 use super::shared::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use super::state::State;
 use crate::blocks::{Fork, PlanView, SkipReason};
@@ -83,6 +84,7 @@ pub fn main(argument: WorkerArgument) {
         slot,
         cursors: segment.cells(),
         plan: PlanView::new(segment.words()),
+        settled: Settled::of(&segment),
         prefaulter: Prefaulter::new(&load.prefaulted),
         pace: Pace::new(),
         database: database::name(slot.database()),
@@ -131,6 +133,7 @@ struct Worker<'a> {
     slot: &'a Slot,
     cursors: &'a [Cursor],
     plan: PlanView<'a>,
+    settled: Settled<'a>,
     prefaulter: Prefaulter<'a>,
     pace: Pace,
     /// The database's name, in the server's encoding.
@@ -301,17 +304,15 @@ impl Worker<'_> {
             self.report_now_and_then();
             let once_more = done.get() < one_by_one;
             let turn = Turn {
+                chunk: claim.chunk,
                 done: &done,
                 most: if once_more { 1 } else { allowed },
                 once_more,
                 opened: Cell::new(false),
                 read: Cell::new(0),
             };
-            let run = |waits| {
-                transaction::run(|transaction| {
-                    self.load_turn(transaction, claim.chunk, &turn, waits)
-                })
-            };
+            let run =
+                |waits| transaction::run(|transaction| self.load_turn(transaction, &turn, waits));
             let end = match wait.take() {
                 Some(wait) => lock_timeout::limit(wait, || run(true)),
                 None => run(false),
@@ -332,6 +333,7 @@ impl Worker<'_> {
                 }
                 Ok(TurnEnd::Skip(reason)) => {
                     self.skip(reason, total - done.get());
+                    self.set_done(claim.chunk, total);
                     return ChunkEnd::Done;
                 }
                 // Memory, locks or files are short, perhaps only for a moment.
@@ -350,6 +352,7 @@ impl Worker<'_> {
                     }
                     if !turn.opened.get() {
                         self.skip(SkipReason::Unreadable, total - done.get());
+                        self.set_done(claim.chunk, total);
                         return ChunkEnd::Done;
                     } else if turn.once_more {
                         self.skip(SkipReason::Unreadable, 1);
@@ -359,22 +362,16 @@ impl Worker<'_> {
                     }
                 }
             }
-            self.slot.set_done(done.get());
+            self.set_done(claim.chunk, done.get());
         }
         ChunkEnd::Done
     }
 
     /// Runs one turn: opens and locks the chunk's relation, and loads blocks until the
     /// time is up.
-    fn load_turn(
-        &self,
-        transaction: &Transaction,
-        chunk: u32,
-        turn: &Turn,
-        waits: bool,
-    ) -> TurnEnd {
-        let locator = self.file_of(chunk);
-        let (chunk, blocks) = self.plan.chunk(chunk);
+    fn load_turn(&self, transaction: &Transaction, turn: &Turn, waits: bool) -> TurnEnd {
+        let locator = self.file_of(turn.chunk);
+        let (chunk, blocks) = self.plan.chunk(turn.chunk);
         let opened = Relation::open_by_file(transaction, locator, waits);
         let start = Instant::now();
         let relation = match opened {
@@ -425,6 +422,12 @@ impl Worker<'_> {
         }
     }
 
+    /// Records how many blocks of a chunk are done, be they loaded or skipped for good.
+    fn set_done(&self, chunk: u32, done: usize) {
+        self.slot.set_done(done);
+        self.settled.settle(chunk, done);
+    }
+
     /// Counts blocks as loaded, or cached already.
     fn count(&self, loaded: u64, cached: u64) {
         let (stats, number) = (&self.state.load, self.load.number());
@@ -459,6 +462,8 @@ impl Worker<'_> {
 
 /// What a turn is to do, and what it has done.
 struct Turn<'a> {
+    /// The index of the chunk.
+    chunk: u32,
     /// How many of the chunk's blocks are done.
     done: &'a Cell<usize>,
     /// The maximum number of blocks to read.
@@ -511,7 +516,7 @@ impl Drop for Tally<'_> {
         worker.count(loaded, cached);
         // If this worker is terminated before the next turn, the worker that gets the
         // rest of the chunk must not count these blocks again.
-        worker.slot.set_done(self.turn.done.get());
+        worker.set_done(self.turn.chunk, self.turn.done.get());
         worker.progress.change(|progress| progress.done += blocks);
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A list flows in one direction: [`BlockList`] holds the records of the file and the
 //! usage count of each block; [`Plan`] chooses and orders the blocks to load, and lays
-//! them out for shared memory; [`ListWriter`] writes the next file from what is cached.
+//! them out for shared memory; [`ListWriter`] writes the next file from what is cached and
+//! what is [`Carried`], since the load has left it.
 //! [`ListReader`] returns the records one by one, without a list in memory.
 //!
 //! Nothing here calls PostgreSQL, so all of it runs under plain `cargo test` and under
@@ -16,6 +17,8 @@
 /// The name of the file, in the data directory.
 pub const DUMP_FILE: &str = "autoprewarm.blocks";
 
+mod carried;
+mod hottest;
 mod list;
 mod parser;
 mod plan;
@@ -27,11 +30,14 @@ mod sort;
 mod trailer;
 mod writer;
 
+pub use carried::{Carried, CarriedBuilder};
 pub use list::{BlockList, Entry, FileFork};
 pub use parser::ReadError;
-pub use plan::{CHUNK_BLOCKS, Chunk, ChunkBlocks, DatabasePlan, Plan, PlanError, PlanView};
+pub use plan::{
+    CHUNK_BLOCKS, Chunk, ChunkBlocks, DatabasePlan, OverBudget, Plan, PlanError, PlanView,
+};
 pub use reader::ListReader;
-pub use record::{BlockNumber, Fork, Oid, Record, UsageCount};
+pub use record::{Age, BlockNumber, CarriedCounts, Fork, Oid, Record, UsageCount};
 pub use room::{Budget, ByUsageCount, Room};
 pub use skip::{SkipCounts, SkipReason};
 pub use trailer::UsageCounts;

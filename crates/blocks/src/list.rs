@@ -8,7 +8,7 @@ use rustc_hash::FxHashMap;
 
 use crate::parser::{CHUNK, ReadError, SHORTEST_RECORD, Sink, read_all};
 use crate::trailer::UsageCounts;
-use crate::{BlockNumber, Oid, Record, UsageCount};
+use crate::{Age, BlockNumber, CarriedCounts, Oid, Record, UsageCount};
 
 /// The file of one fork of a relation: all fields of a record except the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,28 +33,67 @@ impl FileFork {
             fork: record.fork,
         }
     }
+
+    /// The record of one of its blocks.
+    pub fn record(self, block: BlockNumber) -> Record {
+        Record {
+            database: self.database,
+            tablespace: self.tablespace,
+            filenumber: self.filenumber,
+            fork: self.fork,
+            block,
+        }
+    }
 }
 
-/// A record in eight bytes: its block number, its file's index in the list, and its usage
-/// count.
+/// A record in eight bytes: its block number, its file's index in the list, its usage
+/// count and its age.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry(u64);
 
 impl Entry {
     /// The most files that a list can name.
-    const MAX_FILES: usize = 1 << 29;
+    const MAX_FILES: usize = 1 << 27;
 
-    fn new(file: u32, block: BlockNumber) -> Self {
-        Self(u64::from(file) << 32 | u64::from(block)).with_usage_count(UsageCount::ONCE)
+    const AGE: u64 = 3;
+    const AGE_SHIFT: u32 = 59;
+    const USAGE_COUNT_SHIFT: u32 = 61;
+    /// How many bits of a place are always zero: the highest ones.
+    pub(crate) const PLACE_ZEROS: u32 = u64::BITS - Self::AGE_SHIFT;
+    /// The bits of the file and of the block.
+    const PLACE: u64 = (1 << Self::AGE_SHIFT) - 1;
+
+    pub(crate) fn new(file: u32, block: BlockNumber, usage_count: UsageCount, age: Age) -> Self {
+        Self(
+            Self::place_of(file, block)
+                | (age as u64) << Self::AGE_SHIFT
+                | u64::from(usage_count.get()) << Self::USAGE_COUNT_SHIFT,
+        )
     }
 
     fn with_usage_count(self, usage_count: UsageCount) -> Self {
-        Self(self.0 & (u64::MAX >> 3) | u64::from(usage_count.get()) << 61)
+        let others = self.0 & ((1 << Self::USAGE_COUNT_SHIFT) - 1);
+        Self(others | u64::from(usage_count.get()) << Self::USAGE_COUNT_SHIFT)
+    }
+
+    pub(crate) fn with_age(self, age: Age) -> Self {
+        let others = self.0 & !(Self::AGE << Self::AGE_SHIFT);
+        Self(others | (age as u64) << Self::AGE_SHIFT)
+    }
+
+    /// A number for a block of a file, in the order of files and blocks.
+    pub(crate) fn place_of(file: u32, block: BlockNumber) -> u64 {
+        u64::from(file) << 32 | u64::from(block)
+    }
+
+    /// The number of its block.
+    pub(crate) fn place(self) -> u64 {
+        self.0 & Self::PLACE
     }
 
     /// The index of the block's file in [`BlockList::files`].
     pub fn file(self) -> usize {
-        (self.0 >> 32) as usize & (Self::MAX_FILES - 1)
+        (self.place() >> 32) as usize
     }
 
     /// The block number within that file.
@@ -68,7 +107,12 @@ impl Entry {
 
     /// The block's usage count.
     pub fn usage_count(self) -> UsageCount {
-        UsageCount::new((self.0 >> 61) as u32)
+        UsageCount::new((self.0 >> Self::USAGE_COUNT_SHIFT) as u32)
+    }
+
+    /// How long the record has been carried.
+    pub fn age(self) -> Age {
+        Age::from_number((self.0 >> Self::AGE_SHIFT & Self::AGE) as u32)
     }
 }
 
@@ -85,6 +129,9 @@ pub struct BlockList {
     /// Where the usage counts of the entries come from. If that is not the trailer, all
     /// are [`UsageCount::ONCE`].
     pub usage_counts: UsageCounts,
+    /// How many of the entries, the last ones, are carried; none where the trailer does
+    /// not fit.
+    pub carried: CarriedCounts,
 }
 
 impl BlockList {
@@ -110,37 +157,38 @@ impl BlockList {
                 *entry = entry.with_usage_count(UsageCount::ONCE);
             }
         }
+        let records = builder.entries.len() as u64;
+        let first_carried = records.saturating_sub(summary.carried.total());
+        for (entry, record) in builder.entries.iter_mut().zip(0..records) {
+            if record >= first_carried {
+                *entry = entry.with_age(summary.carried.age_of(record, records));
+            }
+        }
         Ok(Self {
             files: builder.files,
             entries: builder.entries,
             first_bad_line: summary.first_bad_line,
             usage_counts: summary.usage_counts,
+            carried: summary.carried,
         })
     }
 
     /// The records in the file's order, each with its usage count.
     pub fn records(&self) -> impl Iterator<Item = (Record, UsageCount)> {
         self.entries.iter().map(|entry| {
-            let file = self.files[entry.file()];
-            let record = Record {
-                database: file.database,
-                tablespace: file.tablespace,
-                filenumber: file.filenumber,
-                fork: file.fork,
-                block: entry.block(),
-            };
+            let record = self.files[entry.file()].record(entry.block());
             (record, entry.usage_count())
         })
     }
 }
 
 /// Collects the records of a list.
-struct ListBuilder {
-    files: Vec<FileFork>,
+pub(crate) struct ListBuilder {
+    pub files: Vec<FileFork>,
     /// The index of each file in `files`, and that of the last record's file.
     indexes: FxHashMap<FileFork, u32>,
     last: u32,
-    entries: Vec<Entry>,
+    pub entries: Vec<Entry>,
     /// The most records that a file of this size can have.
     most: usize,
 }
@@ -154,15 +202,12 @@ impl Sink for ListBuilder {
     }
 
     fn record(&mut self, record: Record) -> Result<(), ReadError> {
-        let file = self.index(FileFork::of(&record))?;
-        reserve(&mut self.entries, self.most)?;
-        self.entries.push(Entry::new(file, record.block));
-        Ok(())
+        self.push(record, UsageCount::ONCE, Age::Cached)
     }
 }
 
 impl ListBuilder {
-    fn new(most: usize) -> Self {
+    pub fn new(most: usize) -> Self {
         Self {
             files: Vec::new(),
             indexes: FxHashMap::default(),
@@ -170,6 +215,28 @@ impl ListBuilder {
             entries: Vec::new(),
             most,
         }
+    }
+
+    pub fn push(
+        &mut self,
+        record: Record,
+        usage_count: UsageCount,
+        age: Age,
+    ) -> Result<(), ReadError> {
+        let file = self.index(FileFork::of(&record))?;
+        reserve(&mut self.entries, self.most)?;
+        self.entries
+            .push(Entry::new(file, record.block, usage_count, age));
+        Ok(())
+    }
+
+    /// The index of a record's file, if the list names it.
+    pub fn find(&mut self, record: &Record) -> Option<u32> {
+        let file = FileFork::of(record);
+        if self.files.get(self.last as usize) != Some(&file) {
+            self.last = *self.indexes.get(&file)?;
+        }
+        Some(self.last)
     }
 
     fn index(&mut self, file: FileFork) -> Result<u32, ReadError> {

@@ -17,7 +17,7 @@ use std::collections::TryReserveError;
 use std::io::{self, Read};
 
 use crate::trailer::{TrailerReader, UsageCounts};
-use crate::{Record, UsageCount};
+use crate::{CarriedCounts, Record, UsageCount};
 
 /// How many bytes of the file are read at a time.
 pub(super) const CHUNK: usize = 256 * 1024;
@@ -38,7 +38,7 @@ pub enum ReadError {
     /// Memory was refused.
     #[error("out of memory")]
     OutOfMemory(#[from] TryReserveError),
-    /// The list names more files than are supported: half a billion.
+    /// The list names more files than are supported: 134 million.
     #[error("too many relations")]
     TooManyFiles,
 }
@@ -58,6 +58,10 @@ pub(super) struct Summary {
     /// See [`BlockList::first_bad_line`](crate::BlockList::first_bad_line).
     pub first_bad_line: Option<u64>,
     pub usage_counts: UsageCounts,
+    /// How many lines were taken for records.
+    pub records: u64,
+    /// How many of these, the last ones, are carried.
+    pub carried: CarriedCounts,
     /// The offset in the file at which the digits of a trailer begin.
     pub digits_at: u64,
 }
@@ -99,10 +103,14 @@ pub(super) fn read_all<S: Sink>(
         }
     }
     parser.end()?;
+    let digits_at = list_length + trailer.before_digits();
+    let (usage_counts, carried) = trailer.finish(checksum, parser.seen);
     let summary = Summary {
         first_bad_line: parser.first_bad_line,
-        digits_at: list_length + trailer.before_digits(),
-        usage_counts: trailer.finish(checksum, parser.seen),
+        usage_counts,
+        records: parser.seen,
+        carried,
+        digits_at,
     };
     Ok((parser.sink, summary))
 }

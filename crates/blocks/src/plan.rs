@@ -14,7 +14,7 @@
 //! into shared memory and workers can read it there. It takes about five bytes a block:
 //!
 //! ```text
-//! chunks, blocks │ chunks: 6 words each │ block numbers: a word each │ usage counts: a byte each
+//! chunks, blocks │ chunks: 6 words each │ block numbers: a word each │ usage counts and ages: a byte each
 //! ```
 
 use std::collections::TryReserveError;
@@ -22,9 +22,10 @@ use std::ops::Range;
 
 use rustc_hash::FxHashMap;
 
+use crate::hottest::{keep_hottest, rank};
 use crate::list::{BlockList, Entry, FileFork};
 use crate::sort::sort;
-use crate::{BlockNumber, ByUsageCount, Fork, Oid, Record, UsageCount};
+use crate::{Age, BlockNumber, ByUsageCount, Fork, Oid, Record, UsageCount};
 
 /// The most blocks of a chunk. If a worker dies, part of its chunk may be lost, so a
 /// chunk must be small; a worker claims one at a time, so it should not be too small.
@@ -37,12 +38,12 @@ const FIRST_TIER_FROM: u32 = 2;
 /// The number of tiers.
 const TIERS: usize = 2;
 
-/// PostgreSQL's `InvalidBlockNumber`.
-const INVALID_BLOCK: BlockNumber = BlockNumber::MAX;
-
 /// The words of a chunk, and the words before the first chunk.
 const CHUNK_WORDS: usize = 6;
 const HEADER_WORDS: usize = 2;
+
+/// Where the record's age begins in a block's byte; the usage count is before it.
+const AGE_SHIFT: u32 = 4;
 
 /// Blocks of one fork, which one worker loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +68,22 @@ pub struct Plan {
     keys: Vec<Key>,
     illegal: u64,
     cached: u64,
-    over_budget: u64,
+    /// The blocks left out because they exceed the budget, or do not fit into what the
+    /// plan was shrunk to.
+    over_budget: Vec<Key>,
+    files: Vec<FileFork>,
+    /// The index of the file at each place of [`Places`].
+    places: Vec<u32>,
+}
+
+/// The blocks of a list that its plan leaves out because they exceed the budget, or do not
+/// fit into what the plan was shrunk to.
+#[derive(Debug, Default)]
+pub struct OverBudget {
+    keys: Vec<Key>,
+    files: Vec<FileFork>,
+    /// The index of the file at each place of [`Places`].
+    places: Vec<u32>,
 }
 
 /// The chunks of one database.
@@ -87,29 +103,38 @@ pub enum PlanError {
     /// Memory was refused.
     #[error("out of memory")]
     OutOfMemory(#[from] TryReserveError),
-    /// The list names more files than are supported: a quarter of a billion.
+    /// The list names more files than are supported: 67 million.
     #[error("too many relations")]
     TooManyFiles,
 }
 
 /// The sort key of a block: the place of its file and tier in the load order (see
-/// [`Places`]), and the block number. The usage count is in the lowest bits, to keep it
-/// with the block.
+/// [`Places`]), and the block number. The usage count and the record's age are in the
+/// lowest bits, to keep them with the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Key(u64);
 
 impl Key {
+    const AGE_BITS: u32 = 2;
+    const AGE: u64 = (1 << Self::AGE_BITS) - 1;
     const USAGE_COUNT_BITS: u32 = 3;
-    const USAGE_COUNT: u64 = (1 << Self::USAGE_COUNT_BITS) - 1;
-    const PLACE_SHIFT: u32 = 32 + Self::USAGE_COUNT_BITS;
+    const USAGE_COUNT: u64 = ((1 << Self::USAGE_COUNT_BITS) - 1) << Self::AGE_BITS;
+    const BLOCK_SHIFT: u32 = Self::AGE_BITS + Self::USAGE_COUNT_BITS;
+    const PLACE_SHIFT: u32 = Self::BLOCK_SHIFT + 32;
     const MAX_FILES: usize = (1 << (64 - Self::PLACE_SHIFT)) / TIERS;
 
-    fn new(place: u32, block: BlockNumber, usage_count: UsageCount) -> Self {
+    fn new(place: u32, block: BlockNumber, usage_count: UsageCount, age: Age) -> Self {
         Self(
             u64::from(place) << Self::PLACE_SHIFT
-                | u64::from(block) << Self::USAGE_COUNT_BITS
-                | u64::from(usage_count.get()),
+                | u64::from(block) << Self::BLOCK_SHIFT
+                | u64::from(usage_count.get()) << Self::AGE_BITS
+                | age as u64,
         )
+    }
+
+    /// The lowest key that a block can have.
+    fn lowest(place: u32, block: BlockNumber) -> Self {
+        Self::new(place, block, UsageCount::new(0), Age::Cached)
     }
 
     fn place(self) -> usize {
@@ -121,15 +146,19 @@ impl Key {
         reason = "the 32 bits above the usage count are the block number"
     )]
     fn block(self) -> BlockNumber {
-        (self.0 >> Self::USAGE_COUNT_BITS) as BlockNumber
+        (self.0 >> Self::BLOCK_SHIFT) as BlockNumber
     }
 
     fn usage_count(self) -> UsageCount {
-        UsageCount::new((self.0 & Self::USAGE_COUNT) as u32)
+        UsageCount::new(((self.0 & Self::USAGE_COUNT) >> Self::AGE_BITS) as u32)
+    }
+
+    fn age(self) -> Age {
+        Age::from_number((self.0 & Self::AGE) as u32)
     }
 
     fn is_same_block(self, other: Self) -> bool {
-        self.0 & !Self::USAGE_COUNT == other.0 & !Self::USAGE_COUNT
+        self.0 >> Self::BLOCK_SHIFT == other.0 >> Self::BLOCK_SHIFT
     }
 
     /// Marks the block as cached: sets all bits of the usage count, which no usage count
@@ -146,7 +175,8 @@ impl Key {
 impl Plan {
     /// Plans to load those blocks of the list that are not cached already. `budget` is
     /// passed how many these are for each usage count, and returns how many may be loaded.
-    /// If they are more, those with the lowest usage counts are left out.
+    /// If they are more, those with the lowest usage counts are left out; of these, those
+    /// that have been carried for longest.
     ///
     /// # Errors
     /// If memory is refused, or the list names too many files.
@@ -176,10 +206,12 @@ impl Plan {
         sort(&mut keys, |key| key.0, tick);
         plan.cached = remove_cached(&mut keys, &files, &places, cached)?;
         tick();
-        plan.over_budget = keep_most_used(&mut keys, budget);
         plan.keys = keys;
+        plan.files = files;
+        plan.places = places.files;
+        plan.leave_out(budget)?;
         tick();
-        plan.divide_into_chunks(&files, &places)?;
+        plan.divide_into_chunks()?;
         Ok(plan)
     }
 
@@ -189,19 +221,14 @@ impl Plan {
         let total = entries.len();
         let keys: Vec<Key> = entries
             .into_iter()
-            .filter(|entry| {
-                let file = &files[entry.file()];
-                // `relfilenode` is 0 for mapped catalogs, but no file has that number.
-                entry.block() != INVALID_BLOCK
-                    && file.filenumber != 0
-                    && Fork::from_number(file.fork).is_some()
-            })
+            .filter(|entry| files[entry.file()].record(entry.block()).is_legal())
             .map(|entry| {
                 let usage_count = entry.usage_count();
                 Key::new(
                     places.find(entry.file(), usage_count),
                     entry.block(),
                     usage_count,
+                    entry.age(),
                 )
             })
             .collect();
@@ -209,11 +236,31 @@ impl Plan {
         keys
     }
 
-    fn divide_into_chunks(
+    /// Leaves out the blocks that exceed `budget`, which is passed how many there are of each
+    /// usage count. Those with the highest usage counts stay, in their order.
+    fn leave_out(
         &mut self,
-        files: &[FileFork],
-        places: &Places,
+        budget: impl FnOnce(&ByUsageCount) -> u64,
     ) -> Result<(), TryReserveError> {
+        let mut by_usage_count = ByUsageCount::default();
+        for key in &self.keys {
+            by_usage_count[key.usage_count().get() as usize] += 1;
+        }
+        // A plan's indexes have 32 bits.
+        let budget = budget(&by_usage_count).min(u32::MAX.into());
+        let most = usize::try_from(budget).unwrap_or(usize::MAX);
+        let over_budget = &mut self.over_budget;
+        over_budget.try_reserve_exact(self.keys.len().saturating_sub(most))?;
+        keep_hottest(
+            &mut self.keys,
+            budget,
+            |key| rank(key.usage_count(), key.age()),
+            |key| over_budget.push(*key),
+        );
+        Ok(())
+    }
+
+    fn divide_into_chunks(&mut self) -> Result<(), TryReserveError> {
         let mut last_place = usize::MAX;
         for (key, index) in self.keys.iter().zip(0..) {
             if let Some(last) = self.chunks.last_mut()
@@ -224,7 +271,7 @@ impl Plan {
                 continue;
             }
             last_place = key.place();
-            let file = files[places.files[last_place] as usize];
+            let file = self.files[self.places[last_place] as usize];
             self.chunks.try_reserve(1)?;
             self.chunks.push(Chunk {
                 database: file.database,
@@ -248,9 +295,19 @@ impl Plan {
         self.cached
     }
 
-    /// The number of blocks left out because they exceed the budget.
+    /// The number of blocks left out because they exceed the budget, or do not fit into what
+    /// the plan was shrunk to.
     pub fn over_budget(&self) -> u64 {
-        self.over_budget
+        self.over_budget.len() as u64
+    }
+
+    /// The blocks left out, when the rest of the plan is not needed any more.
+    pub fn into_over_budget(self) -> OverBudget {
+        OverBudget {
+            keys: self.over_budget,
+            files: self.files,
+            places: self.places,
+        }
     }
 
     /// The databases, in the order of their OIDs. If there are shared catalogs, their
@@ -313,7 +370,7 @@ impl Plan {
         for (keys, usage_counts) in self.keys.chunks(size_of::<u32>()).zip(usage_counts) {
             let mut bytes = [0; size_of::<u32>()];
             for (key, byte) in keys.iter().zip(&mut bytes) {
-                *byte = key.usage_count().digit();
+                *byte = (key.usage_count().get() | (key.age() as u32) << AGE_SHIFT) as u8;
             }
             *usage_counts = u32::from_le_bytes(bytes);
         }
@@ -382,7 +439,7 @@ fn remove_cached(
             continue;
         };
         for place in places.places[file] {
-            let block = Key::new(place, record.block, UsageCount::new(0));
+            let block = Key::lowest(place, record.block);
             let start = keys.partition_point(|key| *key < block);
             // A list may name a block more than once, and `cached` may too: a block that
             // moves to another buffer during the scan of the buffers is seen twice.
@@ -399,34 +456,14 @@ fn remove_cached(
     Ok((total - keys.len()) as u64)
 }
 
-/// Keeps the keys with the highest usage counts, as many as `budget` says, in their order,
-/// and returns how many it has removed. Of the keys with the lowest usage count that is
-/// kept, the first are kept.
-fn keep_most_used(keys: &mut Vec<Key>, budget: impl FnOnce(&ByUsageCount) -> u64) -> u64 {
-    let total = keys.len() as u64;
-    let mut by_usage_count = ByUsageCount::default();
-    for key in keys.iter() {
-        by_usage_count[key.usage_count().get() as usize] += 1;
+impl OverBudget {
+    /// The blocks' records, each with its usage count and age.
+    pub fn records(&self) -> impl Iterator<Item = (Record, UsageCount, Age)> {
+        self.keys.iter().map(|key| {
+            let file = self.files[self.places[key.place()] as usize];
+            (file.record(key.block()), key.usage_count(), key.age())
+        })
     }
-    // A plan's indexes have 32 bits.
-    let budget = budget(&by_usage_count).min(u32::MAX.into());
-    if total <= budget {
-        return 0;
-    }
-    // Higher usage counts are served first.
-    let mut left = budget;
-    let mut quota = [0; UsageCount::COUNT];
-    for usage_count in (0..UsageCount::COUNT).rev() {
-        quota[usage_count] = by_usage_count[usage_count].min(left);
-        left -= quota[usage_count];
-    }
-    keys.retain(|key| {
-        let quota = &mut quota[key.usage_count().get() as usize];
-        let keep = *quota > 0;
-        *quota -= u64::from(keep);
-        keep
-    });
-    total - keys.len() as u64
 }
 
 /// A plan in shared memory, as workers read it.
@@ -467,6 +504,26 @@ impl<'a> PlanView<'a> {
         (self.chunks.len() / CHUNK_WORDS) as u32
     }
 
+    /// The records of a chunk but for its first `done`, each with its usage count and
+    /// age.
+    pub fn records_from(
+        self,
+        index: u32,
+        done: usize,
+    ) -> impl Iterator<Item = (Record, UsageCount, Age)> {
+        let (chunk, blocks) = self.chunk(index);
+        (done..blocks.numbers().len()).map(move |at| {
+            let record = Record {
+                database: chunk.database,
+                tablespace: chunk.tablespace,
+                filenumber: chunk.filenumber,
+                fork: chunk.fork as u32,
+                block: blocks.numbers()[at],
+            };
+            (record, blocks.usage_count(at), blocks.age(at))
+        })
+    }
+
     /// The chunk at that index, and its blocks.
     pub fn chunk(self, index: u32) -> (Chunk, ChunkBlocks<'a>) {
         let words = &self.chunks[index as usize * CHUNK_WORDS..][..CHUNK_WORDS];
@@ -498,10 +555,17 @@ impl<'a> ChunkBlocks<'a> {
 
     /// The usage count of the block at that index of the chunk.
     pub fn usage_count(self, index: usize) -> UsageCount {
+        UsageCount::new(u32::from(self.byte(index)) & ((1 << AGE_SHIFT) - 1))
+    }
+
+    /// How long the record of the block at that place has been carried.
+    pub fn age(self, index: usize) -> Age {
+        Age::from_number(u32::from(self.byte(index) >> AGE_SHIFT))
+    }
+
+    fn byte(self, index: usize) -> u8 {
         let at = self.first + index;
-        let bytes = self.plan.usage_counts[at / size_of::<u32>()].to_le_bytes();
-        UsageCount::from_digit(bytes[at % size_of::<u32>()])
-            .expect("a plan has valid usage counts only")
+        self.plan.usage_counts[at / size_of::<u32>()].to_le_bytes()[at % size_of::<u32>()]
     }
 }
 

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use crate::parser::{CHUNK, Parser, ReadError, SHORTEST_RECORD, Sink, fill, new_chunk, read_all};
 use crate::trailer::UsageCounts;
-use crate::{Record, UsageCount};
+use crate::{Age, CarriedCounts, Record, UsageCount};
 
 /// How many bytes of the trailer are read at a time.
 const USAGE_COUNTS_CHUNK: usize = 8 * 1024;
@@ -25,6 +25,10 @@ pub struct ListReader<R> {
     /// The rest of the trailer. `None` if its usage counts are not used.
     usage_counts: Option<Bytes<R>>,
     first_bad_line: Option<u64>,
+    carried: CarriedCounts,
+    /// How many records the list has, and how many were handed out.
+    records: u64,
+    handed_out: u64,
 }
 
 /// The bytes of an input, one by one. [`io::BufReader`] would do the same, but aborts
@@ -69,7 +73,27 @@ impl<R: Read> ListReader<R> {
             parser: Parser::new(records),
             usage_counts,
             first_bad_line: summary.first_bad_line,
+            carried: summary.carried,
+            records: summary.records,
+            handed_out: 0,
         })
+    }
+
+    /// See [`BlockList::carried`](crate::BlockList::carried).
+    pub fn carried(&self) -> CarriedCounts {
+        self.carried
+    }
+
+    /// How many records the list has, or lines in place of one.
+    pub fn length(&self) -> u64 {
+        self.records
+    }
+
+    /// The next record with its age.
+    pub fn next_aged(&mut self) -> Option<Result<(Record, UsageCount, Age), ReadError>> {
+        let age = self.carried.age_of(self.handed_out, self.records);
+        let record = self.next()?;
+        Some(record.map(|(record, usage_count)| (record, usage_count, age)))
     }
 
     /// See [`BlockList::first_bad_line`](crate::BlockList::first_bad_line).
@@ -119,6 +143,7 @@ impl<R: Read> Iterator for ListReader<R> {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             if let Some(record) = self.parser.sink.pop_front() {
+                self.handed_out += 1;
                 return Some(match self.usage_count() {
                     Ok(usage_count) => Ok((record, usage_count)),
                     Err(error) => Err(error.into()),

@@ -26,6 +26,19 @@ pub struct Record {
     pub block: BlockNumber,
 }
 
+impl Record {
+    /// Whether there can be such a block. `relfilenode` is 0 for mapped catalogs, but no
+    /// file has that number.
+    pub(crate) fn is_legal(&self) -> bool {
+        self.block != INVALID_BLOCK
+            && self.filenumber != 0
+            && Fork::from_number(self.fork).is_some()
+    }
+}
+
+/// PostgreSQL's `InvalidBlockNumber`.
+const INVALID_BLOCK: BlockNumber = BlockNumber::MAX;
+
 /// A fork of a relation, numbered like PostgreSQL's `ForkNumber`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Fork {
@@ -101,5 +114,73 @@ impl UsageCount {
     /// Its number.
     pub fn get(self) -> u32 {
         self.0.into()
+    }
+}
+
+/// How long a record has been in the list without its block being loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Age {
+    /// The block was cached when the list was written.
+    Cached = 0,
+    /// The block was left once: when the server started, or by a load on demand.
+    Once = 1,
+    /// The block was left by a second start.
+    Twice = 2,
+}
+
+impl Age {
+    /// How many ages there are.
+    pub(crate) const COUNT: usize = 3;
+
+    /// The ages of records that a list carries, in its order.
+    pub const CARRIED: [Self; 2] = [Self::Once, Self::Twice];
+
+    /// The age of that number; the highest, for a higher one.
+    pub(crate) fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::Cached,
+            1 => Self::Once,
+            _ => Self::Twice,
+        }
+    }
+
+    /// The age of a record that a load has left. `None` if it is not carried any more:
+    /// it has been carried over two starts. A load on demand makes no record older.
+    pub fn when_left(self, is_start: bool) -> Option<Self> {
+        match (self, is_start) {
+            (Self::Cached, _) | (Self::Once, false) => Some(Self::Once),
+            (Self::Once, true) | (Self::Twice, false) => Some(Self::Twice),
+            (Self::Twice, true) => None,
+        }
+    }
+}
+
+/// How many records a list carries, by age. They stand after all others, those of
+/// [`Age::Once`] first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CarriedCounts {
+    /// Records of [`Age::Once`].
+    pub once: u64,
+    /// Records of [`Age::Twice`].
+    pub twice: u64,
+}
+
+impl CarriedCounts {
+    /// All records that are carried.
+    pub fn total(self) -> u64 {
+        self.once.saturating_add(self.twice)
+    }
+
+    /// The age of a record, counted from 0, in a list of so many.
+    pub(crate) fn age_of(self, record: u64, records: u64) -> Age {
+        // Counted from the end: 1 for the last.
+        let place = records.saturating_sub(record);
+        if place <= self.twice {
+            Age::Twice
+        } else if place <= self.total() {
+            Age::Once
+        } else {
+            Age::Cached
+        }
     }
 }

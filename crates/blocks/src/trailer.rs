@@ -4,8 +4,13 @@
 //! # pg_prewarm 2.0
 //! # usage counts
 //! 5102…                       one digit for each record, at most 120 in a line
+//! # carried 123 45            if records are carried: how many of each age
 //! # crc32c 0x12345678         of every byte before this line
 //! ```
+//!
+//! The records that are carried are the last ones: here 123 that were left once, and
+//! then 45 that were left twice. A version that does not know the line ignores the
+//! trailer.
 //!
 //! It follows the last record. Contrib's module does not read it. All of the trailer is
 //! ignored if it is truncated, if it does not match the records, or if the checksum
@@ -14,8 +19,13 @@
 use std::collections::TryReserveError;
 use std::io::Write;
 
+use crate::CarriedCounts;
+
 /// The lines before the digits.
 pub(super) const FIRST_LINES: [&str; 2] = ["# pg_prewarm 2.0", "# usage counts"];
+
+/// The beginning of the line about carried records; two numbers follow.
+pub(super) const CARRIED: &str = "# carried ";
 
 /// The beginning of the last line; eight hexadecimal digits follow.
 pub(super) const CHECKSUM: &str = "# crc32c 0x";
@@ -25,6 +35,12 @@ pub(super) const DIGITS_PER_LINE: usize = 120;
 
 /// Why a trailer is ignored that has an invalid usage count, or not one for each record.
 pub(super) const MISMATCH: &str = "the usage counts do not match the records";
+
+/// Why a trailer is ignored whose line about carried records is not valid.
+pub(super) const INVALID_CARRIED: &str = "the trailer has an invalid line \"# carried\"";
+
+/// Why a trailer is ignored by which more records are carried than there are.
+pub(super) const TOO_MANY_CARRIED: &str = "there are fewer records than carried ones";
 
 /// Where the usage counts of a list's records come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,6 +63,8 @@ pub(super) struct TrailerReader {
     /// How many digits have been read, and the bytes before the line of the first.
     digits: u64,
     before_digits: u64,
+    /// How many records are carried, once it was told.
+    carried: Option<CarriedCounts>,
     outcome: Option<UsageCounts>,
 }
 
@@ -93,17 +111,26 @@ impl TrailerReader {
         self.before_digits
     }
 
-    /// Whether the usage counts can be used for a list of that many records.
-    pub fn finish(mut self, checksum: u32, records: u64) -> UsageCounts {
+    /// Whether the usage counts can be used for a list of that many records, and how many
+    /// of these are carried.
+    pub fn finish(mut self, checksum: u32, records: u64) -> (UsageCounts, CarriedCounts) {
         // The last line need not end with a line break.
         if self.outcome.is_none() && !self.line.is_empty() {
             self.line(checksum, &mut |_, _| false);
         }
-        match self.outcome {
+        let carried = self.carried.unwrap_or_default();
+        let outcome = match self.outcome {
             None if self.lines == 0 => UsageCounts::Missing,
             None => UsageCounts::Ignored("the trailer is truncated"),
             Some(UsageCounts::Saved) if self.digits != records => UsageCounts::Ignored(MISMATCH),
+            Some(UsageCounts::Saved) if carried.total() > records => {
+                UsageCounts::Ignored(TOO_MANY_CARRIED)
+            }
             Some(outcome) => outcome,
+        };
+        match outcome {
+            UsageCounts::Saved => (outcome, carried),
+            _ => (outcome, CarriedCounts::default()),
         }
     }
 
@@ -143,6 +170,13 @@ impl TrailerReader {
                 return Err("the checksum does not match");
             }
             self.outcome = Some(UsageCounts::Saved);
+        } else if let Some(counts) = line.strip_prefix(CARRIED.as_bytes())
+            && self.carried.is_none()
+        {
+            let counts = parse_carried(counts).ok_or(INVALID_CARRIED)?;
+            self.carried = Some(counts);
+        } else if self.carried.is_some() {
+            return Err(INVALID_CARRIED);
         } else {
             for &digit in line {
                 if !usage_count(self.digits, digit) {
@@ -153,4 +187,17 @@ impl TrailerReader {
         }
         Ok(())
     }
+}
+
+/// The two numbers of the line about carried records.
+fn parse_carried(text: &[u8]) -> Option<CarriedCounts> {
+    let (once, twice) = std::str::from_utf8(text).ok()?.split_once(' ')?;
+    let number = |text: &str| {
+        let is_plain = text.bytes().all(|byte| byte.is_ascii_digit());
+        is_plain.then(|| text.parse().ok()).flatten()
+    };
+    Some(CarriedCounts {
+        once: number(once)?,
+        twice: number(twice)?,
+    })
 }

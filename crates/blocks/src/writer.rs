@@ -9,8 +9,8 @@
 use std::collections::TryReserveError;
 use std::io::{self, Seek, SeekFrom, Write};
 
-use crate::trailer::{CHECKSUM, DIGITS_PER_LINE, FIRST_LINES};
-use crate::{Record, UsageCount};
+use crate::trailer::{CARRIED, CHECKSUM, DIGITS_PER_LINE, FIRST_LINES};
+use crate::{Age, CarriedCounts, Record, UsageCount};
 
 /// A list that is being written.
 pub struct ListWriter<W: Write + Seek> {
@@ -19,6 +19,7 @@ pub struct ListWriter<W: Write + Seek> {
     width: usize,
     /// The usage count of each record so far, as a digit.
     usage_counts: Vec<u8>,
+    carried: CarriedCounts,
 }
 
 /// Why a list was not written.
@@ -48,6 +49,7 @@ impl<W: Write + Seek> ListWriter<W> {
             out: ChecksumWriter::new(out)?,
             width: expected.max(1).ilog10() as usize + 1,
             usage_counts,
+            carried: CarriedCounts::default(),
         };
         let header = writer.header()?;
         writer.out.write_all(&header)?;
@@ -57,11 +59,19 @@ impl<W: Write + Seek> ListWriter<W> {
         Ok(writer)
     }
 
-    /// Appends a record.
+    /// Appends the record of a cached block.
     ///
     /// # Errors
     /// If `out` fails, or memory is refused.
+    ///
+    /// # Panics
+    /// If a record that is carried was appended before.
     pub fn push(&mut self, record: &Record, usage_count: UsageCount) -> Result<(), WriteError> {
+        assert!(self.carried.total() == 0, "out of order");
+        self.append(record, usage_count)
+    }
+
+    fn append(&mut self, record: &Record, usage_count: UsageCount) -> Result<(), WriteError> {
         let fields = [
             record.database,
             record.tablespace,
@@ -85,6 +95,30 @@ impl<W: Write + Seek> ListWriter<W> {
         Ok(self.out.write_all(&line[..length])?)
     }
 
+    /// Appends a record that is carried. Such records come last, the youngest first.
+    ///
+    /// # Errors
+    /// If `out` fails, or memory is refused.
+    ///
+    /// # Panics
+    /// If an older one was appended before.
+    pub fn push_carried(
+        &mut self,
+        record: &Record,
+        usage_count: UsageCount,
+        age: Age,
+    ) -> Result<(), WriteError> {
+        self.append(record, usage_count)?;
+        match age {
+            Age::Twice => self.carried.twice += 1,
+            _ => {
+                assert!(age == Age::Once && self.carried.twice == 0, "out of order");
+                self.carried.once += 1;
+            }
+        }
+        Ok(())
+    }
+
     /// Writes the rest of the records, the trailer and the header. Returns the number of
     /// records, and `out` for the caller to close.
     ///
@@ -104,6 +138,11 @@ impl<W: Write + Seek> ListWriter<W> {
             for digits in self.usage_counts.chunks(DIGITS_PER_LINE) {
                 self.out.write_all(digits)?;
                 self.out.write_all(b"\n")?;
+            }
+            // A list that carries nothing is as versions without this line wrote it.
+            if self.carried.total() > 0 {
+                let CarriedCounts { once, twice } = self.carried;
+                writeln!(self.out, "{CARRIED}{once} {twice}")?;
             }
             self.out.flush()?;
             let checksum = self.out.checksum_after(&header);
@@ -224,6 +263,32 @@ mod tests {
             "<<2>>\n4294967295,1663,0,0,0\n4294967295,1663,0,0,1\n\
              # pg_prewarm 2.0\n# usage counts\n01\n# crc32c 0x5cc8f833\n"
         );
+    }
+
+    #[test]
+    fn a_list_says_how_many_records_it_carries() {
+        let mut writer = ListWriter::begin(Cursor::new(Vec::new()), 4).unwrap();
+        writer.push(&record(7), UsageCount::new(5)).unwrap();
+        for (block, age) in [(8, Age::Once), (9, Age::Once), (6, Age::Twice)] {
+            let pushed = writer.push_carried(&record(block), UsageCount::ONCE, age);
+            pushed.unwrap();
+        }
+        let text = String::from_utf8(writer.finish().unwrap().1.into_inner()).unwrap();
+        let (before, after) = text.split_at(text.find("# pg").unwrap());
+        assert!(before.ends_with(
+            ",0,7
+4294967295,1663,0,0,8
+4294967295,1663,0,0,9
+4294967295,1663,0,0,6
+"
+        ));
+        assert!(after.starts_with(
+            "# pg_prewarm 2.0
+# usage counts
+5111
+# carried 2 1
+# crc32c 0x"
+        ));
     }
 
     #[test]

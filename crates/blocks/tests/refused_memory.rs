@@ -10,7 +10,8 @@ use std::io::Cursor;
 use std::ptr;
 
 use pg_prewarm_blocks::{
-    BlockList, ListReader, ListWriter, Plan, PlanError, ReadError, Record, UsageCount, WriteError,
+    Age, BlockList, CarriedBuilder, ListReader, ListWriter, Plan, PlanError, ReadError, Record,
+    UsageCount, WriteError,
 };
 
 /// The system's allocator, which can refuse one of a thread's requests.
@@ -171,4 +172,27 @@ fn writing_a_list_returns_an_error_if_memory_is_refused() {
             |error| matches!(error, WriteError::OutOfMemory(_)),
         );
     }
+}
+
+#[test]
+fn records_that_are_carried() {
+    let text = text();
+    let carry = || {
+        let mut builder = CarriedBuilder::new(true);
+        for (record, usage_count) in records() {
+            builder.add(record, usage_count, Age::Cached)?;
+        }
+        builder.add_list(ListReader::new(|at| &text[at as usize..])?, false)?;
+        let mut carried = builder.finish(3000);
+        for (record, _) in records().step_by(7) {
+            carried.found(&record);
+        }
+        Ok(carried.left())
+    };
+    refuse_each_request(
+        10,
+        || (),
+        |()| carry(),
+        |error| matches!(error, ReadError::OutOfMemory(_)),
+    );
 }

@@ -1,5 +1,5 @@
-//! The contents of a piece of shared memory: a header, an array of cells, and an array
-//! of words, one after another.
+//! The contents of a piece of shared memory: a header, an array of cells, one of
+//! counters, and one of words, one after another.
 
 use std::sync::atomic::AtomicU32;
 
@@ -26,18 +26,20 @@ unsafe impl Shared for AtomicU32 {}
 // SAFETY: an `AtomicU32` has the layout of a `u32`.
 unsafe impl Word for AtomicU32 {}
 
-/// A header, cells and words, somewhere in memory.
+/// A header, cells, counters and words, somewhere in memory.
 pub struct Contents<'a, H, C, W> {
     pub header: &'a H,
     pub cells: &'a [C],
+    pub counters: &'a [AtomicU32],
     pub words: &'a [W],
 }
 
-/// How many cells and words there are.
+/// How many cells, counters and words there are.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Lengths {
     pub cells: usize,
+    pub counters: usize,
     pub words: usize,
 }
 
@@ -51,9 +53,16 @@ struct Prefix<H> {
 }
 
 impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
-    /// Where the cells begin; the words follow the last cell.
+    /// Where the cells begin; the counters follow the last cell, and the words the last
+    /// counter.
     const CELLS_AT: usize = size_of::<Prefix<H>>().next_multiple_of(align_of::<C>());
-    const WORDS_ARE_ALIGNED: () = assert!(align_of::<C>() >= align_of::<W>());
+    const COUNTERS_ARE_ALIGNED: () = assert!(align_of::<C>() >= align_of::<AtomicU32>());
+    const WORDS_ARE_ALIGNED: () = assert!(align_of::<AtomicU32>() >= align_of::<W>());
+
+    fn counters_at(lengths: Lengths) -> usize {
+        let () = Self::COUNTERS_ARE_ALIGNED;
+        Self::CELLS_AT + lengths.cells * size_of::<C>()
+    }
 
     /// Stands for the version of the library and the sizes of the types. A process that was
     /// started by another version, of a library that is not preloaded, finds another stamp.
@@ -70,7 +79,7 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
 
     fn words_at(lengths: Lengths) -> usize {
         let () = Self::WORDS_ARE_ALIGNED;
-        Self::CELLS_AT + lengths.cells * size_of::<C>()
+        Self::counters_at(lengths) + lengths.counters * size_of::<AtomicU32>()
     }
 
     /// How many bytes they take.
@@ -78,8 +87,8 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
         Self::words_at(lengths) + lengths.words * size_of::<W>()
     }
 
-    /// Writes them: the header, copies of the cells, and `words` words, which are zero
-    /// until `fill` fills them.
+    /// Writes them: the header, copies of the cells, `counters` counters, which are zero,
+    /// and `words` words, which are zero until `fill` fills them.
     ///
     /// # Safety
     /// From `base` on there are [`Contents::size`] bytes, aligned for any type, that no
@@ -88,14 +97,16 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
         base: *mut u8,
         header: H,
         cells: &[C],
+        counters: usize,
         words: usize,
         fill: impl FnOnce(&mut [W]),
     ) -> Self {
         let lengths = Lengths {
             cells: cells.len(),
+            counters,
             words,
         };
-        // SAFETY: all three parts lie within the size, each aligned for its type. Cells
+        // SAFETY: all four parts lie within the size, each aligned for its type. Cells
         // have nothing to drop, so they may be copied bit by bit.
         unsafe {
             base.cast::<Prefix<H>>().write(Prefix {
@@ -105,6 +116,8 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
             });
             let first_cell: *mut C = base.add(Self::CELLS_AT).cast();
             first_cell.copy_from_nonoverlapping(cells.as_ptr(), cells.len());
+            let first_counter: *mut AtomicU32 = base.add(Self::counters_at(lengths)).cast();
+            first_counter.write_bytes(0, counters);
             let first_word: *mut W = base.add(Self::words_at(lengths)).cast();
             first_word.write_bytes(0, words);
             fill(std::slice::from_raw_parts_mut(first_word, words));
@@ -112,8 +125,8 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
         }
     }
 
-    /// How many cells and words there are. `None` if another version of this library has
-    /// written them.
+    /// How many cells, counters and words there are. `None` if another version of this
+    /// library has written them.
     ///
     /// # Safety
     /// Contents of some types were written to `base`, by this library or another version of
@@ -136,10 +149,12 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
         unsafe {
             let lengths = Self::lengths(base).expect("another version of this library wrote them");
             let cells = base.add(Self::CELLS_AT).cast();
+            let counters = base.add(Self::counters_at(lengths)).cast();
             let words = base.add(Self::words_at(lengths)).cast();
             Self {
                 header: &(*base.cast::<Prefix<H>>()).header,
                 cells: std::slice::from_raw_parts(cells, lengths.cells),
+                counters: std::slice::from_raw_parts(counters, lengths.counters),
                 words: std::slice::from_raw_parts(words, lengths.words),
             }
         }

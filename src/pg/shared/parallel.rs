@@ -46,6 +46,7 @@ pub fn run<H: Shared, C: Shared, R>(
         let job = Job {
             header: &header,
             cells,
+            counters: &[],
             words,
         };
         work(&job, 0);
@@ -53,6 +54,7 @@ pub fn run<H: Shared, C: Shared, R>(
     }
     let size = Job::<H, C>::size(Lengths {
         cells: cells.len(),
+        counters: 0,
         words: words.len(),
     });
     // SAFETY: the calls of PostgreSQL's own parallel commands, in their order. After an
@@ -69,7 +71,7 @@ pub fn run<H: Shared, C: Shared, R>(
         pg_sys::InitializeParallelDSM(context);
 
         let base: *mut u8 = pg_sys::shm_toc_allocate((*context).toc, size).cast();
-        let job = Job::write(base, header, cells, words.len(), |to| {
+        let job = Job::write(base, header, cells, 0, words.len(), |to| {
             for (to, from) in to.iter_mut().zip(words) {
                 *to.get_mut() = from.load(std::sync::atomic::Ordering::Relaxed);
             }

@@ -5,23 +5,31 @@
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
+use std::sync::atomic::AtomicU32;
 
 use pgrx::pg_sys;
 
 use super::contents::{Contents, Lengths, Shared};
 
-/// A mapped segment with a header, cells, and words that do not change.
+/// A mapped segment with a header, cells, counters, and words that do not change.
 pub struct Segment<H: Shared, C: Shared> {
     segment: NonNull<pg_sys::dsm_segment>,
     _contents: PhantomData<(H, C)>,
 }
 
 impl<H: Shared, C: Shared> Segment<H, C> {
-    /// Makes a segment, whose words `fill` fills. Raises an ERROR if the system has no
+    /// Makes a segment, whose counters are zero and whose words `fill` fills. Raises an ERROR if the system has no
     /// more shared memory.
-    pub fn create(header: H, cells: &[C], words: usize, fill: impl FnOnce(&mut [u32])) -> Self {
+    pub fn create(
+        header: H,
+        cells: &[C],
+        counters: usize,
+        words: usize,
+        fill: impl FnOnce(&mut [u32]),
+    ) -> Self {
         let lengths = Lengths {
             cells: cells.len(),
+            counters,
             words,
         };
         // SAFETY: the new segment has the size asked for, is aligned for any type, and
@@ -29,7 +37,7 @@ impl<H: Shared, C: Shared> Segment<H, C> {
         unsafe {
             let segment = pg_sys::dsm_create(Contents::<H, C, u32>::size(lengths), 0);
             let base = pg_sys::dsm_segment_address(segment).cast();
-            Contents::<H, C, u32>::write(base, header, cells, words, fill);
+            Contents::<H, C, u32>::write(base, header, cells, counters, words, fill);
             // It stays mapped after the end of the transaction.
             pg_sys::dsm_pin_mapping(segment);
             Self::new(segment).expect("dsm_create raises an ERROR otherwise")
@@ -69,6 +77,10 @@ impl<H: Shared, C: Shared> Segment<H, C> {
 
     pub fn cells(&self) -> &[C] {
         self.contents().cells
+    }
+
+    pub fn counters(&self) -> &[AtomicU32] {
+        self.contents().counters
     }
 
     pub fn words(&self) -> &[u32] {

@@ -10,7 +10,7 @@ mod read;
 mod read_ahead;
 pub mod relation;
 pub mod room;
-mod segments;
+pub mod segments;
 
 pub use read::ReadEnd;
 

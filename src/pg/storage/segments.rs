@@ -2,11 +2,12 @@
 //! the operating system has cached; and on 15 and 16, read or ask for many blocks at
 //! once. If anything fails here, the server tries again and raises its own ERROR.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 
 use pgrx::pg_sys;
 
+use super::relation::Locator;
 use crate::blocks::{BlockNumber, Fork};
 use crate::pg::sys::read::{READS_MANY_AT_ONCE, smgr_prefetch, smgr_read};
 use crate::pg::sys::version::{self, reads_directly};
@@ -17,6 +18,15 @@ pub const SEGMENT_BLOCKS: BlockNumber = pg_sys::RELSEG_SIZE;
 /// The most blocks of one request to the operating system. Linux cuts a larger one to
 /// the read-ahead size of the device, which is 128 kB on most.
 pub const REQUEST_BLOCKS: usize = (128 << 10) / pg_sys::BLCKSZ as usize;
+
+/// Whether a fork has a file with any blocks in it. The first file of a relation that was
+/// dropped stays for a while, but it is empty. True if the system does not tell.
+pub fn has_blocks(locator: Locator, fork: Fork) -> bool {
+    match fs::metadata(version::permanent_path(locator, fork)) {
+        Ok(file) => file.len() > 0,
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
 
 /// The segment files of a fork.
 pub struct Segments {

@@ -70,14 +70,26 @@ pub unsafe fn locator(relation: pg_sys::Relation) -> Locator {
 /// # Safety
 /// `relation` is open.
 pub unsafe fn path(relation: pg_sys::Relation, fork: Fork) -> String {
-    // SAFETY: the relation is open. The path is copied before the server's is freed.
+    // SAFETY: the relation is open.
+    let (locator, backend) = unsafe { (locator(relation), (*relation).rd_backend) };
+    path_of(locator, backend, fork)
+}
+
+/// The path of the first segment file of a fork of a relation that is not temporary.
+pub fn permanent_path(locator: Locator, fork: Fork) -> String {
+    // Another number would be that of the session that has a temporary relation.
+    const NO_SESSION: i32 = -1;
+    path_of(locator, NO_SESSION, fork)
+}
+
+fn path_of(locator: Locator, backend: i32, fork: Fork) -> String {
+    // SAFETY: it takes any numbers. The path is copied before the server's is freed.
     unsafe {
-        let locator = locator(relation);
         let path = pg_sys::GetRelationPath(
             locator.database.into(),
             locator.tablespace.into(),
             locator.filenumber.into(),
-            (*relation).rd_backend,
+            backend,
             fork as i32,
         );
         #[cfg(any(feature = "pg15", feature = "pg16", feature = "pg17"))]

@@ -1,11 +1,11 @@
 use std::cell::Cell;
-use std::io;
+use std::{io, iter};
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::trailer::MISMATCH;
-use crate::{ListReader, ListWriter};
+use crate::trailer::{INVALID_CARRIED, MISMATCH, TOO_MANY_CARRIED};
+use crate::{CarriedBuilder, ListReader, ListWriter};
 
 fn read(text: impl AsRef<[u8]>) -> BlockList {
     let text = text.as_ref();
@@ -19,8 +19,15 @@ fn read_in_steps(text: &[u8], step: usize) -> BlockList {
     let reader =
         ListReader::new(|at| Trickle(&text[usize::try_from(at).unwrap()..], step)).unwrap();
     assert_eq!(reader.first_bad_line(), list.first_bad_line);
-    let one_by_one: Vec<_> = reader.map(|record| record.unwrap()).collect();
-    assert!(one_by_one.into_iter().eq(list.records()));
+    assert_eq!(reader.carried(), list.carried);
+    let mut reader = reader;
+    let one_by_one: Vec<_> = iter::from_fn(|| reader.next_aged())
+        .map(|record| record.unwrap())
+        .collect();
+    let ages = list.entries.iter().map(|entry| entry.age());
+    let at_once = list.records().zip(ages);
+    let at_once = at_once.map(|((record, usage_count), age)| (record, usage_count, age));
+    assert!(one_by_one.into_iter().eq(at_once));
     list
 }
 
@@ -255,6 +262,81 @@ fn a_valid_trailer_gives_each_record_its_usage_count() {
     assert_eq!(read(text.trim_end()).usage_counts, UsageCounts::Saved);
 }
 
+/// A list whose last two records are carried.
+fn list_with_carried() -> String {
+    let records = records_with(&[5, 0, 3, 1]);
+    let mut writer = ListWriter::begin(io::Cursor::new(Vec::new()), 4).unwrap();
+    let ages = [Age::Cached, Age::Cached, Age::Once, Age::Twice];
+    for ((record, usage_count), age) in records.iter().zip(ages) {
+        match age {
+            Age::Cached => writer.push(record, *usage_count).unwrap(),
+            age => writer.push_carried(record, *usage_count, age).unwrap(),
+        }
+    }
+    String::from_utf8(writer.finish().unwrap().1.into_inner()).unwrap()
+}
+
+fn ages(list: &BlockList) -> Vec<Age> {
+    list.entries.iter().map(|entry| entry.age()).collect()
+}
+
+#[test]
+fn records_that_are_carried_are_told_from_the_others() {
+    let text = list_with_carried();
+    for step in 1..20 {
+        let list = read_in_steps(text.as_bytes(), step);
+        assert_eq!(list.usage_counts, UsageCounts::Saved);
+        assert_eq!((list.carried.once, list.carried.twice), (1, 1));
+        assert_eq!(
+            ages(&list),
+            [Age::Cached, Age::Cached, Age::Once, Age::Twice]
+        );
+    }
+    // All records may be carried.
+    let all = sign(&text.replace("# carried 1 1", "# carried 1 3"));
+    assert_eq!(
+        ages(&read(all)),
+        [Age::Once, Age::Twice, Age::Twice, Age::Twice]
+    );
+}
+
+#[test]
+fn a_list_whose_trailer_does_not_fit_carries_nothing() {
+    let text = list_with_carried();
+    let invalid = INVALID_CARRIED;
+    for (line, reason) in [
+        ("# carried 1 4", TOO_MANY_CARRIED),
+        ("# carried 18446744073709551615 1", TOO_MANY_CARRIED),
+        ("# carried 18446744073709551616 1", invalid),
+        ("# carried 1", invalid),
+        ("# carried 1 1 1", invalid),
+        ("# carried 1  1", invalid),
+        ("# carried -1 1", invalid),
+        ("# carried +1 1", invalid),
+        ("# carried 1 ", invalid),
+        ("# carried x y", invalid),
+        ("# carried 1 1\n# carried 1 1", invalid),
+        ("# carried 1 1\n5", invalid),
+        ("# carrier 1 1", MISMATCH),
+    ] {
+        let list = read(sign(&text.replace("# carried 1 1", line)));
+        assert_eq!(list.usage_counts, UsageCounts::Ignored(reason), "{line}");
+        assert_eq!(ages(&list), [Age::Cached; 4], "{line}");
+        assert_eq!(list.carried, CarriedCounts::default(), "{line}");
+    }
+    let unsigned = read(text.replace("# carried 1 1", "# carried 2 0"));
+    assert_eq!(
+        unsigned.usage_counts,
+        UsageCounts::Ignored("the checksum does not match")
+    );
+    assert_eq!(ages(&unsigned), [Age::Cached; 4]);
+    // The line comes after the digits.
+    let early = read(sign(
+        &text.replace("5031\n# carried 1 1", "# carried 1 1\n5031"),
+    ));
+    assert_eq!(early.usage_counts, UsageCounts::Ignored(invalid));
+}
+
 #[test]
 fn an_invalid_trailer_is_ignored_completely() {
     let text = String::from_utf8(write(&records_with(&[5, 0, 3, 1]))).unwrap();
@@ -383,6 +465,40 @@ fn write(records: &[(Record, UsageCount)]) -> Vec<u8> {
 }
 
 proptest! {
+    #[test]
+    fn what_is_carried_is_read_as_it_was_written(
+        cached in records(), carried in records(), starts in any::<bool>(), step in 1usize..50
+    ) {
+        let mut builder = CarriedBuilder::new(starts);
+        for (record, usage_count) in carried {
+            builder.add(record, usage_count, Age::Once).unwrap();
+        }
+        let mut carried = builder.finish(100);
+        for (record, _) in &cached {
+            carried.found(record);
+        }
+        prop_assert_eq!(carried.records().count() as u64, carried.left());
+        let total = cached.len() + usize::try_from(carried.left()).unwrap();
+        let mut writer = ListWriter::begin(io::Cursor::new(Vec::new()), total).unwrap();
+        for (record, usage_count) in &cached {
+            writer.push(record, *usage_count).unwrap();
+        }
+        for (record, usage_count, age) in carried.records() {
+            writer.push_carried(&record, usage_count, age).unwrap();
+        }
+        let text = writer.finish().unwrap().1.into_inner();
+        let list = read_in_steps(&text, step);
+        prop_assert_eq!(list.carried.total(), carried.left());
+        let expected = cached.into_iter().chain(
+            carried.records().map(|(record, usage_count, _)| (record, usage_count)),
+        );
+        prop_assert!(list.records().eq(expected));
+        let mut again = CarriedBuilder::new(false);
+        let reader = ListReader::new(|at| &text[usize::try_from(at).unwrap()..]).unwrap();
+        again.add_list(reader, true).unwrap();
+        prop_assert!(again.finish(100).records().eq(carried.records()));
+    }
+
     #[test]
     fn what_is_written_is_read(records in records(), step in 1usize..50) {
         let text = write(&records);

@@ -273,3 +273,32 @@ fn a_plan_that_is_made_smaller_is_the_same_as_one_with_that_budget() {
         assert!(plan.databases().eq(expected.databases()), "{most}");
     }
 }
+
+#[test]
+fn what_is_over_the_budget_and_what_a_chunk_has_left_keep_usage_count_and_age() {
+    let mut writer = ListWriter::begin(Cursor::new(Vec::new()), 6).unwrap();
+    for block in 0..3 {
+        let usage_count = UsageCount::new(5 - block);
+        writer.push(&record(5, 1, 0, block), usage_count).unwrap();
+    }
+    for (block, age) in [(3, Age::Once), (4, Age::Twice), (5, Age::Twice)] {
+        let usage_count = UsageCount::new(8 - block);
+        let record = record(5, 1, 0, block);
+        writer.push_carried(&record, usage_count, age).unwrap();
+    }
+    let text = writer.finish().unwrap().1.into_inner();
+    let list = BlockList::read(&text[..], text.len() as u64).unwrap();
+    let plan = Plan::new(list, std::iter::empty(), |_| 4).unwrap();
+    let mut words = vec![0; plan.words()];
+    plan.encode(&mut words);
+    let view = PlanView::new(&words);
+    assert_eq!(plan.chunk_sizes().len(), 1);
+    let row = |(record, usage_count, age): (Record, UsageCount, Age)| {
+        (record.block, usage_count.get(), age)
+    };
+    let left: Vec<_> = view.records_from(0, 2).map(row).collect();
+    assert_eq!(left, [(3, 5, Age::Once), (4, 4, Age::Twice)]);
+    // Of blocks of the same usage count, those that are cached are loaded first.
+    let over: Vec<_> = plan.into_over_budget().records().map(row).collect();
+    assert_eq!(over, [(2, 3, Age::Cached), (5, 3, Age::Twice)]);
+}

@@ -137,6 +137,31 @@ fn a_locked_table_stays_in_the_list_over_a_restart_and_is_loaded_later() {
 }
 
 #[test]
+fn what_a_later_try_has_loaded_is_carried_no_more() {
+    let (cluster, table) = cluster_with_locked_table();
+    let all: BTreeSet<_> = table.first(100).collect();
+    cluster.configure("pg_prewarm.autoprewarm_interval = 2");
+    restart(&cluster);
+    // While it is tried again, dumps carry it.
+    for _ in 0..2 {
+        assert_eq!((carried(&cluster), shown(&cluster)), ((100, 0), Some(100)));
+        assert_eq!(listed(&cluster, table), all);
+        let mark = cluster.log_end();
+        cluster.wait_for_log(mark, "wrote block details");
+    }
+    let mark = cluster.log_end();
+    cluster.sql("COMMIT PREPARED 'lock'");
+    cluster.wait_for_log(
+        mark,
+        "autoprewarm prewarmed 100 blocks of relations that had been locked",
+    );
+    assert_eq!(cached(&cluster, table), all);
+    wait_until("a dump", || shown(&cluster) == Some(0));
+    assert_eq!(carried(&cluster), (0, 0));
+    assert_eq!(listed(&cluster, table), all);
+}
+
+#[test]
 fn usage_counts_are_carried_along() {
     let (cluster, table) = cluster_with_locked_table();
     let counts = || -> BTreeMap<i64, i16> {

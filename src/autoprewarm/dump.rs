@@ -32,7 +32,9 @@ pub enum Unlogged {
 /// writes. The caller holds a [`super::state::DumpFileInUse`].
 pub fn write(unlogged: Unlogged, state: &State) -> Result<u64, Error> {
     let start = Instant::now();
-    write_carrying(carry::from_list(state)?, unlogged, state, start)
+    let mut carried = carry::from_list(state)?;
+    carry::forget_dropped(&mut carried);
+    write_carrying(carried, unlogged, state, start)
 }
 
 fn write_carrying(
@@ -41,7 +43,6 @@ fn write_carrying(
     state: &State,
     start: Instant,
 ) -> Result<u64, Error> {
-    carry::forget_dropped(&mut carried);
     let unfinished = RemoveOnDrop(DUMP_FILE_BEING_WRITTEN);
     #[expect(
         clippy::cast_possible_truncation,

@@ -248,7 +248,12 @@ fn left(supervisor: &Supervisor, over_budget: OverBudget, state: &State) -> Opti
                 .as_ref()
                 .is_none_or(|existing| reason_to_skip(existing.get(&record.database)).is_none())
     });
-    match transaction::run(|_| carry::after_load(state, left)) {
+    let gathered = transaction::run(|_| {
+        let mut carried = carry::after_load(state, left)?;
+        carry::forget_dropped(&mut carried);
+        Ok::<_, Error>(carried)
+    });
+    match gathered {
         Ok(Ok(carried)) => return Some(carried),
         Ok(Err(error)) => {
             state.last_error.record(&error.to_string());

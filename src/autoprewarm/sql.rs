@@ -76,7 +76,7 @@ fn dump_now() -> Result<i64, Error> {
     let state = State::attach();
     let _in_use = state.use_dump_file().map_err(Error::DumpFileInUse)?;
     let written = dump::write(dump::Unlogged::Included, state)?;
-    // Whatever the former list did to the server, it is gone.
+    // Former crashes do not count against a new list.
     mark::forget();
     let message = dump::describe(written);
     report(PgLogLevel::DEBUG1, Message::new(SUCCESS, &message));

@@ -36,8 +36,8 @@ pub(super) const DIGITS_PER_LINE: usize = 120;
 /// Why a trailer is ignored that has an invalid usage count, or not one for each record.
 pub(super) const MISMATCH: &str = "the usage counts do not match the records";
 
-/// Why a trailer is ignored whose line about carried records is not valid.
-pub(super) const INVALID_CARRIED: &str = "the trailer has an invalid line \"# carried\"";
+/// Why a trailer is ignored with an invalid line about carried records, or another after it.
+pub(super) const INVALID_LINE: &str = "the trailer has an invalid line";
 
 /// Why a trailer is ignored by which more records are carried than there are.
 pub(super) const TOO_MANY_CARRIED: &str = "there are fewer records than carried ones";
@@ -173,10 +173,10 @@ impl TrailerReader {
         } else if let Some(counts) = line.strip_prefix(CARRIED.as_bytes())
             && self.carried.is_none()
         {
-            let counts = parse_carried(counts).ok_or(INVALID_CARRIED)?;
+            let counts = parse_carried(counts).ok_or(INVALID_LINE)?;
             self.carried = Some(counts);
         } else if self.carried.is_some() {
-            return Err(INVALID_CARRIED);
+            return Err(INVALID_LINE);
         } else {
             for &digit in line {
                 if !usage_count(self.digits, digit) {

@@ -4,7 +4,7 @@ use std::{io, iter};
 use proptest::prelude::*;
 
 use super::*;
-use crate::trailer::{INVALID_CARRIED, MISMATCH, TOO_MANY_CARRIED};
+use crate::trailer::{INVALID_LINE, MISMATCH, TOO_MANY_CARRIED};
 use crate::{CarriedBuilder, ListReader, ListWriter};
 
 fn read(text: impl AsRef<[u8]>) -> BlockList {
@@ -303,7 +303,7 @@ fn records_that_are_carried_are_told_from_the_others() {
 #[test]
 fn a_list_whose_trailer_does_not_fit_carries_nothing() {
     let text = list_with_carried();
-    let invalid = INVALID_CARRIED;
+    let invalid = INVALID_LINE;
     for (line, reason) in [
         ("# carried 1 4", TOO_MANY_CARRIED),
         ("# carried 18446744073709551615 1", TOO_MANY_CARRIED),

@@ -47,6 +47,10 @@ impl Room {
         // The usage count of the buffers that were added last.
         let mut coldest = 0;
         for usage_count in (0..UsageCount::COUNT).rev() {
+            // What hotter blocks have not taken of these is not colder than the next ones.
+            if coldest > 0 && coldest >= usage_count {
+                break;
+            }
             let mut left = listed[usage_count];
             loop {
                 let taken = left.min(free);

@@ -297,10 +297,10 @@ impl Supervisor {
     }
 
     /// Whether two slots stay free for others when one more worker is started. Workers
-    /// that do not run yet have slots that are not counted as taken.
+    /// that are not connected yet have slots that are not counted as taken.
     fn leaves_slots_to_others(&self) -> bool {
         let is_pending = |worker: &&Worker| {
-            self.segment.header().workers[worker.slot].stage() == Stage::NotStarted
+            self.segment.header().workers[worker.slot].stage() < Stage::Connected
         };
         let pending = self.workers.iter().filter(is_pending).count();
         slots::count_free() > FREE_SLOTS + pending

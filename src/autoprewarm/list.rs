@@ -82,7 +82,7 @@ fn open() -> Result<ListReader<impl Read>, Error> {
         let file = Rc::clone(&file);
         Infallible(Interruptible {
             reader: At { file, offset },
-            is_to_stop: || false,
+            should_stop: || false,
         })
     };
     Ok(fallible(|| ListReader::new(from))?)

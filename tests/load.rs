@@ -154,13 +154,9 @@ fn cluster_without_free_list() -> Option<Cluster> {
     Some(cluster)
 }
 
-/// Loads a list of these blocks on demand.
-fn load_now(
-    cluster: &Cluster,
-    client: &mut Client,
-    blocks: impl IntoIterator<Item = Block>,
-) -> LoadStats {
-    cluster.write_list(list_of(blocks));
+/// Loads a list on demand.
+pub fn load_now(cluster: &Cluster, client: &mut Client, list: String) -> LoadStats {
+    cluster.write_list(list);
     client
         .batch_execute("SELECT autoprewarm_load_now()")
         .unwrap();
@@ -197,7 +193,7 @@ fn from_19_on_a_load_finds_free_buffers_among_used_ones_and_evicts_none_of_them(
     let is_used = |block: &Block| block.same_relation(&used);
     let before: Vec<_> = cluster.cached().into_iter().filter(is_used).collect();
 
-    let stats = load_now(&cluster, &mut client, missing.first(600));
+    let stats = load_now(&cluster, &mut client, list_of(missing.first(600)));
     // A load leaves a reserve, and the buffers after a catalog's block that could be
     // evicted. The query takes some as well.
     let loaded = stats.loaded;

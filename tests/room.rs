@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use postgres::Client;
 
-use crate::common::{Block, Cluster, LoadStats, Shutdown, list_of, list_with_usage_counts, value};
+use crate::common::{Block, Cluster, Shutdown, list_of, list_with_usage_counts, value};
+use crate::load::load_now;
 
 /// A running cluster whose pages become clean only by `CHECKPOINT`.
 fn start() -> Cluster {
@@ -54,16 +55,6 @@ fn fill(cluster: &Cluster) -> Client {
         client.batch_execute("SELECT pg_prewarm('warm')").unwrap();
     }
     client
-}
-
-fn load_now(cluster: &Cluster, client: &mut Client, list: String) -> LoadStats {
-    cluster.write_list(list);
-    client
-        .batch_execute("SELECT autoprewarm_load_now()")
-        .unwrap();
-    let stats = LoadStats::wait_for_end(client);
-    assert_eq!(stats.result(), "completed");
-    stats
 }
 
 #[test]

@@ -83,7 +83,7 @@ pub(super) fn open() -> Result<ListReader<impl Read>, Error> {
         let file = Rc::clone(&file);
         Infallible(Interruptible {
             reader: At { file, offset },
-            is_to_stop: || false,
+            should_stop: || false,
         })
     };
     Ok(fallible(|| ListReader::new(from))?)

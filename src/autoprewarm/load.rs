@@ -137,8 +137,8 @@ pub struct Prepared {
 
 /// Reads the list and makes its plan.
 fn prepare(transaction: &Transaction, state: &State, reason: Reason) -> Result<Prepared, Error> {
-    let is_to_stop = || background::shutdown_requested() || state.cancel_is_requested();
-    let list = read_list(is_to_stop)?;
+    let should_stop = || background::shutdown_requested() || state.cancel_is_requested();
+    let list = read_list(should_stop)?;
     report_defects(&list, state);
     let stats = &state.load;
     stats.set_total(list.entries.len() as u64);
@@ -317,13 +317,16 @@ fn report_defects(list: &BlockList, state: &State) {
     }
 }
 
-/// Reads the list. An error if `is_to_stop` becomes true.
-fn read_list(is_to_stop: impl Fn() -> bool) -> Result<BlockList, Error> {
+/// Reads the list. An error if `should_stop` becomes true.
+fn read_list(should_stop: impl Fn() -> bool) -> Result<BlockList, Error> {
     let (reader, size) = file::open(DUMP_FILE).map_err(|source| Error::File {
         action: "read",
         path: DUMP_FILE,
         source,
     })?;
-    let reader = Infallible(file::Interruptible { reader, is_to_stop });
+    let reader = Infallible(file::Interruptible {
+        reader,
+        should_stop,
+    });
     Ok(fallible(|| BlockList::read(reader, size))?)
 }

@@ -254,7 +254,7 @@ impl Slot {
     }
 
     /// Records that the worker is done with its chunk.
-    pub fn give_up_claim(&self) {
+    pub fn release_claim(&self) {
         self.set_claim(None);
     }
 }

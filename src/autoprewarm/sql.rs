@@ -150,7 +150,7 @@ fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
     let start = Instant::now();
     loop {
         let leader_is_coming =
-            settings::leader_starts_with_server() && state.leader_may_come(LEADER_TIMEOUT);
+            settings::leader_starts_with_server() && state.first_leader_may_start(LEADER_TIMEOUT);
         if !leader_is_coming && !state.load_is_pending() {
             return Ok(true);
         }

@@ -160,7 +160,7 @@ impl State {
 
     /// Whether the first leader may still start: there has been none, and less than
     /// `patience` has passed since the first session began to wait for it.
-    pub fn leader_may_come(&self, patience: Duration) -> bool {
+    pub fn first_leader_may_start(&self, patience: Duration) -> bool {
         let now = process::monotonic_micros();
         let since = self
             .awaited_since

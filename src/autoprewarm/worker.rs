@@ -108,12 +108,12 @@ pub fn main(argument: WorkerArgument) {
         if let ChunkEnd::SetAside(rest) = end {
             load.set_aside(segment.cells(), rest.claim);
             set_aside.push(rest);
-            slot.give_up_claim();
+            slot.release_claim();
             if pauses.next().is_some() {
                 sleep_as_worker(Some(LOCKED_PAUSE), WaitEvent::LockedRelation);
             }
         } else if !slot.is_asked_to_leave() {
-            slot.give_up_claim();
+            slot.release_claim();
         }
     }
     slot.reach(Stage::Retrying);
@@ -208,7 +208,7 @@ impl Worker<'_> {
                 match self.load_chunk(claim, wait) {
                     ChunkEnd::SetAside(rest) => {
                         self.load.set_aside(self.cursors, rest.claim);
-                        self.slot.give_up_claim();
+                        self.slot.release_claim();
                         still.push(rest);
                         if rest.claim == claim {
                             locked = Some(file);
@@ -219,7 +219,7 @@ impl Worker<'_> {
                     // The leader finds the claim in the slot.
                     ChunkEnd::Done if self.slot.is_asked_to_leave() => return,
                     ChunkEnd::Done => {
-                        self.slot.give_up_claim();
+                        self.slot.release_claim();
                         last_progress = Instant::now();
                     }
                 }
@@ -301,7 +301,7 @@ impl Worker<'_> {
                     continue;
                 }
             };
-            self.report_now_and_then();
+            self.report_if_due();
             let once_more = done.get() < one_by_one;
             let turn = Turn {
                 chunk: claim.chunk,
@@ -449,7 +449,7 @@ impl Worker<'_> {
     }
 
     /// Updates the activity text, if that is due.
-    fn report_now_and_then(&self) {
+    fn report_if_due(&self) {
         let reported = self.reported.get();
         if reported.is_none_or(|reported| reported.elapsed() >= REPORT_INTERVAL) {
             self.reported.set(Some(Instant::now()));

@@ -39,7 +39,7 @@ mod tests {
 
     fn transaction() -> &'static Transaction {
         // SAFETY: each test runs in a transaction, and is over before it ends.
-        unsafe { Transaction::of_call() }
+        unsafe { Transaction::current() }
     }
 
     fn open(record: Record) -> Option<Relation<'static>> {

@@ -63,7 +63,7 @@ impl Collection {
         if !relation.is_partitioned() {
             relation.check_storage();
         }
-        relation.check_not_others();
+        relation.check_not_other_temp();
         // A partitioned table has no storage, and is left out here.
         collection.add(transaction, relation, wanted);
         if wanted.partitions {
@@ -111,9 +111,7 @@ impl Collection {
         if relation.is_foreign_table() {
             self.foreign += 1;
         }
-        if !relation.has_storage()
-            || relation.is_others_temporary()
-            || !self.seen.insert(relation.oid())
+        if !relation.has_storage() || relation.is_other_temp() || !self.seen.insert(relation.oid())
         {
             return;
         }

@@ -98,7 +98,7 @@ fn rows(
     prewarm: impl FnOnce(&Transaction) -> Result<Vec<Row>, Error>,
 ) -> TableIterator<'static, Row> {
     // SAFETY: the server calls SQL functions in a transaction.
-    let transaction = unsafe { Transaction::of_call() };
+    let transaction = unsafe { Transaction::current() };
     TableIterator::new(prewarm(transaction).unwrap_or_else(|error| error.raise()))
 }
 

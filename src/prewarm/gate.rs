@@ -49,11 +49,11 @@ impl Gate {
     }
 
     /// Requests a pause.
-    pub fn ask_for_pause(&self) {
+    pub fn request_pause(&self) {
         self.pause.store(true, SeqCst);
     }
 
-    pub fn pause_is_asked_for(&self) -> bool {
+    pub fn pause_requested(&self) -> bool {
         self.pause.load(SeqCst)
     }
 }

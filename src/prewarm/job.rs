@@ -272,7 +272,7 @@ impl<'a> Share<'a> {
     }
 
     /// Whether no more blocks of the target are to be read, for lack of buffers.
-    fn is_to_stop(&self, target: &Target) -> bool {
+    fn should_stop(&self, target: &Target) -> bool {
         match self.header.full() {
             None => false,
             Some(Full::Shared) => true,
@@ -286,7 +286,7 @@ impl<'a> Share<'a> {
             if target.is_temporary && !self.is_caller {
                 continue;
             }
-            while !self.is_to_stop(target)
+            while !self.should_stop(target)
                 && let Some(blocks) = target.claim(self.header.processes())
             {
                 if !self.is_caller {
@@ -329,7 +329,7 @@ impl<'a> Share<'a> {
                     self.header.set_full(full);
                 }
                 each(block, buffer);
-                match self.is_to_stop(target) {
+                match self.should_stop(target) {
                     true => Break(()),
                     false => Continue(()),
                 }
@@ -367,7 +367,7 @@ pub unsafe fn worker_main(toc: *mut pgrx::pg_sys::shm_toc) {
     // shares a job of these types.
     let job = unsafe { parallel::attach::<Header, Target>(toc) };
     // SAFETY: the server calls the entry point of a parallel worker in a transaction.
-    let transaction = unsafe { Transaction::of_call() };
+    let transaction = unsafe { Transaction::current() };
     let local = FilledLocal::default();
     let filled = job.header.filled(job.words, &local);
     let share = Share::new(

@@ -100,7 +100,7 @@ fn prewarm(
     last_block: Option<i64>,
 ) -> Result<i64, Error> {
     // SAFETY: the server calls SQL functions in a transaction.
-    let transaction = unsafe { Transaction::of_call() };
+    let transaction = unsafe { Transaction::current() };
     let oid = relation.ok_or(Error::NullRelation)?;
     let mode = Mode::from_argument(mode)?;
     let fork_name = CString::new(fork.ok_or(Error::NullFork)?).expect("text holds no NUL");
@@ -122,7 +122,7 @@ fn prewarm(
     }
     // Most releases of the server check this themselves when they read into buffers.
     if !matches!(mode, Mode::Read) {
-        relation.check_not_others();
+        relation.check_not_other_temp();
     }
 
     #[expect(

@@ -217,7 +217,7 @@ impl<'a> Reader<'a> {
             if let Some(gate) = self.gate
                 && relation.may_be_waited_for()
             {
-                gate.ask_for_pause();
+                gate.request_pause();
             }
             drop(relation);
             check_for_interrupts();
@@ -250,7 +250,7 @@ impl<'a> Reader<'a> {
         let mut done = 0;
         let mut flow = Continue(());
         let go_on = |flow: ControlFlow<()>| match start.elapsed() >= TURN
-            || self.gate.is_some_and(Gate::pause_is_asked_for)
+            || self.gate.is_some_and(Gate::pause_requested)
         {
             true => Break(()),
             false => flow,

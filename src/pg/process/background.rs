@@ -1,4 +1,4 @@
-//! What a background worker does with itself: signals, configuration, connection.
+//! The start of our background workers: signals, configuration, connection.
 
 use pgrx::pg_sys;
 

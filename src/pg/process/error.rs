@@ -1,4 +1,4 @@
-//! ERRORs of PostgreSQL, caught and survived.
+//! Catching ERRORs of PostgreSQL.
 
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, Location};
@@ -108,7 +108,7 @@ pub fn log_message(level: PgLogLevel, message: Message) {
     let _ = catch(|| report(level, message));
 }
 
-/// Writes a line to the server's log, as of [`log_message`].
+/// Writes a line to the server's log, like [`log_message`].
 pub fn log(text: &str) {
     log_message(PgLogLevel::LOG, Message::new(SUCCESS, text));
 }

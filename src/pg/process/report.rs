@@ -110,7 +110,7 @@ pub fn notice(message: &str) {
     report(PgLogLevel::NOTICE, Message::new(SUCCESS, message));
 }
 
-/// Sends a NOTICE about a relation to the client, as of [`report_relation`].
+/// Sends a NOTICE about a relation to the client, like [`report_relation`].
 #[track_caller]
 pub fn notice_relation(format: &CStr, name: &CStr) {
     report_relation(PgLogLevel::NOTICE, SUCCESS, format, name, None);

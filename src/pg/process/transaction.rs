@@ -15,7 +15,7 @@ impl Transaction {
     /// # Safety
     /// The caller is such a function, or is called by one, and does not use this after
     /// it has returned.
-    pub unsafe fn of_call<'a>() -> &'a Self {
+    pub unsafe fn current<'a>() -> &'a Self {
         &Self(PhantomData)
     }
 

@@ -65,7 +65,7 @@ impl<H: Shared, C: Shared> Segment<H, C> {
         })
     }
 
-    /// What other processes attach to it by.
+    /// The handle by which other processes attach to it.
     pub fn handle(&self) -> u32 {
         // SAFETY: the segment is mapped while `self` lives.
         unsafe { pg_sys::dsm_segment_handle(self.segment.as_ptr()) }

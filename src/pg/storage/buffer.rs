@@ -96,7 +96,7 @@ fn cached_block(index: usize) -> Option<CachedBlock> {
     })
 }
 
-/// Which buffer.
+/// The identity of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// A shared buffer, counted from 0.

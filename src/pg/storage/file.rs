@@ -172,20 +172,20 @@ pub fn full_path(name: &str) -> String {
 /// A reader that serves interrupts before each read, and fails when it is to stop.
 pub struct Interruptible<R, S> {
     pub reader: R,
-    pub is_to_stop: S,
+    pub should_stop: S,
 }
 
 impl<R: Read, S: Fn() -> bool> Read for Interruptible<R, S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         check_for_interrupts();
-        if (self.is_to_stop)() {
+        if (self.should_stop)() {
             return Err(io::Error::other("interrupted"));
         }
         self.reader.read(buffer)
     }
 }
 
-/// A position in a file, which may have several.
+/// A reader with its own offset in a file that it shares with others.
 pub struct At {
     pub file: Rc<OpenFile>,
     pub offset: u64,

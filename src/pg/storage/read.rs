@@ -188,10 +188,10 @@ impl Relation<'_> {
         done: impl FnMut(usize) -> ControlFlow<()>,
     ) {
         // A megabyte: enough to make the look worth its system call.
-        const LOOK_BLOCKS: usize = 8 * REQUEST_BLOCKS;
+        const CACHESTAT_BLOCKS: usize = 8 * REQUEST_BLOCKS;
         // SAFETY: the relation is open while `self` lives.
         let mut segments = unsafe { Segments::new(self.relation, fork) };
-        in_runs(first, end, LOOK_BLOCKS, done, |first, count| {
+        in_runs(first, end, CACHESTAT_BLOCKS, done, |first, count| {
             if segments.are_cached(first, count) {
                 return;
             }
@@ -199,7 +199,7 @@ impl Relation<'_> {
                 let request = REQUEST_BLOCKS.min(count - offset);
                 #[expect(
                     clippy::cast_possible_truncation,
-                    reason = "it is less than LOOK_BLOCKS"
+                    reason = "it is less than CACHESTAT_BLOCKS"
                 )]
                 let first = first + offset as BlockNumber;
                 segments.prefetch(first, request);

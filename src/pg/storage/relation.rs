@@ -153,8 +153,8 @@ impl<'t> Relation<'t> {
     }
 
     /// Raises the server's ERROR if it is a temporary relation of another session.
-    pub fn check_not_others(&self) {
-        if self.is_others_temporary() {
+    pub fn check_not_other_temp(&self) {
+        if self.is_other_temp() {
             raise(Message::new(
                 PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
                 "cannot access temporary tables of other sessions",
@@ -212,7 +212,7 @@ impl<'t> Relation<'t> {
         unsafe { (*self.relation).rd_backend != NO_BACKEND }
     }
 
-    pub fn is_others_temporary(&self) -> bool {
+    pub fn is_other_temp(&self) -> bool {
         // SAFETY: the relation is open.
         self.is_temporary() && unsafe { !(*self.relation).rd_islocaltemp }
     }

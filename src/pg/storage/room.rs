@@ -149,11 +149,11 @@ fn is_empty(state: Word) -> bool {
 /// a buffer for which `keep` returns true. Lists of free buffers are left out of account.
 /// If there are very many buffers, only the next ones are looked at.
 pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usize {
-    const LOOKED_AT: usize = 1 << 16;
+    const MAX_EXAMINED: usize = 1 << 16;
     /// How many are allowed if those looked at do not tell.
-    const A_FEW: usize = 128;
+    const DEFAULT_IF_UNKNOWN: usize = 128;
     let count = count();
-    let next = ahead_of(clock_hand().1).take(LOOKED_AT);
+    let next = ahead_of(clock_hand().1).take(MAX_EXAMINED);
     let mut evictable = 0;
     for round in 0..=UsageCount::MAX.get() {
         for index in next.clone() {
@@ -169,8 +169,8 @@ pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usiz
                 return evictable;
             }
         }
-        if count > LOOKED_AT {
-            return evictable.max(A_FEW).min(most);
+        if count > MAX_EXAMINED {
+            return evictable.max(DEFAULT_IF_UNKNOWN).min(most);
         }
     }
     evictable

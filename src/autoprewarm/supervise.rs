@@ -22,7 +22,7 @@ use super::shared::{Claim, Cursor, Load, MAX_WORKERS, Stage, WorkerArgument};
 use super::state::State;
 use super::stats::LoadStats;
 use crate::blocks::{Age, Oid, PlanView, Record, SkipReason, UsageCount};
-use crate::pg::process::error::{log, log_message};
+use crate::pg::process::error::{catch, log, log_message};
 use crate::pg::process::latch::{self, WaitEvent};
 use crate::pg::process::report::Message;
 use crate::pg::process::{self, activity, background, transaction};
@@ -458,7 +458,9 @@ impl Supervisor {
     fn start_workers(&mut self) -> bool {
         while self.workers.len() < self.most_workers() {
             let load = self.segment.header();
-            if load.room.ahead(1) == 0 {
+            // An interrupt may be served meanwhile, and raise an ERROR, which must not end the
+            // leader.
+            if catch(|| load.room.ahead(1)).is_ok_and(|blocks| blocks == 0) {
                 load.end_for(SkipReason::NoFreeBuffer);
             }
             let Some((database, first)) = self.next_database() else {

@@ -5,8 +5,8 @@
 //! never ends the process. The leader does not dump before the load has ended,
 //! since that would replace a good list with one of the few blocks cached so far.
 //!
-//! After a load, what was locked is tried [later](super::later). A load that had no background worker
-//! slot is retried when one is free, and not before.
+//! After a load, what was locked is tried [later](super::later). A load that had no
+//! background worker slot is retried when one is free, and not before.
 
 use std::time::{Duration, Instant};
 

@@ -6,7 +6,8 @@
 //! is one that no later load could load: its relation is gone, or it cannot be read. What
 //! is not settled when the load ends was left for a reason that passes, whatever that is:
 //! there was no free buffer, the relation was locked, the worker died, the load was
-//! cancelled. What a [later](super::later) try loads, the next dump finds in shared buffers. The numbers lie in the load's segment; the worker that has claimed a chunk
+//! cancelled. What a [later](super::later) try loads, the next dump finds in shared
+//! buffers. The numbers lie in the load's segment; the worker that has claimed a chunk
 //! writes that chunk's.
 
 use std::sync::atomic::AtomicU32;

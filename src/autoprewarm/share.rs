@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 
-use pgrx::{PgLogLevel, PgSqlErrorCode};
+use pgrx::PgLogLevel;
 
 use super::load::Prepared;
 use super::shared::{Cursor, Load};
@@ -16,8 +16,8 @@ use super::state::State;
 use super::supervise::{Supervisor, reason_to_skip};
 use crate::blocks::{CHUNK_BLOCKS, Oid, OverBudget, Plan, SkipReason};
 use crate::pg::process::error::{Caught, log_message};
-use crate::pg::process::memory::{fallible, room_for};
-use crate::pg::process::report::{Message, raise};
+use crate::pg::process::memory::{or_raise, room_for};
+use crate::pg::process::report::Message;
 use crate::pg::process::transaction;
 use crate::pg::shared::segment::Segment;
 use crate::pg::storage::database::Database;
@@ -59,7 +59,8 @@ pub fn share(
                     && plan.blocks() / 2 >= CHUNK_BLOCKS.into() =>
             {
                 refusal.get_or_insert(caught);
-                transaction::run(|_| shrink(&mut plan))?;
+                let half = plan.blocks() / 2;
+                transaction::run(|_| or_raise(|| plan.shrink(half)))?;
             }
             Err(caught) => return Err(refusal.unwrap_or(caught)),
         }
@@ -78,17 +79,6 @@ pub fn share(
     let databases = layout.databases.into_iter().map(|(database, _)| database);
     let supervisor = Supervisor::new(state, segment, databases);
     Ok((supervisor, plan.into_over_budget()))
-}
-
-/// Halves the plan.
-fn shrink(plan: &mut Plan) {
-    let most = plan.blocks() / 2;
-    if fallible(|| plan.shrink(most)).is_err() {
-        raise(Message::new(
-            PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
-            "out of memory",
-        ));
-    }
 }
 
 /// Which chunks of a plan are loaded, and by which workers.

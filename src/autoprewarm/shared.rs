@@ -60,8 +60,8 @@ pub struct Load {
 /// The load has not been ended.
 const NO_REASON: u32 = u32::MAX;
 
-// SAFETY: it consists of atomics, and of numbers that do not change. Every bit pattern is valid for the integers, and the flags are only ever written
-// as bools.
+// SAFETY: it consists of atomics, and of numbers that do not change. Every bit pattern is
+// valid for the integers, and the flags are only ever written as bools.
 unsafe impl Shared for Load {}
 
 /// The chunks of one database: the first, the next to be claimed, and the end. Or the

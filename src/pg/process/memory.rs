@@ -5,6 +5,7 @@
 //! `try_reserve`. The core does so throughout. [`fallible`] tells the allocator that it
 //! may return no memory.
 
+use std::collections::TryReserveError;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -85,10 +86,15 @@ pub fn room_for<T>(count: usize) -> Vec<T> {
 
 /// Makes room for `count` more elements. Raises an ERROR if there is no memory.
 pub fn reserve<T>(vec: &mut Vec<T>, count: usize) {
-    if fallible(|| vec.try_reserve_exact(count)).is_err() {
+    or_raise(|| vec.try_reserve_exact(count));
+}
+
+/// Runs a fallible call. Raises an ERROR if there is no memory.
+pub fn or_raise<T>(call: impl FnOnce() -> Result<T, TryReserveError>) -> T {
+    fallible(call).unwrap_or_else(|_| {
         raise(Message::new(
             PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
             "out of memory",
-        ));
-    }
+        ))
+    })
 }

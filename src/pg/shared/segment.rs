@@ -18,8 +18,8 @@ pub struct Segment<H: Shared, C: Shared> {
 }
 
 impl<H: Shared, C: Shared> Segment<H, C> {
-    /// Makes a segment, whose counters are zero and whose words `fill` fills. Raises an ERROR if the system has no
-    /// more shared memory.
+    /// Makes a segment, whose counters are zero and whose words `fill` fills. Raises an
+    /// ERROR if the system has no more shared memory.
     pub fn create(
         header: H,
         cells: &[C],

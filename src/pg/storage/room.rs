@@ -20,7 +20,7 @@ use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 
 use pgrx::pg_sys;
 
-use super::buffer::{count, state, usage_count};
+use super::buffer::{all, count, state, usage_count};
 use crate::blocks::{Budget, Room, UsageCount};
 use crate::pg::process::check_for_interrupts;
 use crate::pg::sys::buffer_state::{self, Word};
@@ -38,10 +38,7 @@ fn reserve() -> usize {
 /// What a load may replace now. Serves interrupts.
 pub fn survey() -> Room {
     let mut room = Room::default();
-    for index in 0..count() {
-        if index % INTERRUPT_INTERVAL == 0 {
-            check_for_interrupts();
-        }
+    for index in all() {
         let state = state(index).load(Relaxed);
         if state & buffer_state::BUF_REFCOUNT_MASK != 0 {
             continue;
@@ -132,12 +129,7 @@ pub fn free_list_has_any() -> bool {
 
 /// How many buffers are empty and not pinned. Serves interrupts.
 pub fn count_free() -> usize {
-    let states = (0..count()).map(|index| {
-        if index % INTERRUPT_INTERVAL == 0 {
-            check_for_interrupts();
-        }
-        state(index).load(Relaxed)
-    });
+    let states = all().map(|index| state(index).load(Relaxed));
     states.filter(|&state| is_empty(state)).count()
 }
 

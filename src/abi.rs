@@ -9,6 +9,8 @@
 
 use pgrx::{pg_guard, pg_sys};
 
+use crate::pg::shared::parallel::TableOfContents;
+
 /// Exports an SQL function under a C name, with the `pg_finfo_` record that tells the
 /// server its calling convention.
 macro_rules! export {
@@ -139,7 +141,7 @@ pub unsafe extern "C-unwind" fn pg_prewarm_parallel_main(
     #[pg_guard]
     unsafe extern "C-unwind" fn main(toc: *mut pg_sys::shm_toc) {
         // SAFETY: `toc` is passed on as the server has given it to the entry point.
-        unsafe { crate::prewarm::job::worker_main(toc) };
+        unsafe { crate::prewarm::job::worker_main(&TableOfContents(toc)) };
     }
     // SAFETY: the server calls this function directly, and nothing in its frame needs
     // dropping.

@@ -15,7 +15,9 @@ mod error;
 mod pace;
 mod pg;
 mod prewarm;
+mod progress;
 mod settings;
+mod wait_events;
 
 #[cfg(not(panic = "unwind"))]
 compile_error!("a PostgreSQL ERROR unwinds through Rust: build with panic = \"unwind\"");

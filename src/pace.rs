@@ -18,7 +18,7 @@ impl Pace {
         Self(Cell::new(usize::MAX))
     }
 
-    pub fn most_blocks(&self) -> usize {
+    pub fn max_blocks(&self) -> usize {
         self.0.get()
     }
 
@@ -40,12 +40,12 @@ mod tests {
     fn a_turn_that_took_too_long_is_followed_by_one_of_fewer_blocks() {
         let pace = Pace::new();
         pace.adapt(TURN, 512);
-        assert_eq!(pace.most_blocks(), usize::MAX);
+        assert_eq!(pace.max_blocks(), usize::MAX);
         pace.adapt(4 * TURN, 64);
-        assert_eq!(pace.most_blocks(), 32);
+        assert_eq!(pace.max_blocks(), 32);
         pace.adapt(4 * TURN, 1);
-        assert_eq!(pace.most_blocks(), 1);
+        assert_eq!(pace.max_blocks(), 1);
         pace.adapt(TURN, 1);
-        assert_eq!(pace.most_blocks(), 2);
+        assert_eq!(pace.max_blocks(), 2);
     }
 }

@@ -103,7 +103,7 @@ pub fn after_load(
             }
             builder.add(record, usage_count, age)?;
         }
-        Ok(builder.finish_with_ticks(most(), &mut tick))
+        Ok(builder.finish_with_ticks(max_records(), &mut tick))
     })
     .map_err(|error: ReadError| error.into())
 }
@@ -119,7 +119,9 @@ pub fn from_list(state: &State) -> Result<Carried, Error> {
     let mut builder = state.carry.builder();
     let read = list::open().and_then(|list| Ok(fallible(|| builder.add_list(list, !whole))?));
     match read {
-        Ok(()) => Ok(fallible(|| builder.finish_with_ticks(most(), &mut tick))),
+        Ok(()) => Ok(fallible(|| {
+            builder.finish_with_ticks(max_records(), &mut tick)
+        })),
         // Whoever dumps now wants to replace a list that could not be loaded.
         Err(Error::File { source, .. })
             if source.kind() == io::ErrorKind::NotFound
@@ -160,6 +162,6 @@ fn tick() {
     infallible(check_for_interrupts);
 }
 
-fn most() -> u64 {
+fn max_records() -> u64 {
     CARRIED_PER_BUFFER * buffer::count() as u64
 }

@@ -48,14 +48,14 @@ fn write_carrying(
         clippy::cast_possible_truncation,
         reason = "these records are in memory"
     )]
-    let most_carried = carried.left() as usize;
-    let mut expected = buffer::count_cached(unlogged == Unlogged::LeftOut) + most_carried;
+    let max_carried = carried.left() as usize;
+    let mut expected = buffer::count_cached(unlogged == Unlogged::LeftOut) + max_carried;
     let written = loop {
         match write_once(unlogged, &mut carried, expected)? {
             Some(written) => break written,
             // So many blocks have been cached since that their number has one more
             // digit.
-            None => expected = buffer::count() + most_carried,
+            None => expected = buffer::count() + max_carried,
         }
     };
     file::rename_durably(DUMP_FILE_BEING_WRITTEN, DUMP_FILE);

@@ -17,10 +17,10 @@ use super::mark;
 use super::state::{Phase, State};
 use super::stats::LoadResult;
 use crate::pg::process::error::log;
-use crate::pg::process::latch::{self, WaitEvent};
+use crate::pg::process::latch;
 use crate::pg::process::{activity, background, postmaster};
 use crate::pg::shared::slots;
-use crate::settings;
+use crate::{settings, wait_events};
 
 /// When a load that failed is tried again if there are no dumps at intervals.
 const RETRY_WITHOUT_INTERVAL: Duration = Duration::from_secs(300);
@@ -88,7 +88,7 @@ pub fn main() {
             let shutdown_poll = (!is_stopping).then_some(SHUTDOWN_POLL);
             let wait = [wait, after.advance(state), shutdown_poll];
             let wait = wait.into_iter().flatten().min();
-            latch::sleep_as_worker(wait, WaitEvent::Leader);
+            latch::sleep_as_worker(wait, &wait_events::LEADER_MAIN);
         }
     }
     // Most likely this is a clean shutdown, which unlogged relations survive. After
@@ -172,7 +172,7 @@ fn load(state: &'static State, former: AfterLoad) -> AfterLoad {
 fn wait_for_other_dumps(state: &State) {
     let since = Instant::now();
     while state.dump_file_user().is_some() && since.elapsed() < SHUTDOWN_TIMEOUT {
-        latch::sleep_as_worker(Some(Duration::from_millis(10)), WaitEvent::Leader);
+        latch::sleep_as_worker(Some(Duration::from_millis(10)), &wait_events::LEADER_MAIN);
     }
 }
 

@@ -5,6 +5,7 @@
 //! result.
 
 use std::collections::HashMap;
+use std::io;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
@@ -22,7 +23,8 @@ use crate::pg::process::report::Message;
 use crate::pg::process::transaction::{self, Transaction};
 use crate::pg::process::{background, check_for_interrupts};
 use crate::pg::storage::database::Database;
-use crate::pg::storage::{buffer, file, room};
+use crate::pg::storage::file::{self, OpenFile};
+use crate::pg::storage::{buffer, room};
 
 /// The DETAIL that tells when a failed load is retried.
 const RETRIED: &str = "The load is retried after \"pg_prewarm.autoprewarm_interval\" (five \
@@ -75,15 +77,20 @@ pub fn run(state: &'static State, reason: Reason) -> (Outcome, Option<Later>) {
             return (Outcome::InUse, None);
         }
     };
-    if let Some(why) = no_list::reason() {
-        no_list::report(&why);
+    let list = file::open(DUMP_FILE);
+    if no_list::is_missing(&list) {
+        no_list::report();
         mark::remove(state);
         state.carry.settle(0);
         return (Outcome::NoList, None);
     }
     state.carry.begin_load();
     match mark::begin(state, reason == Reason::OnDemand) {
-        Ok(mark) => run_marked(state, reason, mark),
+        Ok(mark) => {
+            let result = read_and_load(state, reason, list);
+            mark.end();
+            result
+        }
         Err(crashes) => {
             mark::report(state, &crashes);
             (Outcome::Suspended, None)
@@ -91,14 +98,12 @@ pub fn run(state: &'static State, reason: Reason) -> (Outcome, Option<Later>) {
     }
 }
 
-fn run_marked(state: &'static State, reason: Reason, mark: Mark) -> (Outcome, Option<Later>) {
-    let result = read_and_load(state, reason);
-    mark.end();
-    result
-}
-
-fn read_and_load(state: &'static State, reason: Reason) -> (Outcome, Option<Later>) {
-    let prepared = transaction::run(|transaction| prepare(transaction, state, reason));
+fn read_and_load(
+    state: &'static State,
+    reason: Reason,
+    list: io::Result<(OpenFile, u64)>,
+) -> (Outcome, Option<Later>) {
+    let prepared = transaction::run(|transaction| prepare(transaction, state, reason, list));
     let shared = match prepared {
         Ok(Ok(prepared)) => share(prepared, state).map(Ok),
         Ok(Err(error)) => Ok(Err(error)),
@@ -136,9 +141,14 @@ pub struct Prepared {
 }
 
 /// Reads the list and makes its plan.
-fn prepare(transaction: &Transaction, state: &State, reason: Reason) -> Result<Prepared, Error> {
+fn prepare(
+    transaction: &Transaction,
+    state: &State,
+    reason: Reason,
+    list: io::Result<(OpenFile, u64)>,
+) -> Result<Prepared, Error> {
     let should_stop = || background::shutdown_requested() || state.cancel_is_requested();
-    let list = read_list(should_stop)?;
+    let list = read_list(list, should_stop)?;
     report_defects(&list, state);
     let stats = &state.load;
     stats.set_total(list.entries.len() as u64);
@@ -318,8 +328,11 @@ fn report_defects(list: &BlockList, state: &State) {
 }
 
 /// Reads the list. An error if `should_stop` becomes true.
-fn read_list(should_stop: impl Fn() -> bool) -> Result<BlockList, Error> {
-    let (reader, size) = file::open(DUMP_FILE).map_err(|source| Error::File {
+fn read_list(
+    list: io::Result<(OpenFile, u64)>,
+    should_stop: impl Fn() -> bool,
+) -> Result<BlockList, Error> {
+    let (reader, size) = list.map_err(|source| Error::File {
         action: "read",
         path: DUMP_FILE,
         source,

@@ -12,32 +12,20 @@ use crate::pg::process::error::log_message;
 use crate::pg::process::report::{Message, SUCCESS};
 use crate::pg::storage::file;
 
-/// Why there is no list.
-pub enum NoList {
-    Missing,
-    /// A symbolic link to this path, where nothing is.
-    DanglingLink(String),
-}
-
-/// Why there is no list. `None` if there is one, be it one that cannot be read.
-pub fn reason() -> Option<NoList> {
-    match file::open(DUMP_FILE) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Some(file::link_target(DUMP_FILE).map_or(NoList::Missing, NoList::DanglingLink))
-        }
-        _ => None,
-    }
+/// Whether the list could not be opened because there is none.
+pub fn is_missing<T>(opened: &io::Result<T>) -> bool {
+    matches!(opened, Err(error) if error.kind() == io::ErrorKind::NotFound)
 }
 
 /// Logs that there is nothing to load.
-pub fn report(reason: &NoList) {
+pub fn report() {
     let path = file::full_path(DUMP_FILE);
-    let (primary, detail) = match reason {
-        NoList::Missing => (
+    let (primary, detail) = match file::link_target(DUMP_FILE) {
+        None => (
             format!("skipping prewarm because file \"{DUMP_FILE}\" does not exist"),
             format!("The next block dump writes file \"{path}\"."),
         ),
-        NoList::DanglingLink(target) => (
+        Some(target) => (
             format!(
                 "skipping prewarm because file \"{DUMP_FILE}\" is a symbolic link to a file that \
                  does not exist"

@@ -4,7 +4,7 @@
 //! the cursors, one for each database of the plan and one for each chunk, and the plan
 //! itself, which does not change. A worker claims the next chunk by moving its database's
 //! cursor. That, and all counting, is done with atomics, so a worker that dies holds no
-//! lock. Memory orderings follow the rule in [`super::state`].
+//! lock.
 //!
 //! A chunk's own cursor says which of its blocks are set aside because their relation is
 //! locked: usually none. So what is set aside outlives the worker, and can be tried again
@@ -32,7 +32,7 @@ use crate::pg::shared::contents::Shared;
 use crate::pg::storage::prefault::Prefaulted;
 use crate::pg::storage::room::LoadRoom;
 
-/// The most workers of a load.
+/// The maximum number of workers of a load.
 pub const MAX_WORKERS: usize = 64;
 
 /// A slot's chunk if it has none.

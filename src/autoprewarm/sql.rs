@@ -11,10 +11,10 @@ use pgrx::prelude::*;
 use super::state::{Phase, State};
 use super::{LEADER, dump, mark};
 use crate::error::Error;
-use crate::pg::process::latch::{self, WaitEvent};
+use crate::pg::process::latch;
 use crate::pg::process::report::{Message, SUCCESS, report};
 use crate::pg::shared::worker::Status;
-use crate::settings;
+use crate::{settings, wait_events};
 
 /// How often a waiting caller checks the state.
 const POLL: Duration = Duration::from_millis(100);
@@ -55,7 +55,7 @@ fn start_leader(state: &State) -> Result<(), Error> {
         if leader.status() == Status::Stopped {
             return Err(Error::WorkerNotStarted);
         }
-        latch::sleep(Some(SHORT_POLL), WaitEvent::LeaderStart);
+        latch::sleep(Some(SHORT_POLL), &wait_events::LEADER_START);
     }
     Ok(())
 }
@@ -110,7 +110,7 @@ fn load_now() -> Result<(), Error> {
         }
         request.repeat();
         state.wake_leader();
-        latch::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
+        latch::sleep(Some(SHORT_POLL), &wait_events::LOAD_END);
     }
     Ok(())
 }
@@ -121,7 +121,7 @@ fn load_now() -> Result<(), Error> {
 fn autoprewarm_cancel() -> bool {
     let state = State::attach();
     while state.load_is_pending() && state.phase() != Phase::Loading {
-        latch::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
+        latch::sleep(Some(SHORT_POLL), &wait_events::LOAD_END);
     }
     let Some(number) = state.request_cancel() else {
         return false;
@@ -130,7 +130,7 @@ fn autoprewarm_cancel() -> bool {
         && state.phase() == Phase::Loading
         && state.leader().is_some()
     {
-        latch::sleep(Some(SHORT_POLL), WaitEvent::LoadEnd);
+        latch::sleep(Some(SHORT_POLL), &wait_events::LOAD_END);
     }
     true
 }
@@ -158,7 +158,7 @@ fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
         if left.is_zero() {
             return Ok(false);
         }
-        latch::sleep(Some(left.min(POLL)), WaitEvent::LoadEnd);
+        latch::sleep(Some(left.min(POLL)), &wait_events::LOAD_END);
     }
 }
 

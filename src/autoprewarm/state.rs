@@ -7,11 +7,6 @@
 //! that has a role which only one process may have. A process acquires a role by
 //! changing the word from [`NO_PID`] to its own process ID, and releases it
 //! by changing it back. At exit it releases all its roles.
-//!
-//! Memory orderings, here, during a load and in the parallel calls of
-//! `crate::prewarm`: `SeqCst` for every word by which processes agree on something
-//! (roles, phases, claims, the gate); `Relaxed` for counters and hints, from which
-//! nothing else is concluded.
 
 use std::ffi::CStr;
 use std::sync::atomic::Ordering::SeqCst;

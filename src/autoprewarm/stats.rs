@@ -238,7 +238,7 @@ pub struct LastError {
 }
 
 impl LastError {
-    /// The most bytes of a message that are kept.
+    /// The maximum number of bytes of a message that are kept.
     const ROOM: usize = 256;
 
     pub const fn new() -> Self {

@@ -23,14 +23,14 @@ use super::state::State;
 use super::stats::LoadStats;
 use crate::blocks::{Age, Oid, PlanView, Record, SkipReason, UsageCount};
 use crate::pg::process::error::{catch, log, log_message};
-use crate::pg::process::latch::{self, WaitEvent};
+use crate::pg::process::latch;
 use crate::pg::process::report::Message;
 use crate::pg::process::{self, activity, background, transaction};
 use crate::pg::shared::segment::Segment;
 use crate::pg::shared::slots;
 use crate::pg::shared::worker::{Handle, Status};
 use crate::pg::storage::database::{self, Database};
-use crate::settings;
+use crate::{settings, wait_events};
 
 /// How long to wait before another worker is started after one could not be started,
 /// or exited without loading anything.
@@ -180,7 +180,7 @@ impl Supervisor {
     pub fn keep_workers_running(&mut self) -> Result<(), Halt> {
         while let Some(timeout) = self.advance()? {
             self.show_progress();
-            latch::sleep_as_worker(Some(timeout), WaitEvent::Load);
+            latch::sleep_as_worker(Some(timeout), &wait_events::LOAD);
             background::reload_configuration_if_due();
         }
         Ok(())
@@ -203,7 +203,7 @@ impl Supervisor {
         }
         if self.state.cancel_is_requested() {
             self.end_because_cancelled();
-        } else if self.futile_exits >= FUTILE_EXITS + self.most_workers() {
+        } else if self.futile_exits >= FUTILE_EXITS + self.max_workers() {
             return Err(Halt::NoProgress);
         }
         if Instant::now() >= self.next_look {
@@ -307,7 +307,7 @@ impl Supervisor {
     }
 
     /// The maximum number of workers at once. A later try needs no speed.
-    fn most_workers(&self) -> usize {
+    fn max_workers(&self) -> usize {
         match self.segment.header().is_later_try() {
             true => 1,
             false => settings::autoprewarm_workers().min(MAX_WORKERS),
@@ -456,7 +456,7 @@ impl Supervisor {
     /// Starts as many workers as are allowed. Returns true if there are too few
     /// background worker slots.
     fn start_workers(&mut self) -> bool {
-        while self.workers.len() < self.most_workers() {
+        while self.workers.len() < self.max_workers() {
             let load = self.segment.header();
             // An interrupt may be served meanwhile, and raise an ERROR, which must not end the
             // leader.

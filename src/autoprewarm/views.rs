@@ -6,8 +6,8 @@ use pgrx::prelude::*;
 use super::state::{Phase, State};
 use super::stats::LoadResult;
 use crate::blocks::SkipReason;
-use crate::pg::process::activity;
 use crate::pg::process::report::in_server_encoding;
+use crate::progress::Progress;
 
 /// The one row of `pg_stat_autoprewarm`.
 #[pg_extern(sql = false)]
@@ -124,8 +124,7 @@ fn pg_stat_get_progress_prewarm() -> TableIterator<
         name!(start_time, Option<TimestampWithTimeZone>),
     ),
 > {
-    let rows = activity::all_progress();
-    TableIterator::new(rows.into_iter().map(|(pid, database, progress)| {
+    TableIterator::new(Progress::all().map(|(pid, database, progress)| {
         let reads = progress.relation != 0;
         (
             pid,

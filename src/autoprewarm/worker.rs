@@ -22,14 +22,16 @@ use super::shared::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use super::state::State;
 use crate::blocks::{Fork, PlanView, SkipReason};
 use crate::pace::{Pace, TURN};
-use crate::pg::process::activity::{self, Kind, Progress, ShownProgress};
-use crate::pg::process::latch::{WaitEvent, sleep_as_worker};
+use crate::pg::process::activity;
+use crate::pg::process::latch::sleep_as_worker;
 use crate::pg::process::transaction::{self, Transaction};
 use crate::pg::process::{self, background, lock_timeout};
 use crate::pg::shared::segment::Segment;
 use crate::pg::storage::prefault::Prefaulter;
 use crate::pg::storage::relation::{Locator, Opened, Relation};
 use crate::pg::storage::{ReadEnd, buffer, database};
+use crate::progress::{Kind, Progress, ShownProgress};
+use crate::wait_events;
 
 /// When all other chunks are done, those that were set aside (usually because their
 /// relations were locked) are retried. They are left after this time without progress,
@@ -110,7 +112,7 @@ pub fn main(argument: WorkerArgument) {
             set_aside.push(rest);
             slot.release_claim();
             if pauses.next().is_some() {
-                sleep_as_worker(Some(LOCKED_PAUSE), WaitEvent::LockedRelation);
+                sleep_as_worker(Some(LOCKED_PAUSE), &wait_events::LOCKED_RELATION);
             }
         } else if !slot.is_asked_to_leave() {
             slot.release_claim();
@@ -231,7 +233,7 @@ impl Worker<'_> {
             set_aside = still;
             tries += 1;
             if !set_aside.is_empty() {
-                sleep_as_worker(Some(LOCKED_RETRY), WaitEvent::LockedRelation);
+                sleep_as_worker(Some(LOCKED_RETRY), &wait_events::LOCKED_RELATION);
             }
         }
     }
@@ -297,7 +299,7 @@ impl Worker<'_> {
             let allowed = match self.load.rate_limit.take(wanted, process::monotonic_micros) {
                 Ok(allowed) => allowed,
                 Err(wait) => {
-                    sleep_as_worker(Some(wait.min(RATE_SLEEP)), WaitEvent::RateLimit);
+                    sleep_as_worker(Some(wait.min(RATE_SLEEP)), &wait_events::RATE_LIMIT);
                     continue;
                 }
             };
@@ -306,7 +308,7 @@ impl Worker<'_> {
             let turn = Turn {
                 chunk: claim.chunk,
                 done: &done,
-                most: if once_more { 1 } else { allowed },
+                max: if once_more { 1 } else { allowed },
                 once_more,
                 opened: Cell::new(false),
                 read: Cell::new(0),
@@ -396,7 +398,7 @@ impl Worker<'_> {
         if existing == 0 {
             return TurnEnd::Skip(SkipReason::NoBlock);
         }
-        let wanted = existing.min(turn.most).min(self.pace.most_blocks());
+        let wanted = existing.min(turn.max).min(self.pace.max_blocks());
         relation.look_up_tablespace();
         let tally = Tally::begin(self, turn);
         let end = relation.read_as_load(
@@ -467,7 +469,7 @@ struct Turn<'a> {
     /// How many of the chunk's blocks are done.
     done: &'a Cell<usize>,
     /// The maximum number of blocks to read.
-    most: usize,
+    max: usize,
     /// Whether the blocks were tried before, in one read with an unreadable block.
     once_more: bool,
     /// Whether the relation was opened, so that an error concerns a block.

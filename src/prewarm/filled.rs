@@ -80,20 +80,20 @@ impl<'a> Filled<'a> {
 
     /// How many blocks can be read, at most `most`, before one of the call's blocks would
     /// be evicted. This is an estimate, since other sessions use buffers as well.
-    pub fn room(&self, is_temporary: bool, most: usize) -> usize {
+    pub fn room(&self, is_temporary: bool, max: usize) -> usize {
         if is_temporary {
             let all = match buffer::count_local() {
-                0 => most,
+                0 => max,
                 all => all,
             };
-            return all.saturating_sub(self.local.borrow().len()).min(most);
+            return all.saturating_sub(self.local.borrow().len()).min(max);
         }
-        let free = self.count_free(most);
-        match free >= most {
-            true => most,
+        let free = self.count_free(max);
+        match free >= max {
+            true => max,
             false => {
                 let is_filled = |index| self.shared.contains(index);
-                free + room::count_evictable_before(most - free, is_filled)
+                free + room::count_evictable_before(max - free, is_filled)
             }
         }
     }
@@ -101,7 +101,7 @@ impl<'a> Filled<'a> {
     /// How many buffers are free, if the server uses these before it evicts blocks, and 0
     /// if not. They are counted only if the number may matter, and for at most a tenth of
     /// the time. A small call does not count them at all: it knows of one.
-    fn count_free(&self, most: usize) -> usize {
+    fn count_free(&self, max: usize) -> usize {
         if !room::free_list_has_any() {
             return 0;
         }
@@ -111,7 +111,7 @@ impl<'a> Filled<'a> {
         let known = self.free.0.load(Relaxed);
         let start = Instant::now();
         let is_due = self.next_count.get().is_none_or(|next| start >= next);
-        if known != u64::MAX && (known >= 2 * most as u64 || !is_due) {
+        if known != u64::MAX && (known >= 2 * max as u64 || !is_due) {
             return usize::try_from(known).unwrap_or(usize::MAX);
         }
         let free = room::count_free();

@@ -18,12 +18,12 @@ use super::job::{Header, Share, Target, WORKER_ENTRY};
 use super::upper;
 use crate::blocks::Fork;
 use crate::error::Error;
-use crate::pg::process::activity::{Kind, Progress};
 use crate::pg::process::report::notice;
 use crate::pg::process::transaction::Transaction;
 use crate::pg::process::{memory, now};
 use crate::pg::shared::parallel;
 use crate::pg::storage::{catalog, relation};
+use crate::progress::{Kind, Progress};
 
 /// A row of the result: the relation, the fork, how many blocks were prewarmed, how many
 /// of these were in shared buffers already, and how long it took.

@@ -10,7 +10,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::time::Duration;
 
-use crate::pg::process::latch::{self, WaitEvent};
+use crate::pg::process::latch;
+use crate::wait_events;
 
 const POLL: Duration = Duration::from_millis(1);
 
@@ -43,7 +44,7 @@ impl Gate {
             if self.inside.load(SeqCst) == 0 {
                 self.pause.store(false, SeqCst);
             } else {
-                latch::sleep(Some(POLL), WaitEvent::Pause);
+                latch::sleep(Some(POLL), &wait_events::PAUSE);
             }
         }
     }

@@ -5,7 +5,7 @@
 //! words: first the marks of the shared buffers that the call has read blocks into (see
 //! `marks`); then the numbers of the index blocks that the caller has read
 //! beforehand. All processes go through the targets and claim runs of blocks until none
-//! are left. Memory orderings follow the rule in `crate::autoprewarm`'s `state`.
+//! are left.
 
 use std::ffi::CStr;
 use std::ops::ControlFlow::{Break, Continue};
@@ -19,13 +19,13 @@ use super::gate::Gate;
 use super::read::{Change, Count, End, Part, Reader, Work};
 use crate::blocks::{BlockNumber, Fork};
 use crate::pace::Pace;
-use crate::pg::process::activity::{Kind, Progress, ShownProgress};
 use crate::pg::process::now;
 use crate::pg::process::transaction::Transaction;
 use crate::pg::shared::contents::Shared;
-use crate::pg::shared::parallel;
+use crate::pg::shared::parallel::TableOfContents;
 use crate::pg::storage::buffer::Pinned;
 use crate::pg::storage::prefault::{Prefaulted, Prefaulter};
+use crate::progress::{Kind, Progress, ShownProgress};
 
 /// The name of the library's entry point for parallel workers.
 pub const WORKER_ENTRY: &CStr = c"pg_prewarm_parallel_main";
@@ -150,19 +150,19 @@ impl Target {
         u64::from(self.end).saturating_sub(u64::from(self.except.1))
     }
 
-    /// Limits the target to `most` blocks, in addition to those done already. Returns how
+    /// Limits the target to `max` blocks, in addition to those done already. Returns how
     /// many blocks are left for the targets after it.
-    pub fn cut(&mut self, most: u64, words: &[AtomicU32]) -> u64 {
+    pub fn cut(&mut self, max: u64, words: &[AtomicU32]) -> u64 {
         let wanted = self.left();
-        if wanted <= most {
-            return most - wanted;
+        if wanted <= max {
+            return max - wanted;
         }
         // Each block before the end that is done already moves the end by one.
         #[expect(
             clippy::cast_possible_truncation,
             reason = "it is less than `wanted`, which has 32 bits"
         )]
-        let mut end = most as BlockNumber;
+        let mut end = max as BlockNumber;
         for block in self.done_before(words) {
             if end == 0 || block.load(Relaxed) >= end {
                 break;
@@ -313,7 +313,7 @@ impl<'a> Share<'a> {
             &target.part,
             None,
             work,
-            &|most| {
+            &|max| {
                 // The room is divided among the processes, but only the caller reads
                 // temporary relations.
                 let processes = match target.is_temporary {
@@ -321,7 +321,7 @@ impl<'a> Share<'a> {
                     false => self.header.processes() as usize,
                 };
                 self.filled
-                    .room(target.is_temporary, most.saturating_mul(processes))
+                    .room(target.is_temporary, max.saturating_mul(processes))
                     .div_ceil(processes)
             },
             &mut |block, buffer| {
@@ -360,12 +360,12 @@ impl<'a> Share<'a> {
 /// Runs a parallel worker.
 ///
 /// # Safety
-/// `toc` is the table of contents that the server has passed to [`WORKER_ENTRY`].
-pub unsafe fn worker_main(toc: *mut pgrx::pg_sys::shm_toc) {
+/// The server has passed this table of contents to [`WORKER_ENTRY`].
+pub unsafe fn worker_main(contents: &TableOfContents) {
     // SAFETY: the server passes the table of contents of the process that launched this
     // worker. Only `functions::run` launches workers with this entry point, and it
     // shares a job of these types.
-    let job = unsafe { parallel::attach::<Header, Target>(toc) };
+    let job = unsafe { contents.job::<Header, Target>() };
     // SAFETY: the server calls the entry point of a parallel worker in a transaction.
     let transaction = unsafe { Transaction::current() };
     let local = FilledLocal::default();

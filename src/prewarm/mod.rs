@@ -25,12 +25,12 @@ use read::{End, Part, Reader, Work};
 
 use crate::blocks::{BlockNumber, Fork};
 use crate::error::Error;
-use crate::pg::process::activity::{Kind, Progress, ShownProgress};
 use crate::pg::process::now;
 use crate::pg::process::transaction::Transaction;
 use crate::pg::storage::prefault::Prefaulted;
 use crate::pg::storage::reads_directly;
 use crate::pg::storage::relation::{self, Relation};
+use crate::progress::{Kind, Progress, ShownProgress};
 
 /// The type of prewarming, contrib's argument `mode`.
 #[derive(Clone, Copy, Debug)]
@@ -174,7 +174,7 @@ fn run<'t>(
         &part,
         Some(relation),
         Work::range(first..end),
-        &|most| most,
+        &|max| max,
         &mut |_, _| Continue(()),
         &mut |count| progress.change(|progress| progress.done += count.blocks),
     );

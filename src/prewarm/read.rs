@@ -67,17 +67,17 @@ impl Work<'_> {
     }
 
     /// The next blocks, at most `most`, that lie before the end of the fork.
-    fn next(&self, most: usize, fork_end: BlockNumber) -> Vec<BlockNumber> {
+    fn next(&self, max: usize, fork_end: BlockNumber) -> Vec<BlockNumber> {
         match self {
             Self::Range { blocks, except } => (blocks.start..blocks.end.min(fork_end))
                 .filter(|&block| !contains(except, block))
-                .take(most)
+                .take(max)
                 .collect(),
             Self::List(blocks) => blocks
                 .iter()
                 .copied()
                 .take_while(|&block| block < fork_end)
-                .take(most)
+                .take(max)
                 .collect(),
         }
     }
@@ -178,9 +178,9 @@ impl<'a> Reader<'a> {
         count: &mut dyn FnMut(Count),
     ) -> End {
         while !work.is_over() {
-            let most = match self.mode {
-                Mode::Buffer => room(self.most_blocks()),
-                Mode::Read | Mode::Prefetch => self.most_blocks(),
+            let max = match self.mode {
+                Mode::Buffer => room(self.max_blocks()),
+                Mode::Read | Mode::Prefetch => self.max_blocks(),
             };
             let _inside = self.gate.map(Gate::pass);
             let relation = opened
@@ -193,10 +193,10 @@ impl<'a> Reader<'a> {
                 return End::Changed(Change::Rewritten);
             }
             let fork_end = relation.blocks(part.fork);
-            let mut blocks = work.next(most.max(1), fork_end);
-            if most == 0 && !blocks.is_empty() {
+            let mut blocks = work.next(max.max(1), fork_end);
+            if max == 0 && !blocks.is_empty() {
                 // Blocks that are in a buffer already need no room.
-                blocks = work.next(self.most_blocks(), fork_end);
+                blocks = work.next(self.max_blocks(), fork_end);
                 let is_cached = |block: &&BlockNumber| relation.is_cached(part.fork, **block);
                 blocks.truncate(blocks.iter().take_while(is_cached).count());
                 if blocks.is_empty() {
@@ -225,9 +225,9 @@ impl<'a> Reader<'a> {
         End::Over
     }
 
-    fn most_blocks(&self) -> usize {
+    fn max_blocks(&self) -> usize {
         const AT_ONCE: usize = 8192;
-        self.pace.most_blocks().min(AT_ONCE)
+        self.pace.max_blocks().min(AT_ONCE)
     }
 
     /// Reads some of the blocks, at least one, until the turn's time is up. Returns how

@@ -15,8 +15,8 @@ use crate::pg::storage::btree;
 
 /// Reads the upper levels of an index, at most `most` blocks, and returns the numbers of
 /// the blocks read, sorted.
-pub fn read(share: &Share, part: &Collected, target: &Target, most: u64) -> Vec<BlockNumber> {
-    if part.class != Class::Index || part.part.fork != Fork::Main || part.blocks == 0 || most == 0 {
+pub fn read(share: &Share, part: &Collected, target: &Target, max: u64) -> Vec<BlockNumber> {
+    if part.class != Class::Index || part.part.fork != Fork::Main || part.blocks == 0 || max == 0 {
         return Vec::new();
     }
     let mut done = FxHashSet::default();
@@ -41,7 +41,7 @@ pub fn read(share: &Share, part: &Collected, target: &Target, most: u64) -> Vec<
         && share.header.full().is_none()
     {
         blocks.retain(|&block| block < part.blocks && !done.contains(&block));
-        let left = most.saturating_sub(done.len() as u64);
+        let left = max.saturating_sub(done.len() as u64);
         blocks.truncate(usize::try_from(left).unwrap_or(usize::MAX));
         let mut children = Vec::new();
         share.read(target, Work::List(&blocks), &mut |block, buffer| {

@@ -1,6 +1,7 @@
-//! Waiting: this process's latch, those of others, and the wait events that
-//! `pg_stat_activity` shows meanwhile.
+//! Waiting: this process's latch, those of others, and what `pg_stat_activity` shows
+//! meanwhile.
 
+use std::ffi::CStr;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -10,54 +11,34 @@ use super::check_for_interrupts;
 use super::error::catch;
 use crate::pg::sys::version;
 
-/// What a process is waiting for. On 15 and 16, `pg_stat_activity` shows `Extension`
-/// for all of them.
-#[derive(Clone, Copy, Debug)]
-pub enum WaitEvent {
-    /// The leader waits for the next dump, or for a request.
-    Leader,
-    /// The leader waits for its workers.
-    Load,
-    /// A worker waits for locked relations.
-    LockedRelation,
-    /// A worker waits because of the rate limit.
-    RateLimit,
-    /// A caller waits for the start of a leader.
-    LeaderStart,
-    /// A caller waits for the start or the end of a load.
-    LoadEnd,
-    /// A process of a call waits until all of them have released their locks.
-    Pause,
+/// A wait event of this extension. On 15 and 16, `pg_stat_activity` shows `Extension` for
+/// all of them.
+#[derive(Debug)]
+pub struct WaitEvent {
+    name: &'static CStr,
+    /// Its number in this server, which is looked up once; 0 before that.
+    number: AtomicU32,
 }
 
 impl WaitEvent {
-    /// Its number in this server, which is looked up once.
-    fn id(self) -> u32 {
-        macro_rules! event {
-            ($name:literal) => {{
-                static ID: AtomicU32 = AtomicU32::new(0);
-                ($name, &ID)
-            }};
+    pub const fn new(name: &'static CStr) -> Self {
+        Self {
+            name,
+            number: AtomicU32::new(0),
         }
-        let (name, id) = match self {
-            Self::Leader => event!(c"AutoprewarmLeaderMain"),
-            Self::Load => event!(c"AutoprewarmLoad"),
-            Self::LockedRelation => event!(c"AutoprewarmLockedRelation"),
-            Self::RateLimit => event!(c"AutoprewarmRateLimit"),
-            Self::LeaderStart => event!(c"AutoprewarmLeaderStart"),
-            Self::LoadEnd => event!(c"AutoprewarmLoadEnd"),
-            Self::Pause => event!(c"PrewarmPause"),
-        };
-        if id.load(Relaxed) == 0 {
-            id.store(version::wait_event(name), Relaxed);
+    }
+
+    fn number(&self) -> u32 {
+        if self.number.load(Relaxed) == 0 {
+            self.number.store(version::wait_event(self.name), Relaxed);
         }
-        id.load(Relaxed)
+        self.number.load(Relaxed)
     }
 }
 
 /// Sleeps until this process's latch is set or the timeout is over, then serves
 /// interrupts. Ends this process if the postmaster has died.
-pub fn sleep(timeout: Option<Duration>, event: WaitEvent) {
+pub fn sleep(timeout: Option<Duration>, event: &WaitEvent) {
     let (timeout_flag, milliseconds) = match timeout {
         Some(timeout) => (
             pg_sys::WL_TIMEOUT,
@@ -73,7 +54,7 @@ pub fn sleep(timeout: Option<Duration>, event: WaitEvent) {
             pg_sys::MyLatch,
             (pg_sys::WL_LATCH_SET | pg_sys::WL_EXIT_ON_PM_DEATH | timeout_flag) as i32,
             milliseconds,
-            event.id(),
+            event.number(),
         );
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }
@@ -85,7 +66,7 @@ pub fn sleep(timeout: Option<Duration>, event: WaitEvent) {
 /// it was meant for. Whatever the ERROR is, the next sleep may raise it again (there may
 /// be no memory), so this sleeps in any case: each time in a row for twice as long, up to
 /// a second, or until a signal arrives.
-pub fn sleep_as_worker(timeout: Option<Duration>, event: WaitEvent) {
+pub fn sleep_as_worker(timeout: Option<Duration>, event: &WaitEvent) {
     const LONGEST: Duration = Duration::from_secs(1);
     static AFTER_ERROR: AtomicU32 = AtomicU32::new(0);
     if catch(|| sleep(timeout, event)).is_ok() {

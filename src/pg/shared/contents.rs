@@ -87,25 +87,20 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
         Self::words_at(lengths) + lengths.words * size_of::<W>()
     }
 
-    /// Writes them: the header, copies of the cells, `counters` counters, which are zero,
-    /// and `words` words, which are zero until `fill` fills them.
+    /// Writes them: the header, copies of the cells, counters, which are zero, and words,
+    /// which are zero until `fill` fills them.
     ///
     /// # Safety
     /// From `base` on there are [`Contents::size`] bytes, aligned for any type, that no
     /// one else uses yet and that stay for `'a`.
     pub unsafe fn write(
         base: *mut u8,
+        lengths: Lengths,
         header: H,
         cells: &[C],
-        counters: usize,
-        words: usize,
         fill: impl FnOnce(&mut [W]),
     ) -> Self {
-        let lengths = Lengths {
-            cells: cells.len(),
-            counters,
-            words,
-        };
+        assert_eq!(cells.len(), lengths.cells);
         // SAFETY: all four parts lie within the size, each aligned for its type. Cells
         // have nothing to drop, so they may be copied bit by bit.
         unsafe {
@@ -117,10 +112,10 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
             let first_cell: *mut C = base.add(Self::CELLS_AT).cast();
             first_cell.copy_from_nonoverlapping(cells.as_ptr(), cells.len());
             let first_counter: *mut AtomicU32 = base.add(Self::counters_at(lengths)).cast();
-            first_counter.write_bytes(0, counters);
+            first_counter.write_bytes(0, lengths.counters);
             let first_word: *mut W = base.add(Self::words_at(lengths)).cast();
-            first_word.write_bytes(0, words);
-            fill(std::slice::from_raw_parts_mut(first_word, words));
+            first_word.write_bytes(0, lengths.words);
+            fill(std::slice::from_raw_parts_mut(first_word, lengths.words));
             Self::at(base)
         }
     }

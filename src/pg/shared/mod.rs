@@ -3,6 +3,10 @@
 //! Everything in shared memory consists of atomics, or does not change once other
 //! processes know of it. So there are no locks, and none is held by a process that has
 //! died.
+//!
+//! Memory orderings, in all of the library: `SeqCst` for every word by which processes
+//! agree on something (roles, phases, claims, the gate); `Relaxed` for counters and hints,
+//! from which nothing else is concluded.
 
 pub mod contents;
 pub mod named;

@@ -52,11 +52,12 @@ pub fn run<H: Shared, C: Shared, R>(
         work(&job, 0);
         return finish(&job);
     }
-    let size = Job::<H, C>::size(Lengths {
+    let lengths = Lengths {
         cells: cells.len(),
         counters: 0,
         words: words.len(),
-    });
+    };
+    let size = Job::<H, C>::size(lengths);
     // SAFETY: the calls of PostgreSQL's own parallel commands, in their order. After an
     // ERROR the end of the (sub)transaction ends the workers, the context and parallel
     // mode. The memory has the size asked for, is aligned by the table of contents, and
@@ -71,7 +72,7 @@ pub fn run<H: Shared, C: Shared, R>(
         pg_sys::InitializeParallelDSM(context);
 
         let base: *mut u8 = pg_sys::shm_toc_allocate((*context).toc, size).cast();
-        let job = Job::write(base, header, cells, 0, words.len(), |to| {
+        let job = Job::write(base, lengths, header, cells, |to| {
             for (to, from) in to.iter_mut().zip(words) {
                 *to.get_mut() = from.load(std::sync::atomic::Ordering::Relaxed);
             }
@@ -88,13 +89,19 @@ pub fn run<H: Shared, C: Shared, R>(
     }
 }
 
-/// The job that a parallel worker was started for.
-///
-/// # Safety
-/// `toc` was passed to the worker's entry point, which [`run`] was called with for a job
-/// of the same types. The result is not used after the entry point has returned.
-pub unsafe fn attach<'a, H: Shared, C: Shared>(toc: *mut pg_sys::shm_toc) -> Job<'a, H, C> {
-    // SAFETY: `run` has written such a job and inserted it under this key; the segment
-    // is mapped until the worker ends.
-    unsafe { Job::at(pg_sys::shm_toc_lookup(toc, JOB_KEY, false).cast()) }
+/// Where a parallel worker finds the job that it was started for: what the server passes
+/// to its entry point.
+pub struct TableOfContents(pub *mut pg_sys::shm_toc);
+
+impl TableOfContents {
+    /// The job.
+    ///
+    /// # Safety
+    /// The server has passed this table to an entry point that [`run`] is called with for
+    /// jobs of these types only.
+    pub unsafe fn job<H: Shared, C: Shared>(&self) -> Job<'_, H, C> {
+        // SAFETY: `run` has written such a job and inserted it under this key; the segment
+        // is mapped until the worker ends.
+        unsafe { Job::at(pg_sys::shm_toc_lookup(self.0, JOB_KEY, false).cast()) }
+    }
 }

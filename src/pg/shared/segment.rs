@@ -37,7 +37,7 @@ impl<H: Shared, C: Shared> Segment<H, C> {
         unsafe {
             let segment = pg_sys::dsm_create(Contents::<H, C, u32>::size(lengths), 0);
             let base = pg_sys::dsm_segment_address(segment).cast();
-            Contents::<H, C, u32>::write(base, header, cells, counters, words, fill);
+            Contents::<H, C, u32>::write(base, lengths, header, cells, fill);
             // It stays mapped after the end of the transaction.
             pg_sys::dsm_pin_mapping(segment);
             Self::new(segment).expect("dsm_create raises an ERROR otherwise")

@@ -30,7 +30,7 @@ use super::room::LoadRoom;
 use super::segments::{REQUEST_BLOCKS, SEGMENT_BLOCKS, Segments};
 use crate::blocks::{BlockNumber, Fork};
 use crate::pg::process::{check_for_interrupts, memory};
-use crate::pg::sys::read::{READ_BLOCKS_MAX, most_buffers_at_once, read_buffers, read_stream};
+use crate::pg::sys::read::{READ_BLOCKS_MAX, max_buffers_at_once, read_buffers, read_stream};
 
 /// How the reading of a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,11 +110,11 @@ impl Relation<'_> {
         let mut is_cached = room.is_none() && ahead.is_enabled() && self.is_cached(fork, blocks[0]);
         // Requests need the tablespace's setting, which was read from a catalog.
         self.transaction.release_catalog_snapshot();
-        let most = most_buffers_at_once();
+        let max = max_buffers_at_once();
         let mut index = 0;
         while index < blocks.len() {
             check_for_interrupts();
-            let mut run = run_length(&blocks[index..], most);
+            let mut run = run_length(&blocks[index..], max);
             if let Some(room) = room {
                 run = room.ahead(run);
             }
@@ -141,7 +141,7 @@ impl Relation<'_> {
     }
 
     /// Reads `count` consecutive blocks of one segment file into buffers, at most
-    /// [`most_buffers_at_once`].
+    /// [`max_buffers_at_once`].
     fn read_run(
         &self,
         fork: Fork,
@@ -241,7 +241,7 @@ const IO_ALIGNMENT: usize = 4096;
 fn in_runs(
     first: BlockNumber,
     end: BlockNumber,
-    most: usize,
+    max: usize,
     mut done: impl FnMut(usize) -> ControlFlow<()>,
     mut act: impl FnMut(BlockNumber, usize),
 ) {
@@ -250,7 +250,7 @@ fn in_runs(
         check_for_interrupts();
         let segment_end = (block / SEGMENT_BLOCKS + 1).saturating_mul(SEGMENT_BLOCKS);
         let count = (end.min(segment_end) - block)
-            .min(BlockNumber::try_from(most).unwrap_or(BlockNumber::MAX));
+            .min(BlockNumber::try_from(max).unwrap_or(BlockNumber::MAX));
         act(block, count as usize);
         block += count;
         if done(count as usize).is_break() {

@@ -17,7 +17,7 @@ pub struct ReadAhead {
     requests: VecDeque<usize>,
     /// The first block that was not requested.
     next: usize,
-    most_requests: usize,
+    max_requests: usize,
 }
 
 impl ReadAhead {
@@ -35,7 +35,7 @@ impl ReadAhead {
                 segments: Segments::new(relation, fork),
                 requests: VecDeque::new(),
                 next: 0,
-                most_requests: match reads_directly() {
+                max_requests: match reads_directly() {
                     true => 0,
                     false => usize::try_from(concurrency).unwrap_or(0),
                 },
@@ -44,7 +44,7 @@ impl ReadAhead {
     }
 
     pub fn is_enabled(&self) -> bool {
-        self.most_requests > 0
+        self.max_requests > 0
     }
 
     /// Makes as many requests as are allowed, before `blocks[index]` is read.
@@ -52,7 +52,7 @@ impl ReadAhead {
         while self.requests.front().is_some_and(|&end| end <= index) {
             self.requests.pop_front();
         }
-        while self.requests.len() < self.most_requests && self.next < blocks.len() {
+        while self.requests.len() < self.max_requests && self.next < blocks.len() {
             let start = self.next.max(index);
             let run = run_length(&blocks[start..], REQUEST_BLOCKS);
             self.segments.prefetch(blocks[start], run);
@@ -63,14 +63,14 @@ impl ReadAhead {
 }
 
 /// How many blocks at the beginning are consecutive and in one segment file, at most
-/// `most`.
-pub fn run_length(blocks: &[BlockNumber], most: usize) -> usize {
+/// `max`.
+pub fn run_length(blocks: &[BlockNumber], max: usize) -> usize {
     let first = blocks[0];
     let left_in_segment = SEGMENT_BLOCKS - first % SEGMENT_BLOCKS;
     blocks
         .iter()
         .zip(first..)
-        .take(most.min(left_in_segment as usize))
+        .take(max.min(left_in_segment as usize))
         .take_while(|&(&block, expected)| block == expected)
         .count()
 }

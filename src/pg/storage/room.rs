@@ -75,10 +75,10 @@ impl LoadRoom {
         self.start.store(clock_hand().0, Relaxed);
     }
 
-    /// How many blocks may be read now, at most `most`. Serves interrupts.
-    pub fn ahead(&self, most: usize) -> usize {
+    /// How many blocks may be read now, at most `max`. Serves interrupts.
+    pub fn ahead(&self, max: usize) -> usize {
         if free_list_is_empty() == Some(false) {
-            return most;
+            return max;
         }
         let (turned, next) = clock_hand();
         let passed =
@@ -91,11 +91,11 @@ impl LoadRoom {
                 check_for_interrupts();
             }
             found += usize::from(self.prepare(index));
-            if found >= most + reserve {
+            if found >= max + reserve {
                 break;
             }
         }
-        found.saturating_sub(reserve).min(most)
+        found.saturating_sub(reserve).min(max)
     }
 
     /// Whether the hand will take this buffer, and may. If it would take it and must not,
@@ -137,10 +137,10 @@ fn is_empty(state: Word) -> bool {
     state & (buffer_state::BM_TAG_VALID | buffer_state::BUF_REFCOUNT_MASK) == 0
 }
 
-/// How many blocks can be read, at most `most`, before the clock hand evicts the block of
+/// How many blocks can be read, at most `max`, before the clock hand evicts the block of
 /// a buffer for which `keep` returns true. Lists of free buffers are left out of account.
 /// If there are very many buffers, only the next ones are looked at.
-pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usize {
+pub fn count_evictable_before(max: usize, keep: impl Fn(usize) -> bool) -> usize {
     const MAX_EXAMINED: usize = 1 << 16;
     /// How many are allowed if those looked at do not tell.
     const DEFAULT_IF_UNKNOWN: usize = 128;
@@ -157,12 +157,12 @@ pub fn count_evictable_before(most: usize, keep: impl Fn(usize) -> bool) -> usiz
                 return evictable;
             }
             evictable += 1;
-            if evictable >= most {
+            if evictable >= max {
                 return evictable;
             }
         }
         if count > MAX_EXAMINED {
-            return evictable.max(DEFAULT_IF_UNKNOWN).min(most);
+            return evictable.max(DEFAULT_IF_UNKNOWN).min(max);
         }
     }
     evictable

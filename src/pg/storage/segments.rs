@@ -15,7 +15,7 @@ use crate::pg::sys::version::{self, reads_directly};
 /// How many blocks one segment file has.
 pub const SEGMENT_BLOCKS: BlockNumber = pg_sys::RELSEG_SIZE;
 
-/// The most blocks of one request to the operating system. Linux cuts a larger one to
+/// The maximum number of blocks of one request to the operating system. Linux cuts a larger one to
 /// the read-ahead size of the device, which is 128 kB on most.
 pub const REQUEST_BLOCKS: usize = (128 << 10) / pg_sys::BLCKSZ as usize;
 

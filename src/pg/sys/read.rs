@@ -10,7 +10,7 @@ use crate::blocks::{BlockNumber, Fork};
 /// Whether the server reads several blocks at once.
 pub const READS_MANY_AT_ONCE: bool = cfg!(not(any(feature = "pg15", feature = "pg16")));
 
-/// The most blocks that are read at once. No version's limit for one vectored read is
+/// The maximum number of blocks read at once. No version's limit for one vectored read is
 /// below that.
 pub const READ_BLOCKS_MAX: usize = 32;
 
@@ -85,7 +85,7 @@ pub unsafe fn smgr_prefetch(
 }
 
 /// How many blocks [`read_buffers`] may read at once now.
-pub fn most_buffers_at_once() -> usize {
+pub fn max_buffers_at_once() -> usize {
     #[cfg(any(feature = "pg15", feature = "pg16"))]
     {
         1
@@ -112,7 +112,7 @@ pub fn most_buffers_at_once() -> usize {
 ///
 /// # Safety
 /// `relation` is open and has these blocks. `buffers` has at least one place and at
-/// most [`most_buffers_at_once`], each invalid or left there by the call before.
+/// most [`max_buffers_at_once`], each invalid or left there by the call before.
 pub unsafe fn read_buffers(
     relation: pg_sys::Relation,
     fork: Fork,

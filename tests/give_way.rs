@@ -255,7 +255,7 @@ fn no_worker_is_started_in_a_database_that_is_dropped_by_force() {
 
 #[test]
 fn a_load_without_a_worker_slot_fails_after_an_interval_and_is_retried_with_one() {
-    let (cluster, _) = cluster_with_tables(
+    let (cluster, table) = cluster_with_tables(
         "postgres",
         &[
             "max_worker_processes = 2",
@@ -263,8 +263,9 @@ fn a_load_without_a_worker_slot_fails_after_an_interval_and_is_retried_with_one(
             "pg_prewarm.autoprewarm_interval = 2",
         ],
     );
-    let list = cluster.list();
     cluster.stop(Shutdown::Immediate);
+    cluster.write_list(list_of(table.first(500)));
+    let listed = cluster.listed();
     cluster.configure("shared_preload_libraries = ''");
     cluster.start();
     let slot = cluster.take_worker_slot();
@@ -283,16 +284,55 @@ fn a_load_without_a_worker_slot_fails_after_an_interval_and_is_retried_with_one(
         value::<String>(&mut client, "SELECT last_error FROM pg_stat_autoprewarm"),
         message
     );
-    // It is not tried in vain at each interval, and the list stays.
-    thread::sleep(Duration::from_secs(5));
+    // It is not tried in vain at each interval. Dumps go on, and keep what was not loaded.
+    let new = cluster.table("new", 50);
+    for _ in 0..2 {
+        let list = cluster.list();
+        wait_until("a dump", || cluster.list() != list);
+        assert!(listed.is_subset(&cluster.listed()));
+    }
+    assert!(cluster.listed().contains(&new.at(49)));
     assert_eq!(LoadStats::get(&mut client), stats);
     assert_eq!(cluster.log().matches(message).count(), 1);
-    assert_eq!(cluster.list(), list);
+    let carried = "SELECT blocks_carried FROM pg_stat_autoprewarm";
+    assert!(value::<i64>(&mut client, carried) >= 400);
 
     drop(slot);
     let stats = LoadStats::wait_for(&mut client, |stats| stats.result() == "completed");
     assert_eq!(stats.skipped, 0, "{stats:?}");
-    wait_until("a dump", || cluster.list() != list);
+    wait_until("a dump after it", || {
+        value::<i64>(&mut client, carried) == 0 && listed.is_subset(&cluster.listed())
+    });
+}
+
+#[test]
+fn the_list_written_at_a_shutdown_without_a_worker_slot_keeps_what_was_not_loaded() {
+    let (cluster, table) = cluster_with_tables(
+        "postgres",
+        &[
+            "max_logical_replication_workers = 0",
+            "pg_prewarm.autoprewarm_interval = 1",
+        ],
+    );
+    cluster.stop(Shutdown::Immediate);
+    cluster.write_list(list_of(table.first(500)));
+    let listed = cluster.listed();
+    cluster.configure("max_worker_processes = 1");
+    cluster.start();
+    cluster.wait_for_log(0, "no background worker slot is free");
+    let new = cluster.table("new", 50);
+    // The leader writes its last list at the shutdown.
+    cluster.configure("pg_prewarm.autoprewarm_interval = 0");
+    cluster.sql("SELECT pg_reload_conf()");
+    cluster.stop(Shutdown::Fast);
+    assert!(listed.is_subset(&cluster.listed()));
+    assert!(cluster.listed().contains(&new.at(49)));
+
+    cluster.configure("max_worker_processes = 8");
+    let mark = cluster.log_end();
+    cluster.start();
+    let (loaded, total) = cluster.wait_for_load(mark);
+    assert_eq!(loaded, total);
 }
 
 #[test]

@@ -6,7 +6,8 @@
 //! since that would replace a good list with one of the few blocks cached so far.
 //!
 //! After a load, what was locked is tried [later](super::later). A load that had no
-//! background worker slot is retried when one is free, and not before.
+//! background worker slot is retried when one is free, and not before; meanwhile dumps
+//! carry what is to be loaded.
 
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,7 @@ pub fn main() {
 
     let mut after = AfterLoad::default();
     match state.phase() {
-        Phase::Due => after = load(state, after),
+        Phase::Due | Phase::NoSlot => after = load(state, after),
         // Its former leader has ended, and the server has not crashed.
         Phase::Failed => mark::remove(state),
         _ => {}
@@ -64,13 +65,13 @@ pub fn main() {
         // be killed before.
         if !is_stopping && postmaster::is_stopping() {
             is_stopping = true;
-            if state.phase() == Phase::Ended {
+            if matches!(state.phase(), Phase::Ended | Phase::NoSlot) {
                 last = Instant::now();
                 try_dump(state, Unlogged::LeftOut);
                 continue;
             }
         }
-        let has_failed = state.phase() == Phase::Failed;
+        let has_failed = matches!(state.phase(), Phase::Failed | Phase::NoSlot);
         let interval =
             settings::autoprewarm_interval().or(has_failed.then_some(RETRY_WITHOUT_INTERVAL));
         let wait = interval.map(|interval| interval.saturating_sub(last.elapsed()));
@@ -81,7 +82,7 @@ pub fn main() {
             last = Instant::now();
         } else if interval_is_over {
             last = Instant::now();
-            if !has_failed && state.phase() != Phase::Suspended {
+            if may_dump(state) {
                 try_dump(state, Unlogged::LeftOut);
             }
         } else {
@@ -92,14 +93,14 @@ pub fn main() {
         }
     }
     // Most likely this is a clean shutdown, which unlogged relations survive. After
-    // an incomplete load, a dump would drop the blocks not loaded yet from the list.
+    // an incomplete load, the list is still the best one.
+    if matches!(state.phase(), Phase::Ended | Phase::NoSlot) {
+        wait_for_other_dumps(state);
+        try_dump(state, Unlogged::Included);
+    }
     match state.phase() {
-        Phase::Ended => {
-            wait_for_other_dumps(state);
-            try_dump(state, Unlogged::Included);
-        }
-        Phase::Cancelled | Phase::Suspended => {}
-        Phase::Due | Phase::Loading | Phase::Failed => state.postpone_load(),
+        Phase::Ended | Phase::Cancelled | Phase::Suspended => {}
+        Phase::Due | Phase::Loading | Phase::Failed | Phase::NoSlot => state.postpone_load(),
     }
 }
 
@@ -160,11 +161,22 @@ fn load(state: &'static State, former: AfterLoad) -> AfterLoad {
         // Unless the list was loaded before, the load is retried: the dump in progress
         // may fail, and then the old list is still to be loaded.
         Outcome::InUse if before == Phase::Ended => (Phase::Ended, LoadResult::Failed),
-        Outcome::InUse | Outcome::StillDue | Outcome::NoSlot => (Phase::Failed, LoadResult::Failed),
+        Outcome::NoSlot => (Phase::NoSlot, LoadResult::Failed),
+        Outcome::InUse | Outcome::StillDue => (Phase::Failed, LoadResult::Failed),
     };
     activity::report_idle();
     state.end_load(phase, result);
+    // It has waited for a slot for a whole interval, in which no list was written.
+    if phase == Phase::NoSlot && may_dump(state) {
+        try_dump(state, Unlogged::LeftOut);
+    }
     AfterLoad { later, slots_then }
+}
+
+/// Whether a list is written at intervals.
+fn may_dump(state: &State) -> bool {
+    settings::autoprewarm_interval().is_some()
+        && !matches!(state.phase(), Phase::Failed | Phase::Suspended)
 }
 
 /// Waits until no session dumps. At shutdown, such a session is most likely being

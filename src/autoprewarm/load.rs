@@ -41,8 +41,8 @@ pub enum Reason {
 }
 
 /// The DETAIL that tells when a load is retried that had no background worker slot.
-const RETRIED_WITH_SLOT: &str = "The load is retried when a slot is free. The block dump file is \
-                                 kept until then.";
+const RETRIED_WITH_SLOT: &str = "The load is retried when a slot is free. Until then, block dumps \
+                                 keep the blocks that are not loaded yet.";
 
 /// How a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

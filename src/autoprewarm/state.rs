@@ -75,6 +75,9 @@ pub enum Phase {
     /// The list could not be loaded, or the leader died during the load. The load is
     /// retried at intervals, and the list is not replaced before.
     Failed,
+    /// The load had no background worker slot, and is retried when one is free. Dumps
+    /// carry what is not loaded yet.
+    NoSlot,
     /// The load was cancelled. The list may be wanted later, so it is not replaced
     /// at shutdown, but only by a dump at an interval or on request.
     Cancelled,
@@ -200,8 +203,9 @@ impl State {
             0 => Phase::Due,
             1 => Phase::Loading,
             2 => Phase::Failed,
-            3 => Phase::Cancelled,
-            4 => Phase::Suspended,
+            3 => Phase::NoSlot,
+            4 => Phase::Cancelled,
+            5 => Phase::Suspended,
             _ => Phase::Ended,
         }
     }

@@ -100,7 +100,7 @@ fn state_name(state: &State) -> &'static str {
         _ if state.dump_file_user().is_some() => "dumping",
         _ if !leads => "not running",
         _ if state.load_is_pending() => "load pending",
-        Phase::Failed => "load failed",
+        Phase::Failed | Phase::NoSlot => "load failed",
         Phase::Suspended => "load suspended",
         _ => "idle",
     }

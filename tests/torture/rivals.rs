@@ -1,16 +1,22 @@
-//! What other sessions do during a load: DDL on the relations that it reads, databases
-//! that are created and dropped, requests to the leader, and changes of the clock.
+//! What other sessions do during a load: DDL on the relations that it reads, locks that
+//! queue, databases that are created, renamed, moved and dropped, eviction of buffers,
+//! requests to the leader, and changes of the clock.
 
+use postgres::error::SqlState;
 use rand::Rng;
+use rand::seq::SliceRandom;
 
 use super::arena::Arena;
 use super::churn::{self, Churn};
-use crate::common::{Fault, Shutdown};
+use crate::common::{Fault, Shutdown, wait_until};
 
 pub const FAULTS: &[super::Kind] = &[
     ("rewrites", rewrites),
     ("drops-and-truncates", drops_and_truncates),
+    ("queued-locks", queued_locks),
     ("databases", databases),
+    ("renamed-databases", renamed_databases),
+    ("evictions", evictions),
     ("steering", steering),
     ("many-loads", many_loads),
     ("clock", clock),
@@ -67,6 +73,115 @@ fn databases(arena: &mut Arena) {
         .round
         .allowed
         .extend(["does not exist", "is not currently accepting connections"]);
+}
+
+/// A reader stays in its transaction, and a lock that conflicts with every other one waits
+/// behind it: for a moment, or until the load has ended without the table.
+fn queued_locks(arena: &mut Arena) {
+    arena.begin_slow_load();
+    let mut tables = arena.tables.clone();
+    tables.shuffle(&mut arena.round.rng);
+    let locked: Vec<_> = tables[..3]
+        .iter()
+        .map(|table| {
+            let mut reader = arena.connect(table.database);
+            let read = format!("BEGIN; SELECT FROM {} LIMIT 1", table.name);
+            reader.batch_execute(&read).unwrap();
+            let lock = format!("BEGIN; LOCK TABLE {}; COMMIT", table.name);
+            (reader, arena.call(table.database, &lock))
+        })
+        .collect();
+    let until_the_end = arena.round.rng.random_ratio(1, 4);
+    if until_the_end {
+        arena.back_to_normal();
+        arena.settle();
+    } else {
+        arena.round.pause(3000);
+    }
+    for (reader, lock) in locked {
+        drop(reader);
+        assert_eq!(lock.wait(), None);
+    }
+    arena.back_to_normal();
+    if until_the_end {
+        arena.settle();
+        wait_until("the blocks that were locked to be loaded", || {
+            let locked = "SELECT skipped_locked FROM pg_stat_autoprewarm";
+            arena.query("postgres", locked)[0].get::<_, i64>(0) == 0
+        });
+    }
+}
+
+/// Commands that need a database without other connections.
+fn renamed_databases(arena: &mut Arena) {
+    arena.begin_slow_load();
+    for _ in 0..arena.round.rng.random_range(1..4) {
+        let database = arena.round.choose(&["one", "two"]);
+        let commands = match arena.round.rng.random_range(0..3) {
+            0 => [
+                format!("ALTER DATABASE {database} RENAME TO passing"),
+                format!("ALTER DATABASE passing RENAME TO {database}"),
+            ],
+            1 => [
+                format!("CREATE DATABASE passing TEMPLATE {database}"),
+                "DROP DATABASE passing".to_owned(),
+            ],
+            _ => {
+                // The buffers of the database are dropped.
+                arena.round.may_skip = true;
+                let (there, back) = match database {
+                    "one" => ("space", "pg_default"),
+                    _ => ("pg_default", "space"),
+                };
+                [there, back]
+                    .map(|space| format!("ALTER DATABASE {database} SET TABLESPACE {space}"))
+            }
+        };
+        for command in commands {
+            // Sessions of clients may be in the database as well.
+            let mut client = arena.connect("postgres");
+            wait_until(&command, || match client.batch_execute(&command) {
+                Ok(()) => true,
+                Err(error) if error.code() == Some(&SqlState::OBJECT_IN_USE) => false,
+                Err(error) => panic!("{command}: {error:?}"),
+            });
+            arena.round.pause(300);
+        }
+    }
+    arena.back_to_normal();
+}
+
+/// Buffers are evicted during the load, and another load brings back what they had.
+fn evictions(arena: &mut Arena) {
+    arena.begin_slow_load();
+    if arena.cluster.major() >= 17 {
+        for _ in 0..3 {
+            let part = arena.round.rng.random_range(1..=3);
+            arena.query(
+                "postgres",
+                &format!(
+                    "SELECT pg_buffercache_evict(bufferid) FROM pg_buffercache \
+                     WHERE bufferid % 3 < {part}"
+                ),
+            );
+            arena.round.pause(300);
+        }
+        arena.back_to_normal();
+    } else {
+        // Blocks that were loaded and are evicted before the load ends are not in its
+        // list.
+        arena.round.may_skip = true;
+        arena.run(
+            "postgres",
+            "CREATE UNLOGGED TABLE churn_filler AS \
+             SELECT repeat('x', 7000) FROM generate_series(1, 9000); \
+             SELECT pg_prewarm('churn_filler')",
+        );
+        arena.back_to_normal();
+        arena.run("postgres", "DROP TABLE churn_filler");
+    }
+    arena.settle();
+    arena.run("postgres", "SELECT autoprewarm_load_now()");
 }
 
 /// All requests to the leader, at the same time. A dump on demand during a load lists

@@ -8,6 +8,9 @@ use std::process::Command;
 /// default, which helps a module that reads one block at a time.
 const READ_AHEAD_KB: &str = "128";
 
+/// Where the system is told how many huge pages of 2 MB to reserve.
+const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
+
 /// Sets the disks' read-ahead to that of most servers, if permitted, and returns its
 /// value.
 pub fn set_read_ahead() -> String {
@@ -70,12 +73,23 @@ pub fn huge_pages() -> bool {
     }
 }
 
+/// How many huge pages the system reserves, as the file says it.
+pub fn reserved_huge_pages() -> String {
+    fs::read_to_string(HUGE_PAGES).unwrap_or_default()
+}
+
+/// Reserves as many huge pages as before.
+pub fn restore_huge_pages(before: String) {
+    if reserved_huge_pages() != before {
+        fs::write(HUGE_PAGES, before).expect("only root can reserve huge pages");
+    }
+}
+
 /// Makes the system reserve that much memory as huge pages of 2 MB.
 pub fn keep_huge_pages(megabytes: u32) {
     let pages = megabytes.div_ceil(2).to_string();
-    let path = "/proc/sys/vm/nr_hugepages";
-    fs::write(path, &pages).expect("only root can reserve huge pages");
-    let kept = fs::read_to_string(path).unwrap();
+    fs::write(HUGE_PAGES, &pages).expect("only root can reserve huge pages");
+    let kept = reserved_huge_pages();
     assert_eq!(kept.trim(), pages, "not enough memory for huge pages");
 }
 

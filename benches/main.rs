@@ -4,7 +4,8 @@
 //! …), on the same machine in the same run; what matters is the ratio of the medians.
 //! The arguments name the scenarios to run; without any, all are run. The environment
 //! variables are `SIZE` (`smoke` or `full`), `RUNS` (how many times), `HUGE_PAGES`
-//! (`on`), and `OUT`, the directory for the results as JSON and SVG. They are also
+//! (`on`), `CASES` (names of cases with busy clients, with commas), `SETTINGS` (lines for
+//! `postgresql.conf`, with semicolons), and `OUT`, the directory for the results as JSON and SVG. They are also
 //! printed as tables.
 
 #![allow(clippy::cast_possible_truncation)]
@@ -13,6 +14,7 @@
 #[path = "../tests/common/mod.rs"]
 mod common;
 
+mod busy;
 mod counters;
 mod dump;
 mod lists;
@@ -22,7 +24,6 @@ mod modes;
 mod report;
 mod shrunk;
 mod side;
-mod warmup;
 
 use std::path::PathBuf;
 
@@ -42,8 +43,8 @@ pub struct Size {
     /// The records of the generated lists.
     long_list: u64,
     longer_list: u64,
-    /// Seconds of a warm-up curve.
-    warmup: u64,
+    /// Seconds of each run with busy clients.
+    busy_seconds: u64,
 }
 
 const FULL: Size = Size {
@@ -54,7 +55,7 @@ const FULL: Size = Size {
     database_blocks: 20_000,
     long_list: 16_000_000,
     longer_list: 134_000_000,
-    warmup: 15,
+    busy_seconds: 20,
 };
 
 const SMOKE: Size = Size {
@@ -65,7 +66,7 @@ const SMOKE: Size = Size {
     database_blocks: 1_000,
     long_list: 1_000_000,
     longer_list: 4_000_000,
-    warmup: 4,
+    busy_seconds: 4,
 };
 
 /// The options of a run.
@@ -93,10 +94,11 @@ fn main() {
         runs: variable("RUNS").map_or(5, |runs| runs.parse().expect("RUNS is a number")),
         out: variable("OUT").map_or("target/bench".into(), PathBuf::from),
     };
+    let huge_pages = machine::reserved_huge_pages();
     let mut report = Report::new(&options);
     let scenarios: [(&str, Scenario); 7] = [
         ("load", load::run),
-        ("warmup", warmup::run),
+        ("busy", busy::run),
         ("dump", dump::run),
         ("lists", lists::run),
         ("shrunk", shrunk::run),
@@ -110,7 +112,5 @@ fn main() {
         }
     }
     report.finish();
-    if machine::huge_pages() {
-        machine::keep_huge_pages(0);
-    }
+    machine::restore_huge_pages(huge_pages);
 }

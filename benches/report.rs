@@ -77,10 +77,20 @@ impl Report {
 
     /// Reports the samples of both sides. Lower is better.
     pub fn compare(&mut self, what: &str, unit: &str, samples: &Samples) {
+        let ratio = median(&samples.contrib) / median(&samples.ours);
+        self.compare_by(ratio, what, unit, samples);
+    }
+
+    /// Reports the samples of both sides. Higher is better.
+    pub fn compare_rates(&mut self, what: &str, unit: &str, samples: &Samples) {
+        let ratio = median(&samples.ours) / median(&samples.contrib);
+        self.compare_by(ratio, what, unit, samples);
+    }
+
+    fn compare_by(&mut self, ratio: f64, what: &str, unit: &str, samples: &Samples) {
         let [contrib, ours] = [&samples.contrib, &samples.ours];
         let [(contrib_least, contrib_most), (ours_least, ours_most)] =
             [range(contrib), range(ours)];
-        let ratio = median(contrib) / median(ours);
         self.line(format!(
             "| {what} | {:.3} {unit} ({contrib_least:.3} to {contrib_most:.3}) \
              | {:.3} {unit} ({ours_least:.3} to {ours_most:.3}) | {ratio:.2} |",

@@ -123,6 +123,10 @@ pub fn cluster(buffers: u32, settings: &[&str]) -> Cluster {
     for setting in settings {
         builder = builder.setting(setting);
     }
+    let more = std::env::var("SETTINGS").unwrap_or_default();
+    for setting in more.split(';').filter(|setting| !setting.is_empty()) {
+        builder = builder.setting(setting);
+    }
     builder.start()
 }
 

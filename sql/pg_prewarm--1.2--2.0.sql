@@ -92,6 +92,7 @@ CREATE FUNCTION pg_stat_get_autoprewarm(
     OUT skipped_interrupted bigint,
     OUT skipped_cancelled bigint,
     OUT blocks_carried bigint,
+    OUT connections_held bigint,
     OUT last_dump_time timestamp with time zone,
     OUT last_dump_blocks bigint,
     OUT last_dump_duration interval,

@@ -11,6 +11,7 @@ use crate::pg::process;
 static AUTOPREWARM: GucSetting<bool> = GucSetting::<bool>::new(true);
 static AUTOPREWARM_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(2);
 static AUTOPREWARM_MAX_RATE: GucSetting<i32> = GucSetting::<i32>::new(0);
+static AUTOPREWARM_HOLD_CONNECTIONS: GucSetting<i32> = GucSetting::<i32>::new(0);
 static AUTOPREWARM_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(300);
 
 /// Whether the library is in `shared_preload_libraries`. The postmaster sets it, and all
@@ -49,6 +50,16 @@ pub fn define() {
         i32::MAX,
         GucContext::Sighup,
         GucFlags::UNIT_KB,
+    );
+    GucRegistry::define_int_guc(
+        c"pg_prewarm.autoprewarm_hold_connections",
+        c"Sets the maximum time that new sessions wait for the most used blocks to be loaded.",
+        c"Superusers, members of \"pg_monitor\" and walsenders never wait. If set to zero, no session waits.",
+        &AUTOPREWARM_HOLD_CONNECTIONS,
+        0,
+        60_000,
+        GucContext::Sighup,
+        GucFlags::UNIT_MS,
     );
     if !process::is_preloading() {
         return;
@@ -95,4 +106,11 @@ pub fn autoprewarm_interval() -> Option<Duration> {
         Ok(0) | Err(_) => None,
         Ok(seconds) => Some(Duration::from_secs(seconds)),
     }
+}
+
+/// `pg_prewarm.autoprewarm_hold_connections`: how long a new session waits for the first
+/// tier of the server's first load at most. Zero if none waits.
+pub fn autoprewarm_hold_connections() -> Duration {
+    let milliseconds = AUTOPREWARM_HOLD_CONNECTIONS.get();
+    Duration::from_millis(u64::try_from(milliseconds).unwrap_or(0))
 }

@@ -5,6 +5,9 @@ use crate::pg::process::latch::WaitEvent;
 /// The leader waits for the next dump, or for a request.
 pub static LEADER_MAIN: WaitEvent = WaitEvent::new(c"AutoprewarmLeaderMain");
 
+/// A new session waits for the first tier of the load.
+pub static HOLD_CONNECTIONS: WaitEvent = WaitEvent::new(c"AutoprewarmHoldConnections");
+
 /// The leader waits for its workers.
 pub static LOAD: WaitEvent = WaitEvent::new(c"AutoprewarmLoad");
 

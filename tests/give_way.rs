@@ -287,8 +287,11 @@ fn a_load_without_a_worker_slot_fails_after_an_interval_and_is_retried_with_one(
     // It is not tried in vain at each interval. Dumps go on, and keep what was not loaded.
     let new = cluster.table("new", 50);
     for _ in 0..2 {
-        let list = cluster.list();
-        wait_until("a dump", || cluster.list() != list);
+        let time = "SELECT last_dump_time::text FROM pg_stat_autoprewarm";
+        let last: Option<String> = value(&mut client, time);
+        wait_until("a dump", || {
+            value::<Option<String>>(&mut client, time) != last
+        });
         assert!(listed.is_subset(&cluster.listed()));
     }
     assert!(cluster.listed().contains(&new.at(49)));

@@ -13,6 +13,7 @@ mod crash_loop;
 mod discard;
 mod functions;
 mod give_way;
+mod hold;
 mod large;
 mod list;
 mod load;

@@ -26,8 +26,6 @@ fn cluster(kind: &str) -> (Cluster, String) {
     cluster.stop(Shutdown::Fast);
     let half = BLOCKS as usize / 2;
     let digits = "1".repeat(half) + &"3".repeat(half);
-    let lines: Vec<_> = digits.as_bytes().chunks(100).collect();
-    let digits = String::from_utf8(lines.join(&b'\n')).unwrap();
     let list = list_with_usage_counts(table.first(BLOCKS), &digits);
     cluster.write_list(&list);
     (cluster, list)

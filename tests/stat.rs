@@ -50,7 +50,7 @@ fn the_views_have_the_documented_columns() {
          skipped_illegal bigint, skipped_template_database bigint, skipped_no_database bigint, \
          skipped_no_relation bigint, skipped_no_block bigint, skipped_unreadable bigint, \
          skipped_locked bigint, skipped_no_free_buffer bigint, skipped_no_shared_memory bigint, skipped_interrupted bigint, \
-         skipped_cancelled bigint, blocks_carried bigint, last_dump_time timestamp with time zone, \
+         skipped_cancelled bigint, blocks_carried bigint, connections_held bigint, last_dump_time timestamp with time zone, \
          last_dump_blocks bigint, last_dump_duration interval, last_error text, \
          last_error_time timestamp with time zone"
     );

@@ -11,7 +11,7 @@
 //! then carries all of it that is not cached.
 //!
 //! A record gets older once at each start of the server: by the first list that is written
-//! after a load, or without one.
+//! after a load. A start without a free background worker slot does not count.
 
 use std::io;
 use std::sync::atomic::Ordering::SeqCst;
@@ -84,8 +84,9 @@ impl CarryState {
         u64::try_from(self.records.load(SeqCst)).ok()
     }
 
-    fn builder(&self) -> CarriedBuilder {
-        CarriedBuilder::new(!self.start_was_counted.load(SeqCst))
+    fn builder(&self, phase: Phase) -> CarriedBuilder {
+        let is_start = phase != Phase::NoSlot && !self.start_was_counted.load(SeqCst);
+        CarriedBuilder::new(is_start)
     }
 }
 
@@ -95,7 +96,7 @@ pub fn after_load(
     state: &State,
     left: impl Iterator<Item = (Record, UsageCount, Age)>,
 ) -> Result<Carried, Error> {
-    let mut builder = state.carry.builder();
+    let mut builder = state.carry.builder(state.phase());
     fallible(|| {
         for (index, (record, usage_count, age)) in left.enumerate() {
             if index % INTERRUPT_INTERVAL == 0 {
@@ -116,7 +117,7 @@ pub fn from_list(state: &State) -> Result<Carried, Error> {
     if !whole && records == Some(0) {
         return Ok(Carried::none());
     }
-    let mut builder = state.carry.builder();
+    let mut builder = state.carry.builder(state.phase());
     let read = list::open().and_then(|list| Ok(fallible(|| builder.add_list(list, !whole))?));
     match read {
         Ok(()) => Ok(fallible(|| {

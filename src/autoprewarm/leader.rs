@@ -76,7 +76,11 @@ pub fn main() {
             settings::autoprewarm_interval().or(has_failed.then_some(RETRY_WITHOUT_INTERVAL));
         let wait = interval.map(|interval| interval.saturating_sub(last.elapsed()));
         let interval_is_over = wait == Some(Duration::ZERO);
-        let retry = has_failed && (reloaded || after.may_be_retried(interval_is_over));
+        let retry = match state.phase() {
+            Phase::Failed => reloaded || after.may_be_retried(interval_is_over),
+            Phase::NoSlot => after.may_be_retried(interval_is_over),
+            _ => false,
+        };
         if retry || state.load_is_requested() {
             after = load(state, after);
             last = Instant::now();
@@ -167,7 +171,7 @@ fn load(state: &'static State, former: AfterLoad) -> AfterLoad {
     activity::report_idle();
     state.end_load(phase, result);
     // It has waited for a slot for a whole interval, in which no list was written.
-    if phase == Phase::NoSlot && may_dump(state) {
+    if phase == Phase::NoSlot && !background::shutdown_requested() && may_dump(state) {
         try_dump(state, Unlogged::LeftOut);
     }
     AfterLoad { later, slots_then }

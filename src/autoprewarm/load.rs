@@ -10,7 +10,7 @@ use std::io;
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use super::later::Later;
-use super::mark::{self, Mark};
+use super::mark;
 use super::share::share;
 use super::state::State;
 use super::supervise::{Halt, Supervisor, reason_to_skip};
@@ -189,9 +189,13 @@ fn load(
     over_budget: OverBudget,
     state: &State,
 ) -> (Outcome, Option<Later>) {
-    if let Err(halt) = supervisor.keep_workers_running() {
+    let end = supervisor.keep_workers_running();
+    // What follows may take a while.
+    state.hold.end();
+    if let Err(halt) = end {
         supervisor.terminate_workers();
         let outcome = match halt {
+            Halt::ShuttingDown if supervisor.waits_for_slot() => Outcome::NoSlot,
             Halt::ShuttingDown => Outcome::StillDue,
             Halt::NoProgress => {
                 let message = "could not load blocks: autoprewarm workers keep exiting before \

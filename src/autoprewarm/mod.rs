@@ -13,6 +13,7 @@
 
 mod carry;
 mod dump;
+mod hold;
 mod later;
 pub mod leader;
 mod left;
@@ -31,6 +32,7 @@ pub mod views;
 pub mod worker;
 
 use crate::blocks::DUMP_FILE;
+use crate::pg::process::authentication;
 use crate::pg::shared::worker::Kind;
 use crate::settings;
 
@@ -58,10 +60,11 @@ fn corrupted_at(line: u64) -> String {
     format!("autoprewarm block dump file is corrupted at line {line}")
 }
 
-/// Reserves shared memory and registers the leader, while the server starts with
-/// the library preloaded.
+/// Reserves shared memory, registers the leader, and has new sessions held, while the
+/// server starts with the library preloaded.
 pub fn prepare_with_server() {
     state::reserve();
+    authentication::call_for_each_session(hold::hold);
     if settings::leader_starts_with_server() {
         LEADER.start_with_server();
     }

@@ -15,7 +15,7 @@
 //! | a slot's database, cursor and first chunk | the leader, before it starts the worker |
 //! | a slot's request to leave | the leader |
 //! | a slot's stage and current chunk | the worker that has the slot |
-//! | the rate limit's rate, whether the load is a later try | the leader |
+//! | the rate limit's rate, whether the load is a later try, whether a first tier waits | the leader |
 //! | everything else | the leader and all workers |
 //!
 //! After a worker has died, its slot still holds the chunk that it was loading, and
@@ -47,6 +47,9 @@ pub struct Load {
     databases: AtomicU32,
     /// Whether only the blocks that were set aside are to be loaded.
     is_later_try: AtomicBool,
+    /// Whether another database has blocks of the first tier and no worker, so that a
+    /// worker is to finish when the first tier of its own database is claimed.
+    first_tier_waits: AtomicBool,
     pub workers: [Slot; MAX_WORKERS],
     /// The [`SkipReason`] for all blocks that are left, or [`NO_REASON`] while the
     /// load goes on.
@@ -272,6 +275,7 @@ impl Load {
             shared: Cursor::new(shared),
             databases: AtomicU32::new(databases as u32),
             is_later_try: AtomicBool::new(false),
+            first_tier_waits: AtomicBool::new(false),
             workers: [const { Slot::new() }; MAX_WORKERS],
             ended_for: AtomicU32::new(NO_REASON),
             rate_limit: RateLimit::new(),
@@ -289,11 +293,24 @@ impl Load {
         &cursors[slot.cursor.load(SeqCst) as usize]
     }
 
+    /// Has workers finish when the first tier of their database is claimed, or not.
+    pub fn set_first_tier_waits(&self, waits: bool) {
+        self.first_tier_waits.store(waits, SeqCst);
+    }
+
     /// The next chunk for the slot's worker. `None` if no chunk of its database is
-    /// left, if the load has ended, or if the worker is to leave.
-    pub fn next_claim(&self, slot: &Slot, cursors: &[Cursor]) -> Option<Claim> {
+    /// left, if the load has ended, if the worker is to leave, or if it would be one of the
+    /// second tier while another database's first tier waits for a worker.
+    pub fn next_claim(&self, slot: &Slot, cursors: &[Cursor], plan: PlanView) -> Option<Claim> {
         if self.has_ended() || slot.is_asked_to_leave() {
             return None;
+        }
+        if slot.claim().is_none() && self.first_tier_waits.load(SeqCst) {
+            let of_database = self.cursor(slot, cursors).unclaimed();
+            let next = self.shared.unclaimed().chain(of_database).next();
+            if next.is_some_and(|chunk| !plan.is_first_tier(chunk)) {
+                return None;
+            }
         }
         let claim = slot.claim().or_else(|| self.claim_for(slot, cursors));
         slot.set_claim(claim);

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32};
 use std::time::Duration;
 
 use super::carry::CarryState;
+use super::hold::HoldState;
 use super::stats::{DumpStats, LastError, LoadResult, LoadStats};
 use crate::pg::process::{self, latch};
 use crate::pg::shared::contents::Shared;
@@ -39,6 +40,7 @@ pub struct State {
     /// The number of the load that is to be cancelled; 0 means none.
     load_to_cancel: AtomicU32,
     pub carry: CarryState,
+    pub hold: HoldState,
     pub load: LoadStats,
     pub dump: DumpStats,
     pub last_error: LastError,
@@ -59,6 +61,7 @@ impl Default for State {
             load_requested: AtomicU32::new(0),
             load_to_cancel: AtomicU32::new(0),
             carry: CarryState::new(),
+            hold: HoldState::new(),
             load: LoadStats::new(),
             dump: DumpStats::new(),
             last_error: LastError::new(),
@@ -144,6 +147,10 @@ impl State {
                     // next leader starts.
                     state.load_requested.store(0, SeqCst);
                 }
+                if state.leader() == me {
+                    state.hold.end();
+                }
+                state.hold.leave();
                 release(&state.leader);
                 release(&state.load_requester);
             }
@@ -165,6 +172,12 @@ impl State {
             .compare_exchange(0, now, SeqCst, SeqCst)
             .map_or_else(|since| since, |_| now);
         !self.had_leader.load(SeqCst) && i128::from(now - since) < patience.as_micros() as i128
+    }
+
+    /// Whether the load that the server begins with may be running, or about to begin:
+    /// there is a leader, or it may still start.
+    pub fn first_load_may_run(&self, patience: Duration) -> bool {
+        self.leader().is_some() || self.first_leader_may_start(patience)
     }
 
     /// Sets the leader's latch, if a leader is running.
@@ -222,6 +235,7 @@ impl State {
     pub fn end_load(&self, phase: Phase, result: LoadResult) {
         self.load.end(result);
         self.phase.store(phase as u32, SeqCst);
+        self.hold.end();
     }
 
     /// Records that a new list was written, so that the dump at shutdown may replace it.

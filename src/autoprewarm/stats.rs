@@ -1,7 +1,7 @@
 //! Statistics of loads and dumps, and the last error, in shared memory. Times are the
 //! server's timestamps; 0 means none.
 //!
-//! By the rule in [`super::state`], all words here are `SeqCst`: the counts of a load
+//! By the rule in `crate::pg::shared`, all words here are `SeqCst`: the counts of a load
 //! decide whether its workers make progress and what was skipped, and the order of the
 //! times and results tells a reader whether the rest is complete.
 

@@ -25,7 +25,7 @@ use crate::blocks::{Age, Oid, PlanView, Record, SkipReason, UsageCount};
 use crate::pg::process::error::{catch, log, log_message};
 use crate::pg::process::latch;
 use crate::pg::process::report::Message;
-use crate::pg::process::{self, activity, background, transaction};
+use crate::pg::process::{self, activity, background, postmaster, transaction};
 use crate::pg::shared::segment::Segment;
 use crate::pg::shared::slots;
 use crate::pg::shared::worker::{Handle, Status};
@@ -78,10 +78,15 @@ pub struct Supervisor {
     /// No worker is started before this time.
     next_start: Instant,
     cancelled_since: Option<Instant>,
+    start: Instant,
     /// Since when there has been no worker, and no background worker slot for one.
     no_slot_since: Option<Instant>,
     waiting_was_logged: bool,
     next_look: Instant,
+    /// Whether the plan has two tiers. Otherwise all of it counts as the first.
+    has_first_tier: bool,
+    /// Where the first tier of shared catalogs ends.
+    shared_first_tier_end: u32,
 }
 
 /// A database of the plan.
@@ -94,6 +99,8 @@ struct LoadedDatabase {
     set_aside_until: Option<Instant>,
     /// Whether the rest of this database was skipped, so that no worker is started in it.
     given_up: bool,
+    /// Where its chunks of the first tier end.
+    first_tier_end: u32,
 }
 
 /// A worker that was started.
@@ -122,17 +129,32 @@ impl Supervisor {
         segment: Segment<Load, Cursor>,
         databases: impl Iterator<Item = Oid>,
     ) -> Self {
+        let plan = PlanView::new(segment.words());
+        let cells = segment.cells();
+        let has_first_tier = (0..plan.chunks()).any(|chunk| plan.is_first_tier(chunk));
+        let first_tier_end = |chunks: Range<u32>| match has_first_tier {
+            true => chunks
+                .clone()
+                .find(|&chunk| !plan.is_first_tier(chunk))
+                .unwrap_or(chunks.end),
+            false => chunks.end,
+        };
+        let databases = databases
+            .zip(cells)
+            .map(|(oid, cursor)| LoadedDatabase {
+                oid,
+                failed_connects: 0,
+                set_aside_until: None,
+                given_up: false,
+                first_tier_end: first_tier_end(cursor.unclaimed()),
+            })
+            .collect();
+        let shared_first_tier_end = first_tier_end(segment.header().shared_unclaimed());
         Self {
             state,
-            segment,
-            databases: databases
-                .map(|oid| LoadedDatabase {
-                    oid,
-                    failed_connects: 0,
-                    set_aside_until: None,
-                    given_up: false,
-                })
-                .collect(),
+            databases,
+            has_first_tier,
+            shared_first_tier_end,
             abandoned: Vec::new(),
             died_at: Vec::new(),
             workers: Vec::new(),
@@ -140,9 +162,11 @@ impl Supervisor {
             rest_at_last_exit: state.load.counts().rest(),
             next_start: Instant::now(),
             cancelled_since: None,
+            start: Instant::now(),
             no_slot_since: None,
             waiting_was_logged: false,
             next_look: Instant::now(),
+            segment,
         }
     }
 
@@ -167,6 +191,11 @@ impl Supervisor {
     /// How many blocks are set aside because their relations are locked.
     pub fn count_set_aside(&self) -> u64 {
         self.segment.header().count_set_aside(self.segment.cells())
+    }
+
+    /// Whether the load is waiting for a background worker slot, and no worker is running.
+    pub fn waits_for_slot(&self) -> bool {
+        self.no_slot_since.is_some()
     }
 
     pub fn terminate_workers(&self) {
@@ -210,6 +239,7 @@ impl Supervisor {
             self.next_look = Instant::now() + LOOK;
             self.leave_databases();
         }
+        self.end_hold_if_due();
         let is_paused = Instant::now() < self.next_start;
         let slots_are_short = !is_paused && self.start_workers();
         if self.workers.is_empty() {
@@ -231,8 +261,70 @@ impl Supervisor {
         }))
     }
 
+    /// Lets new sessions go on when the first tier is done, when they have waited for long
+    /// enough, and when the server is shutting down. Until then, has workers leave databases
+    /// whose first tier is done for others.
+    fn end_hold_if_due(&self) {
+        let hold = &self.state.hold;
+        let limit = settings::autoprewarm_hold_connections();
+        if !hold.is_over()
+            && (self.first_tier_is_done()
+                || self.start.elapsed() >= limit && !limit.is_zero()
+                || postmaster::is_stopping())
+        {
+            hold.end();
+        }
+        let waits = self.holds_sessions()
+            && (0..self.databases.len()).any(|index| {
+                let database = &self.databases[index];
+                !database.given_up
+                    && database.set_aside_until.is_none()
+                    && self.workers_in(index) == 0
+                    && self.first_tier_left(index) > 0
+            });
+        self.segment.header().set_first_tier_waits(waits);
+    }
+
+    /// Whether new sessions wait for a first tier that is not all of the plan.
+    fn holds_sessions(&self) -> bool {
+        self.has_first_tier
+            && !self.state.hold.is_over()
+            && !settings::autoprewarm_hold_connections().is_zero()
+    }
+
+    /// How many chunks of a database's first tier no worker has claimed.
+    fn first_tier_left(&self, index: usize) -> usize {
+        let next = self.segment.cells()[index].unclaimed().start;
+        self.databases[index].first_tier_end.saturating_sub(next) as usize
+    }
+
+    /// Whether all blocks of the first tier are loaded, skipped or set aside.
+    fn first_tier_is_done(&self) -> bool {
+        let header = self.segment.header();
+        let plan = PlanView::new(self.segment.words());
+        let is_of_it = |claim: Claim| !self.has_first_tier || plan.is_first_tier(claim.chunk);
+        let is_at_it = |worker: &Worker| {
+            let slot = &header.workers[worker.slot];
+            // The stage is read first, since the worker leaves nothing claimed later.
+            match (slot.stage(), slot.claim()) {
+                // It is about to claim a chunk.
+                (Stage::Connected, None) => true,
+                (Stage::Finished, _) | (_, None) => false,
+                (Stage::Retrying, Some(_)) if !slot.is_asked_to_leave() => false,
+                (_, Some(claim)) => is_of_it(claim),
+            }
+        };
+        let is_claimed =
+            |index: usize| self.databases[index].given_up || self.first_tier_left(index) == 0;
+        header.shared_unclaimed().start >= self.shared_first_tier_end
+            && (0..self.databases.len()).all(is_claimed)
+            && !self.workers.iter().any(is_at_it)
+            && !self.abandoned.iter().any(|&(_, claim)| is_of_it(claim))
+    }
+
     fn end_because_cancelled(&mut self) {
         self.segment.header().end_for(SkipReason::Cancelled);
+        self.state.hold.end();
         let since = *self.cancelled_since.get_or_insert_with(Instant::now);
         if since.elapsed() >= CANCEL_TIMEOUT {
             self.terminate_workers();
@@ -249,6 +341,8 @@ impl Supervisor {
         if self.segment.header().is_later_try() {
             return Err(Halt::NoSlot);
         }
+        // Sessions need not wait for nothing.
+        self.state.hold.end();
         let timeout = settings::autoprewarm_interval().unwrap_or(SLOT_TIMEOUT_WITHOUT_INTERVAL);
         let since = *self.no_slot_since.get_or_insert_with(Instant::now);
         if since.elapsed() >= timeout {
@@ -526,14 +620,17 @@ impl Supervisor {
         if let Some(&(database, claim)) = abandoned.find(|(of, _)| databases.contains(of)) {
             return Some((database, Some(claim)));
         }
-        let chunks_for_each = |&index: &usize| {
-            let cursor: &Cursor = &self.segment.cells()[index];
-            cursor.unclaimed().len() / (self.workers_in(index) + 1)
+        let most = |chunks: &dyn Fn(usize) -> usize| {
+            let for_each = |&index: &usize| chunks(index) / (self.workers_in(index) + 1);
+            let with_most = databases.iter().copied().max_by_key(for_each);
+            with_most.filter(|index| for_each(index) > 0)
         };
-        databases
-            .into_iter()
-            .max_by_key(chunks_for_each)
-            .filter(|index| chunks_for_each(index) > 0)
+        let in_first_tier = self
+            .holds_sessions()
+            .then(|| most(&|index| self.first_tier_left(index)));
+        in_first_tier
+            .flatten()
+            .or_else(|| most(&|index| self.segment.cells()[index].unclaimed().len()))
             .map(|index| (index, None))
     }
 

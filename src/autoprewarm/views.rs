@@ -36,6 +36,7 @@ fn pg_stat_get_autoprewarm() -> TableIterator<
         name!(skipped_interrupted, i64),
         name!(skipped_cancelled, i64),
         name!(blocks_carried, Option<i64>),
+        name!(connections_held, i64),
         name!(last_dump_time, Option<TimestampWithTimeZone>),
         name!(last_dump_blocks, Option<i64>),
         name!(last_dump_duration, Option<Interval>),
@@ -81,6 +82,7 @@ fn pg_stat_get_autoprewarm() -> TableIterator<
         skipped(SkipReason::Interrupted),
         skipped(SkipReason::Cancelled),
         state.carry.records().map(|records| records as i64),
+        state.hold.held().into(),
         dump_time,
         was_dumped.then_some(dump_blocks as i64),
         was_dumped.then(|| {

@@ -104,8 +104,14 @@ pub fn main(argument: WorkerArgument) {
     };
     let mut set_aside = Vec::new();
     let mut pauses = 0..LOCKED_PAUSES;
-    while let Some(claim) = load.next_claim(slot, segment.cells()) {
+    let mut is_first_tier = true;
+    while let Some(claim) = load.next_claim(slot, segment.cells(), worker.plan) {
         worker.count_claim(claim);
+        let was_first_tier = is_first_tier;
+        is_first_tier = worker.plan.is_first_tier(claim.chunk);
+        if was_first_tier && !is_first_tier {
+            worker.state.wake_leader();
+        }
         let end = worker.load_chunk(claim, None);
         if let ChunkEnd::SetAside(rest) = end {
             load.set_aside(segment.cells(), rest.claim);
@@ -119,6 +125,9 @@ pub fn main(argument: WorkerArgument) {
         }
     }
     slot.reach(Stage::Retrying);
+    if is_first_tier {
+        worker.state.wake_leader();
+    }
     worker.retry(set_aside);
     Progress::end();
     activity::report_idle();

@@ -1027,7 +1027,7 @@ pub struct Block {
 }
 
 impl Block {
-    fn parse(line: &str) -> Self {
+    pub fn parse(line: &str) -> Self {
         let mut fields = line.split(',').map(|field| field.parse().unwrap());
         let mut field = || fields.next().unwrap();
         Self {
@@ -1077,7 +1077,10 @@ pub fn list_of(blocks: impl IntoIterator<Item = Block>) -> String {
 /// The same with a trailer. `digits` has the usage counts of all blocks, in one line.
 pub fn list_with_usage_counts(blocks: impl IntoIterator<Item = Block>, digits: &str) -> String {
     let mut list = list_of(blocks);
-    list.push_str(&format!("# pg_prewarm 2.0\n# usage counts\n{digits}\n"));
+    list.push_str("# pg_prewarm 2.0\n# usage counts\n");
+    for line in digits.as_bytes().chunks(120) {
+        list.push_str(&format!("{}\n", std::str::from_utf8(line).unwrap()));
+    }
     list.push_str(&format!(
         "# crc32c 0x{:08x}\n",
         crc32c::crc32c(list.as_bytes())

@@ -524,6 +524,11 @@ impl<'a> PlanView<'a> {
         })
     }
 
+    /// Whether a chunk is of the first tier. In each database's chunks, these come first.
+    pub fn is_first_tier(self, index: u32) -> bool {
+        self.chunk(index).1.usage_count(0).get() >= FIRST_TIER_FROM
+    }
+
     /// The chunk at that index, and its blocks.
     pub fn chunk(self, index: u32) -> (Chunk, ChunkBlocks<'a>) {
         let words = &self.chunks[index as usize * CHUNK_WORDS..][..CHUNK_WORDS];

@@ -1,7 +1,7 @@
 //! What this process shows of itself: in `pg_stat_activity`, in its title, and where the
 //! server's own commands show their progress.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 
 use pgrx::pg_sys;
 
@@ -17,6 +17,12 @@ pub fn report(text: Vec<u8>) {
         pg_sys::pgstat_report_activity(pg_sys::BackendState::STATE_RUNNING, text.as_ptr());
         pg_sys::set_ps_display(text.as_ptr());
     }
+}
+
+/// Shows what this process is doing in its title only.
+pub fn report_title(text: &CStr) {
+    // SAFETY: a C string, which the server copies.
+    unsafe { pg_sys::set_ps_display(text.as_ptr()) };
 }
 
 /// Shows that this process is idle.

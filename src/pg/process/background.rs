@@ -38,11 +38,10 @@ pub fn shutdown_requested() -> bool {
     unsafe { (&raw const pg_sys::ShutdownRequestPending).read_volatile() != 0 }
 }
 
-/// Reads the configuration again if a reload was requested. Returns whether it was. Called
-/// between transactions.
+/// Reads the configuration again if a reload was requested. Returns whether it was.
 pub fn reload_configuration_if_due() -> bool {
     // SAFETY: a flag of this process, which its signal handler sets and only this
-    // function clears. No transaction is open, as `ProcessConfigFile` requires.
+    // function clears. It is read outside of commands, as autovacuum workers do.
     unsafe {
         let pending = &raw mut pg_sys::ConfigReloadPending;
         let due = pending.read_volatile() != 0;

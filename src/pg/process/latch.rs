@@ -28,7 +28,13 @@ impl WaitEvent {
         }
     }
 
-    fn number(&self) -> u32 {
+    /// Looks up its number, so that this need not be done while the process waits. May raise
+    /// an ERROR.
+    pub fn look_up(&self) {
+        self.number();
+    }
+
+    pub(in crate::pg) fn number(&self) -> u32 {
         if self.number.load(Relaxed) == 0 {
             self.number.store(version::wait_event(self.name), Relaxed);
         }

@@ -8,6 +8,7 @@ pub mod activity;
 // A test's own program has no server to end with.
 #[cfg(not(test))]
 mod allocator;
+pub mod authentication;
 pub mod background;
 pub mod error;
 pub mod latch;

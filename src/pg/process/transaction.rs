@@ -27,6 +27,26 @@ impl Transaction {
     }
 }
 
+impl Transaction {
+    /// Runs `body` in a subtransaction. An ERROR rolls that back, and is returned.
+    pub fn attempt<T>(&self, body: impl FnOnce() -> T) -> Result<T, Caught> {
+        // SAFETY: a transaction is open. The calls are those of the server's own procedural
+        // languages, which go on in the former memory context and resource owner.
+        unsafe {
+            let (context, owner) = (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner);
+            pg_sys::BeginInternalSubTransaction(std::ptr::null());
+            let result = catch(body);
+            match result {
+                Ok(_) => pg_sys::ReleaseCurrentSubTransaction(),
+                Err(_) => pg_sys::RollbackAndReleaseCurrentSubTransaction(),
+            }
+            pg_sys::MemoryContextSwitchTo(context);
+            pg_sys::CurrentResourceOwner = owner;
+            result
+        }
+    }
+}
+
 /// Runs `body` in a new transaction. An ERROR aborts the transaction, which releases
 /// every lock, pin, snapshot and file that it held, and is returned.
 ///

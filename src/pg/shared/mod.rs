@@ -8,6 +8,7 @@
 //! agree on something (roles, phases, claims, the gate); `Relaxed` for counters and hints,
 //! from which nothing else is concluded.
 
+pub mod condition_variable;
 pub mod contents;
 pub mod named;
 pub mod parallel;

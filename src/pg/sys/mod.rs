@@ -4,6 +4,7 @@
 //! All version conditionals, `#[cfg(feature = "pg…")]`, are in this directory. They name
 //! the older versions, so that a new one is like the newest.
 
+pub mod authentication;
 pub mod buffer_state;
 pub mod ffi;
 pub mod read;

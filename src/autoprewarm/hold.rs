@@ -1,0 +1,125 @@
+//! Holding new sessions while the first tier of the server's first load runs, for no longer
+//! than `pg_prewarm.autoprewarm_hold_connections`.
+//!
+//! Clients that find nothing in shared buffers are slow, and make the load slow: both need
+//! the same processors and disks. Together, clients that wait for the blocks used most and
+//! a load without clients take less time.
+//!
+//! A session waits after its client was authenticated, in the server's hook for that. It
+//! holds no snapshot and no lock, and leaves those connections free that are reserved for
+//! superusers. It waits for a condition variable, which the leader
+//! broadcasts when the first tier is loaded, when the load ends, and at its exit; and looks
+//! at the clock itself, so that it waits no longer than allowed, whatever the leader does.
+
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::time::{Duration, Instant};
+
+use super::state::State;
+use crate::pg::process::authentication::NewSession;
+use crate::pg::process::{activity, background};
+use crate::pg::shared::condition_variable::ConditionVariable;
+use crate::{settings, wait_events};
+
+/// How long to wait for the first leader, which the server starts when it accepts
+/// connections.
+const LEADER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often a session looks at the setting and the clock.
+const POLL: Duration = Duration::from_millis(250);
+
+/// How much of `authentication_timeout` is left to the rest of a session's start.
+const RESERVE: Duration = Duration::from_millis(500);
+
+#[repr(C)]
+pub struct HoldState {
+    /// Whether no session is held any more.
+    is_over: AtomicBool,
+    /// How many sessions are waiting.
+    held: AtomicU32,
+    changed: ConditionVariable,
+}
+
+/// Whether this process is one that is counted in [`HoldState::held`].
+static IS_HELD: AtomicBool = AtomicBool::new(false);
+
+impl HoldState {
+    pub fn new() -> Self {
+        Self {
+            is_over: AtomicBool::new(false),
+            held: AtomicU32::new(0),
+            changed: ConditionVariable::new(),
+        }
+    }
+
+    /// Lets all sessions go on, and holds none from now on.
+    pub fn end(&self) {
+        if !self.is_over.swap(true, SeqCst) {
+            self.changed.broadcast();
+        }
+    }
+
+    /// Whether no session is held any more.
+    pub fn is_over(&self) -> bool {
+        self.is_over.load(SeqCst)
+    }
+
+    /// How many sessions are waiting.
+    pub fn held(&self) -> u32 {
+        self.held.load(SeqCst)
+    }
+
+    fn enter(&self) {
+        IS_HELD.store(true, Relaxed);
+        self.held.fetch_add(1, SeqCst);
+    }
+
+    /// Stops counting this process, if it is counted: after its wait, and at its exit.
+    pub fn leave(&self) {
+        if IS_HELD.swap(false, Relaxed) {
+            self.held.fetch_sub(1, SeqCst);
+        }
+    }
+}
+
+/// Has a new session wait, if it should.
+pub fn hold(session: &NewSession) {
+    if settings::autoprewarm_hold_connections().is_zero()
+        || !settings::leader_starts_with_server()
+        || session.is_walsender()
+    {
+        return;
+    }
+    let state = session.attempt(|| {
+        let state = State::attach();
+        wait_events::HOLD_CONNECTIONS.look_up();
+        (!state.hold.is_over() && !session.may_monitor()).then_some(state)
+    });
+    let state = match state {
+        Ok(Some(state)) => state,
+        Ok(None) => return,
+        // No session is refused for that.
+        Err(caught) => return caught.warn(),
+    };
+    let hold = &state.hold;
+    let start = Instant::now();
+    session.without_snapshot(|| {
+        hold.enter();
+        activity::report_title(c"waiting for autoprewarm");
+        hold.changed.wait(&wait_events::HOLD_CONNECTIONS, || {
+            // This resets the latch, so it comes before the looks at what may have set it.
+            let is_wanted = session.is_connected();
+            background::reload_configuration_if_due();
+            let limit = settings::autoprewarm_hold_connections();
+            let left = limit
+                .saturating_sub(start.elapsed())
+                .min(session.time_left().saturating_sub(RESERVE));
+            let goes_on = is_wanted
+                && session.leaves_connections_to_others()
+                && !hold.is_over()
+                && state.first_load_may_run(LEADER_TIMEOUT);
+            (goes_on && !left.is_zero()).then(|| left.min(POLL))
+        });
+        hold.leave();
+    });
+}

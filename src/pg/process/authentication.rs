@@ -1,0 +1,140 @@
+//! New sessions: a function that the server calls for each client that it has
+//! authenticated, before the client can do anything.
+//!
+//! The server has begun a transaction by then, in which shared catalogs can be read, but it
+//! is not connected to a database yet. Up to 17 it has taken a snapshot.
+
+use std::ffi::c_int;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use pgrx::{pg_guard, pg_sys};
+
+use super::error::{Caught, with_reserve};
+use super::transaction::Transaction;
+use super::{now, reserve};
+use crate::pg::sys::authentication::{
+    ClientAuthentication_hook, Hook, Port, STATUS_OK, call_hook, client_is_connected, deadline,
+    has_unreserved_connections,
+};
+
+/// A session whose client was authenticated.
+pub struct NewSession<'a> {
+    port: &'a Port,
+    transaction: &'a Transaction,
+}
+
+/// What is called for each new session.
+type Callback = fn(&NewSession);
+
+/// The callback, and the function that was in the hook before.
+static INSTALLED: OnceLock<(Callback, Option<Hook>)> = OnceLock::new();
+
+/// Has `callback` called for each new session of the server. For `_PG_init` of a preloaded
+/// library. The callback may wait, and raises no ERROR.
+pub fn call_for_each_session(callback: Callback) {
+    unsafe extern "C-unwind" fn call(port: *mut Port, status: c_int) {
+        // SAFETY: the server calls this function directly, and nothing in its frame needs
+        // dropping.
+        unsafe { with_reserve(|| call_guarded(port, status)) };
+        reserve::give_up();
+    }
+
+    #[pg_guard]
+    unsafe extern "C-unwind" fn call_guarded(port: *mut Port, status: c_int) {
+        let Some((callback, previous)) = INSTALLED.get() else {
+            return;
+        };
+        // SAFETY: the arguments are passed on as the server has given them. It calls the
+        // hook in a transaction, and does not change the port meanwhile.
+        unsafe {
+            if let Some(previous) = previous {
+                call_hook(*previous, port, status);
+            }
+            if status == STATUS_OK {
+                callback(&NewSession {
+                    port: &*port,
+                    transaction: Transaction::current(),
+                });
+            }
+        }
+    }
+
+    // SAFETY: the postmaster has one thread, and calls the hook only later, in its children.
+    let previous = unsafe { ClientAuthentication_hook };
+    if INSTALLED.set((callback, previous)).is_ok() {
+        // SAFETY: the postmaster has one thread, and calls the hook only later, in its
+        // children.
+        unsafe { ClientAuthentication_hook = Some(call) };
+    }
+}
+
+impl NewSession<'_> {
+    /// Whether it is a replication connection.
+    pub fn is_walsender(&self) -> bool {
+        // SAFETY: the word is set before the client is authenticated, and does not change.
+        unsafe { pg_sys::am_walsender }
+    }
+
+    /// Whether its role is a superuser, or has the privileges of `pg_monitor`, or does not
+    /// exist, so that the session is about to fail. May raise an ERROR.
+    pub fn may_monitor(&self) -> bool {
+        // SAFETY: a transaction is open, and the name is a C string.
+        unsafe {
+            let role = pg_sys::get_role_oid(self.port.user_name().as_ptr(), true);
+            let monitor = pg_sys::ROLE_PG_MONITOR.into();
+            let may_monitor = role == pg_sys::InvalidOid
+                || pg_sys::superuser_arg(role)
+                || pg_sys::has_privs_of_role(role, monitor);
+            // The server keeps the roles that it has found. They are not those of a database,
+            // and it does not hear of changes yet: so it has to look again later.
+            pg_sys::has_privs_of_role(pg_sys::InvalidOid, monitor);
+            may_monitor
+        }
+    }
+
+    /// Runs `body`, and undoes what it did if it raises an ERROR, which is returned.
+    pub fn attempt<T>(&self, body: impl FnOnce() -> T) -> Result<T, Caught> {
+        self.transaction.attempt(body)
+    }
+
+    /// Whether others can connect while this session waits: there are more free connections
+    /// than those reserved for superusers.
+    pub fn leaves_connections_to_others(&self) -> bool {
+        has_unreserved_connections()
+    }
+
+    /// Whether its client is still there. Resets this process's latch.
+    pub fn is_connected(&self) -> bool {
+        client_is_connected()
+    }
+
+    /// How long it may still take before `authentication_timeout` or `transaction_timeout`
+    /// ends it.
+    pub fn time_left(&self) -> Duration {
+        deadline().map_or(Duration::MAX, |deadline| {
+            Duration::from_micros(u64::try_from(deadline - now()).unwrap_or(0))
+        })
+    }
+
+    /// Runs `wait` without the snapshot that the server has taken, if it has: it would hold
+    /// back `xmin`. It is taken again after that.
+    pub fn without_snapshot(&self, wait: impl FnOnce()) {
+        // SAFETY: a transaction is open, and the entry is this process's own. No snapshot is
+        // active or registered, so the server forgets `xmin` with the last one that is popped.
+        let had_snapshot = unsafe {
+            let had_snapshot = (*pg_sys::MyProc).xmin != pg_sys::InvalidTransactionId;
+            if had_snapshot {
+                pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+                pg_sys::PopActiveSnapshot();
+            }
+            pg_sys::InvalidateCatalogSnapshot();
+            had_snapshot
+        };
+        wait();
+        if had_snapshot {
+            // SAFETY: a transaction is open.
+            unsafe { pg_sys::GetTransactionSnapshot() };
+        }
+    }
+}

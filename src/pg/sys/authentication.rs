@@ -1,0 +1,126 @@
+//! The hook that the server calls when it has authenticated a client, what it passes, and
+//! what a function in it has to know. pgrx binds little of that.
+
+#![expect(
+    ffi_unwind_calls,
+    reason = "an ERROR of the function called here jumps to its guard"
+)]
+
+use std::ffi::{CStr, c_char, c_int};
+
+use pgrx::pg_sys;
+use pgrx::pg_sys::ffi::pg_guard_ffi_boundary;
+
+/// A client's connection: the beginning of the server's `Port`, up to what is used here.
+#[repr(C)]
+pub struct Port {
+    socket: c_int,
+    is_nonblocking: bool,
+    protocol: u32,
+    local_address: SocketAddress,
+    remote_address: SocketAddress,
+    remote_host: *mut c_char,
+    remote_hostname: *mut c_char,
+    remote_hostname_resolution: c_int,
+    remote_hostname_error: c_int,
+    remote_port: *mut c_char,
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    can_accept_connections: c_int,
+    #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17")))]
+    local_host: [c_char; 64],
+    database_name: *mut c_char,
+    user_name: *mut c_char,
+}
+
+#[repr(C)]
+struct SocketAddress {
+    address: libc::sockaddr_storage,
+    length: libc::socklen_t,
+}
+
+impl Port {
+    /// The name of the role that the client wants to be.
+    ///
+    /// # Safety
+    /// The server has passed this to the hook, which has not returned.
+    pub unsafe fn user_name(&self) -> &CStr {
+        // SAFETY: the server sets it to a C string before it authenticates the client.
+        unsafe { CStr::from_ptr(self.user_name) }
+    }
+}
+
+/// A function for the hook. The status is `STATUS_OK` if the client is who it says.
+pub type Hook = unsafe extern "C-unwind" fn(port: *mut Port, status: c_int);
+
+unsafe extern "C" {
+    /// What the server calls after a client was authenticated or rejected, and before it
+    /// tells the client. Libraries that set it call the function that was there before.
+    pub static mut ClientAuthentication_hook: Option<Hook>;
+}
+
+/// The status of a client that was authenticated.
+pub const STATUS_OK: c_int = pg_sys::STATUS_OK as c_int;
+
+/// The server's timestamp of the moment when it ends this process unless the client's
+/// session has begun, or its transaction has ended. `None` if nothing limits it.
+pub fn deadline() -> Option<pg_sys::TimestampTz> {
+    // Values of `TimeoutId` in timeout.h.
+    const STATEMENT_TIMEOUT: c_int = 3;
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    const TIMEOUTS: [c_int; 1] = [STATEMENT_TIMEOUT];
+    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+    const TIMEOUTS: [c_int; 2] = [STATEMENT_TIMEOUT, 8];
+
+    // These raise no ERROR.
+    unsafe extern "C" {
+        fn get_timeout_active(id: c_int) -> bool;
+        fn get_timeout_finish_time(id: c_int) -> pg_sys::TimestampTz;
+    }
+    // The server uses the timeout of statements for `authentication_timeout`.
+    // SAFETY: the timeouts exist in this version.
+    let active = TIMEOUTS
+        .into_iter()
+        .filter(|&id| unsafe { get_timeout_active(id) });
+    // SAFETY: as above: the timeouts exist in this version.
+    active
+        .map(|id| unsafe { get_timeout_finish_time(id) })
+        .min()
+}
+
+/// Whether the client is still connected. Resets this process's latch. May raise an ERROR.
+pub fn client_is_connected() -> bool {
+    unsafe extern "C-unwind" {
+        fn pq_check_connection() -> bool;
+    }
+    // SAFETY: a client has connected to this process.
+    unsafe { pg_guard_ffi_boundary(|| pq_check_connection()) }
+}
+
+/// Whether more connections are free than are reserved for superusers and the like.
+pub fn has_unreserved_connections() -> bool {
+    // SAFETY: the numbers are set when the server starts, and do not change.
+    #[cfg(feature = "pg15")]
+    let reserved = unsafe { pg_sys::ReservedBackends };
+    // SAFETY: the numbers are set when the server starts, and do not change.
+    #[cfg(not(feature = "pg15"))]
+    let reserved = unsafe { pg_sys::SuperuserReservedConnections + pg_sys::ReservedConnections };
+    if reserved == 0 {
+        return true;
+    }
+    // SAFETY: it counts, and asserts that the number is not 0.
+    unsafe {
+        #[cfg(feature = "pg15")]
+        return pg_sys::HaveNFreeProcs(reserved);
+        #[cfg(not(feature = "pg15"))]
+        pg_sys::HaveNFreeProcs(reserved, &mut 0)
+    }
+}
+
+/// Calls the function that was in the hook. May raise an ERROR.
+///
+/// # Safety
+/// The arguments are those that the server has passed to the hook.
+pub unsafe fn call_hook(hook: Hook, port: *mut Port, status: c_int) {
+    // SAFETY: another library has put it into the hook, for these arguments.
+    unsafe { pg_guard_ffi_boundary(|| hook(port, status)) };
+}

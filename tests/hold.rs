@@ -1,0 +1,474 @@
+//! `pg_prewarm.autoprewarm_hold_connections`: new sessions wait while the blocks used most
+//! are loaded, and never longer than allowed.
+
+use std::process::Command;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use postgres::{Client, NoTls};
+
+use crate::common::{
+    Block, Builder, Cluster, Installation, LoadStats, Shutdown, list_with_usage_counts, run,
+    signal, value, wait_until,
+};
+
+/// The blocks of the table that are in the first tier, and the others.
+const HOT: u32 = 30;
+const COLD: u32 = 2000;
+
+/// In kB a second: the first tier takes three seconds, and the rest minutes.
+const SLOW: u32 = 80;
+
+/// A session that is about to begin, and how long that takes.
+type Connecting = JoinHandle<(Result<Client, postgres::Error>, Duration)>;
+
+/// A limit that no test waits for.
+const LONG: &str = "60s";
+
+/// A stopped cluster, whose list has blocks that were used often and others.
+fn cluster(builder: Builder, limit: &str) -> (Cluster, Block) {
+    let cluster = builder
+        .setting("shared_buffers = 64MB")
+        .setting("pg_prewarm.autoprewarm_interval = 0")
+        .setting(&format!("pg_prewarm.autoprewarm_max_rate = {SLOW}"))
+        .setting(&format!(
+            "pg_prewarm.autoprewarm_hold_connections = {limit}"
+        ))
+        .start();
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.sql("CREATE ROLE app LOGIN; CREATE ROLE watcher LOGIN; GRANT pg_monitor TO watcher");
+    let table = cluster.table("t", HOT + COLD);
+    cluster.stop(Shutdown::Fast);
+    write_list(&cluster, table);
+    (cluster, table)
+}
+
+fn write_list(cluster: &Cluster, table: Block) {
+    let digits = "5".repeat(HOT as usize) + &"1".repeat(COLD as usize);
+    cluster.write_list(list_with_usage_counts(table.first(HOT + COLD), &digits));
+}
+
+/// Begins a session of the role `app`.
+fn connect(cluster: &Cluster) -> Connecting {
+    let mut config = cluster.config();
+    config.user("app");
+    thread::spawn(move || {
+        let start = Instant::now();
+        let client = config.connect(NoTls);
+        (client, start.elapsed())
+    })
+}
+
+fn held(client: &mut Client) -> i64 {
+    value(client, "SELECT connections_held FROM pg_stat_autoprewarm")
+}
+
+/// Starts the server, and connects as `app`. Returns when that waits, with a session of a
+/// superuser, which does not.
+fn start_and_hold(cluster: &Cluster) -> (Client, Connecting) {
+    cluster.start();
+    let waiting = connect(cluster);
+    let mut client = cluster.connect("postgres");
+    wait_until("a session that waits", || held(&mut client) == 1);
+    (client, waiting)
+}
+
+/// Asserts that a session has begun while the load goes on.
+fn assert_let_in(client: &mut Client, waiting: Connecting) -> Duration {
+    let (app, waited) = waiting.join().unwrap();
+    assert_eq!(value::<i64>(&mut app.unwrap(), "SELECT 1::int8"), 1);
+    assert_eq!(held(client), 0);
+    assert!(waited < Duration::from_secs(50), "{waited:?}");
+    waited
+}
+
+#[test]
+fn new_sessions_wait_until_the_most_used_blocks_are_loaded() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    let (mut client, waiting) = start_and_hold(&cluster);
+    assert_eq!(LoadStats::get(&mut client).state, "loading");
+    if cluster.major() >= 18 {
+        let event: Option<String> = value(
+            &mut client,
+            "SELECT wait_event FROM pg_stat_activity WHERE state = 'starting'",
+        );
+        assert_eq!(event.as_deref(), Some("AutoprewarmHoldConnections"));
+    }
+    assert_let_in(&mut client, waiting);
+    let stats = LoadStats::get(&mut client);
+    assert_eq!(stats.state, "loading");
+    assert!(stats.loaded + stats.cached >= i64::from(HOT), "{stats:?}");
+    assert!(stats.loaded + stats.cached < i64::from(COLD), "{stats:?}");
+    // Nobody waits any more.
+    let (app, waited) = connect(&cluster).join().unwrap();
+    assert!(app.is_ok() && waited < Duration::from_secs(2), "{waited:?}");
+}
+
+#[test]
+fn superusers_monitors_and_walsenders_do_not_wait() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    cluster.start();
+    cluster.sql("CREATE ROLE sender LOGIN REPLICATION; CREATE ROLE indirect LOGIN IN ROLE watcher");
+    let (mut client, waiting) = {
+        cluster.stop(Shutdown::Immediate);
+        start_and_hold(&cluster)
+    };
+    for user in ["postgres", "watcher", "indirect"] {
+        cluster.connect_as(user, "postgres");
+    }
+    let socket = cluster.path("");
+    let replication = format!("host={} user=sender replication=true", socket.display());
+    let mut psql = Installation::ours().program("psql");
+    let answer = run(psql.args(["-Atc", "IDENTIFY_SYSTEM", &replication]));
+    assert!(answer.contains('|'), "{answer}");
+    // A role that does not exist is told so at once.
+    let error = cluster
+        .config()
+        .user("nobody")
+        .connect(NoTls)
+        .err()
+        .unwrap();
+    assert_eq!(error.code().unwrap().code(), "28000");
+    assert_eq!(held(&mut client), 1);
+    // Background workers do not wait: the load goes on.
+    let loaded = LoadStats::get(&mut client).loaded;
+    LoadStats::wait_for(&mut client, |stats| stats.loaded > loaded);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
+    assert_let_in(&mut client, waiting);
+}
+
+#[test]
+fn a_session_waits_no_longer_than_the_limit() {
+    let (cluster, _) = cluster(Cluster::build(), "2s");
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    let waited = assert_let_in(&mut client, waiting);
+    assert!(waited >= Duration::from_millis(1900), "{waited:?}");
+    let stats = LoadStats::get(&mut client);
+    assert_eq!(stats.state, "loading");
+    assert!(stats.loaded < i64::from(HOT), "{stats:?}");
+}
+
+#[test]
+fn a_session_waits_less_than_authentication_timeout() {
+    let (cluster, _) = cluster(
+        Cluster::build().setting("authentication_timeout = 3s"),
+        LONG,
+    );
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    let waited = assert_let_in(&mut client, waiting);
+    assert!(waited >= Duration::from_secs(1), "{waited:?}");
+    assert!(!cluster.log().contains("canceling authentication"));
+}
+
+#[test]
+fn a_wait_ends_when_the_load_is_cancelled_or_its_leader_terminated_or_the_limit_lowered() {
+    for how in [
+        "SELECT autoprewarm_cancel()",
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_autoprewarm",
+        "ALTER SYSTEM SET pg_prewarm.autoprewarm_hold_connections = 0; SELECT pg_reload_conf()",
+    ] {
+        let (cluster, _) = cluster(Cluster::build(), LONG);
+        cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+        let (mut client, waiting) = start_and_hold(&cluster);
+        for statement in how.split("; ") {
+            client.batch_execute(statement).unwrap();
+        }
+        let waited = assert_let_in(&mut client, waiting);
+        assert!(waited < Duration::from_secs(20), "{how}: {waited:?}");
+    }
+}
+
+#[test]
+fn a_wait_ends_when_the_list_cannot_be_loaded() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    cluster.write_list("this is no list\n");
+    cluster.start();
+    let (app, waited) = connect(&cluster).join().unwrap();
+    assert!(
+        app.is_ok() && waited < Duration::from_secs(20),
+        "{waited:?}"
+    );
+    let mut client = cluster.connect("postgres");
+    LoadStats::wait_for_end(&mut client);
+}
+
+#[test]
+fn after_a_crash_sessions_wait_again() {
+    let (mut cluster, _) = cluster(Cluster::build(), LONG);
+    cluster.expect_crash();
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let (client, waiting) = start_and_hold(&cluster);
+    signal(cluster.leader().unwrap(), libc::SIGKILL);
+    assert!(waiting.join().unwrap().0.is_err());
+    drop(client);
+    let mut client = cluster.connect("postgres");
+    assert_eq!(held(&mut client), 0);
+    let waiting = connect(&cluster);
+    wait_until("a session that waits", || held(&mut client) == 1);
+    client.batch_execute("SELECT autoprewarm_cancel()").unwrap();
+    assert_let_in(&mut client, waiting);
+}
+
+#[test]
+fn a_shutdown_ends_the_wait_at_once() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let (client, waiting) = start_and_hold(&cluster);
+    let start = Instant::now();
+    cluster.stop(Shutdown::Fast);
+    assert!(start.elapsed() < Duration::from_secs(20));
+    assert!(waiting.join().unwrap().0.is_err());
+    drop(client);
+}
+
+#[test]
+fn a_smart_shutdown_ends_the_wait() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let (client, waiting) = start_and_hold(&cluster);
+    thread::scope(|scope| {
+        let shutdown = scope.spawn(|| cluster.stop(Shutdown::Smart));
+        let (app, waited) = waiting.join().unwrap();
+        assert!(
+            app.is_ok() && waited < Duration::from_secs(20),
+            "{waited:?}"
+        );
+        drop((app, client));
+        shutdown.join().unwrap();
+    });
+}
+
+#[test]
+fn sessions_do_not_wait_for_a_load_that_waits_for_a_worker_slot() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    // The leader takes the only one.
+    cluster.configure("max_worker_processes = 1");
+    cluster.start();
+    let (app, waited) = connect(&cluster).join().unwrap();
+    assert!(
+        app.is_ok() && waited < Duration::from_secs(15),
+        "{waited:?}"
+    );
+}
+
+#[test]
+fn the_first_tier_of_every_database_is_loaded_before_the_rest_of_any() {
+    let (cluster, table) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.start();
+    cluster.sql("CREATE DATABASE other");
+    let other = cluster.table_of_blocks("other", "t", HOT + COLD);
+    cluster.stop(Shutdown::Fast);
+    let digits = "5".repeat(HOT as usize) + &"1".repeat(COLD as usize);
+    cluster.write_list(list_with_usage_counts(
+        table.first(HOT + COLD).chain(other.first(HOT + COLD)),
+        &digits.repeat(2),
+    ));
+    cluster.configure(&format!("pg_prewarm.autoprewarm_max_rate = {SLOW}"));
+    cluster.configure("pg_prewarm.autoprewarm_workers = 1");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    assert_let_in(&mut client, waiting);
+    let loaded = LoadStats::get(&mut client).loaded;
+    assert!((i64::from(2 * HOT)..300).contains(&loaded), "{loaded}");
+    // The rest follows.
+    LoadStats::wait_for(&mut client, |stats| stats.loaded > loaded + 50);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!(stats.skipped, 0, "{stats:?}");
+}
+
+#[test]
+fn superusers_can_connect_while_all_other_connections_wait() {
+    let builder = Cluster::build().setting("max_connections = 12");
+    let (cluster, _) = cluster(builder.setting("superuser_reserved_connections = 3"), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    let others: Vec<_> = (0..20).map(|_| connect(&cluster)).collect();
+    wait_until("many sessions to wait", || held(&mut client) >= 5);
+    for _ in 0..5 {
+        cluster.config().connect(NoTls).unwrap();
+    }
+    client.batch_execute("SELECT autoprewarm_cancel()").unwrap();
+    let is_ok = |session: Connecting| session.join().unwrap().0.is_ok();
+    assert!(is_ok(waiting));
+    assert!(others.into_iter().map(is_ok).filter(|&ok| ok).count() >= 5);
+}
+
+#[test]
+fn a_client_that_leaves_is_not_waited_for() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    cluster.start();
+    let mut psql = Installation::ours().program("psql");
+    psql.args(["-d", "postgres", "-U", "app", "-h"]);
+    let mut psql = psql.arg(cluster.path("")).spawn().unwrap();
+    let mut client = cluster.connect("postgres");
+    wait_until("a session that waits", || held(&mut client) == 1);
+    psql.kill().unwrap();
+    psql.wait().unwrap();
+    wait_until("the session to end", || held(&mut client) == 0);
+    assert_eq!(LoadStats::get(&mut client).state, "loading");
+}
+
+#[test]
+fn a_session_waits_less_than_transaction_timeout() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    if cluster.major() < 17 {
+        return;
+    }
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    cluster.configure("transaction_timeout = 3s");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    assert_let_in(&mut client, waiting);
+}
+
+#[test]
+fn the_privileges_of_a_session_are_those_after_its_wait() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.start();
+    cluster.sql("CREATE ROLE granted; GRANT granted TO app; ALTER DATABASE postgres OWNER TO app");
+    cluster.stop(Shutdown::Immediate);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    client.batch_execute("REVOKE granted FROM app").unwrap();
+    client.batch_execute("SELECT autoprewarm_cancel()").unwrap();
+    let mut app = waiting.join().unwrap().0.unwrap();
+    // Its owner has the privileges of pg_database_owner, who may create this.
+    app.batch_execute("CREATE TABLE public.created ()").unwrap();
+    let has = "SELECT pg_has_role('granted', 'USAGE')";
+    assert!(!value::<bool>(&mut app, has));
+}
+
+#[test]
+fn without_a_leader_sessions_begin_soon() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    // There is no slot for the leader either.
+    cluster.configure("max_worker_processes = 0");
+    cluster.start();
+    let (app, waited) = connect(&cluster).join().unwrap();
+    assert!(
+        app.is_ok() && waited < Duration::from_secs(15),
+        "{waited:?}"
+    );
+    assert_eq!(cluster.leader(), None);
+}
+
+#[test]
+fn without_autoprewarm_or_preloading_nobody_waits() {
+    let (cluster, table) = cluster(Cluster::build(), LONG);
+    for setting in [
+        "pg_prewarm.autoprewarm = off",
+        "shared_preload_libraries = ''",
+    ] {
+        write_list(&cluster, table);
+        cluster.configure(setting);
+        cluster.start();
+        let (app, waited) = connect(&cluster).join().unwrap();
+        assert!(app.is_ok() && waited < Duration::from_secs(5), "{waited:?}");
+        cluster.stop(Shutdown::Fast);
+    }
+    cluster.configure("pg_prewarm.autoprewarm = on");
+    cluster.start();
+    cluster.sql("SELECT autoprewarm_start_worker()");
+    let mut client = cluster.connect("postgres");
+    LoadStats::wait_for(&mut client, |stats| stats.state == "loading");
+    let (app, waited) = connect(&cluster).join().unwrap();
+    assert!(app.is_ok() && waited < Duration::from_secs(5), "{waited:?}");
+}
+
+#[test]
+fn a_load_on_demand_holds_nobody() {
+    let (cluster, table) = cluster(Cluster::build(), LONG);
+    cluster.write_list("<<0>>\n");
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    LoadStats::wait_for_end(&mut client);
+    write_list(&cluster, table);
+    client
+        .batch_execute("SELECT autoprewarm_load_now()")
+        .unwrap();
+    let (app, waited) = connect(&cluster).join().unwrap();
+    assert!(app.is_ok() && waited < Duration::from_secs(5), "{waited:?}");
+    assert_eq!(LoadStats::get(&mut client).state, "loading");
+}
+
+#[test]
+fn a_wait_holds_back_no_vacuum() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    cluster.start();
+    cluster.sql("CREATE TABLE dead AS SELECT g FROM generate_series(1, 1000) g");
+    cluster.stop(Shutdown::Immediate);
+    let (mut client, waiting) = start_and_hold(&cluster);
+    client.batch_execute("DELETE FROM dead").unwrap();
+    client.batch_execute("VACUUM dead").unwrap();
+    assert_eq!(
+        value::<i64>(&mut client, "SELECT pg_relation_size('dead')"),
+        0
+    );
+    assert_eq!(held(&mut client), 1);
+    let locks = "SELECT count(*) FROM pg_locks WHERE locktype <> 'virtualxid' \
+                 AND pid NOT IN (SELECT pid FROM pg_stat_activity \
+                                 WHERE state IS DISTINCT FROM 'starting')";
+    assert_eq!(value::<i64>(&mut client, locks), 0);
+    client.batch_execute("SELECT autoprewarm_cancel()").unwrap();
+    assert_let_in(&mut client, waiting);
+}
+
+#[test]
+fn pg_isready_tells_a_role_that_waits_from_one_that_does_not() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    let is_ready = |user: &str| {
+        let mut command: Command = Installation::ours().program("pg_isready");
+        command.args(["-t", "1", "-d", "postgres", "-U", user, "-h"]);
+        command.arg(cluster.path("")).status().unwrap().code()
+    };
+    const NO_RESPONSE: Option<i32> = Some(2);
+    assert_eq!(is_ready("watcher"), Some(0));
+    assert_eq!(is_ready("app"), NO_RESPONSE);
+    client.batch_execute("SELECT autoprewarm_cancel()").unwrap();
+    assert_let_in(&mut client, waiting);
+    assert_eq!(is_ready("app"), Some(0));
+}
+
+#[test]
+fn two_hundred_sessions_wait_and_begin_together() {
+    const SESSIONS: usize = 200;
+    let (cluster, _) = cluster(Cluster::build().setting("max_connections = 250"), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    cluster.start();
+    let sessions: Vec<_> = (0..SESSIONS).map(|_| connect(&cluster)).collect();
+    let mut client = cluster.connect("postgres");
+    wait_until("all sessions to wait", || {
+        held(&mut client) == SESSIONS as i64
+    });
+    client.batch_execute("SELECT autoprewarm_cancel()").unwrap();
+    let sessions: Vec<_> = sessions
+        .into_iter()
+        .map(|session| session.join().unwrap().0.unwrap())
+        .collect();
+    assert_eq!(sessions.len(), SESSIONS);
+    assert_eq!(held(&mut client), 0);
+}
+
+#[test]
+fn sessions_of_a_standby_wait_for_its_own_load() {
+    let (cluster, table) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.start();
+    let standby = cluster.standby();
+    standby.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    write_list(&standby, table);
+    let (mut client, waiting) = start_and_hold(&standby);
+    assert!(value::<bool>(&mut client, "SELECT pg_is_in_recovery()"));
+    client.batch_execute("SELECT autoprewarm_cancel()").unwrap();
+    assert_let_in(&mut client, waiting);
+}

@@ -12,6 +12,8 @@ use crate::pg::sys::shmem;
 /// 16 it lies in the main segment, in which a preloaded library reserves memory and any
 /// other takes what is left; from 17 on in a dynamic segment of its own. The name must
 /// change with the structure: a server can have several versions of a library in use.
+///
+/// `T::default()` must raise no ERROR: it runs while a lightweight lock is held.
 pub struct NamedStruct<T: Shared + Default> {
     name: &'static CStr,
     address: AtomicPtr<T>,
@@ -39,8 +41,8 @@ impl<T: Shared + Default> NamedStruct<T> {
             unsafe { address.cast::<T>().write(T::default()) };
         }
         if self.address.load(Relaxed).is_null() {
-            // SAFETY: the name stands for this structure alone, and `init` writes a T
-            // and calls nothing of PostgreSQL.
+            // SAFETY: the name stands for this structure alone, and `init` writes a T;
+            // `T::default()` raises no ERROR, as [`NamedStruct`] requires.
             let address = unsafe { shmem::named_struct(self.name, size_of::<T>(), init::<T>) };
             self.address.store(address.cast(), Relaxed);
         }

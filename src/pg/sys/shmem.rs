@@ -20,8 +20,8 @@ pub type Init = unsafe extern "C-unwind" fn(*mut c_void);
 /// first process that asks for it has `init` make it.
 ///
 /// # Safety
-/// Every use of the name is for the same structure. `init` fills `size` bytes and calls
-/// nothing of PostgreSQL.
+/// Every use of the name is for the same structure. `init` fills `size` bytes and raises
+/// no ERROR.
 pub unsafe fn named_struct(name: &'static CStr, size: usize, init: Init) -> *mut c_void {
     let mut found = false;
     #[cfg(any(feature = "pg15", feature = "pg16"))]

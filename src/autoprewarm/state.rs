@@ -2,11 +2,11 @@
 //! the load, requests, and statistics.
 //!
 //! The state lies in the server's shared memory from its first use until the server
-//! stops or restarts after a crash; then it is initialized again. It needs no lock:
-//! each field is an atomic word. Three of them hold the process ID of the process
-//! that has a role which only one process may have. A process acquires a role by
-//! changing the word from [`NO_PID`] to its own process ID, and releases it
-//! by changing it back. At exit it releases all its roles.
+//! stops or restarts after a crash; then it is initialized again. Its fields are atomic,
+//! except for the condition variable in [`HoldState`]. Two of them, and [`DumpFileUser`],
+//! hold the process ID of the process with a role that only one may have. A process
+//! acquires a role by changing the word from [`NO_PID`] to its own process ID, and
+//! releases it by changing it back. At exit it releases all its roles.
 
 use std::ffi::CStr;
 use std::sync::atomic::Ordering::SeqCst;
@@ -46,8 +46,8 @@ pub struct State {
     pub last_error: LastError,
 }
 
-// SAFETY: it consists of atomics. Every bit pattern is valid for the integers, and
-// the flags are only ever written as bools.
+// SAFETY: it consists of atomics and a condition variable, which may be shared. Every bit
+// pattern is valid for the integers, and the flags are only ever written as bools.
 unsafe impl Shared for State {}
 
 impl Default for State {

@@ -14,7 +14,8 @@ pub struct ConditionVariable(UnsafeCell<pg_sys::ConditionVariable>);
 
 // SAFETY: all processes change it by the server's functions only, which take its spinlock.
 unsafe impl Sync for ConditionVariable {}
-// SAFETY: it has no pointers, but numbers of processes.
+// SAFETY: it has no pointers, but numbers of processes. Only the server's functions change
+// it, under its spinlock.
 unsafe impl Shared for ConditionVariable {}
 
 impl ConditionVariable {

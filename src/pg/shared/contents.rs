@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicU32;
 /// # Safety
 /// It has no pointers, which would mean nothing to another process, and nothing to
 /// drop. What changes while it is shared is atomic, and valid with any bits that may be
-/// stored there.
+/// stored there; or only the server's functions change it, under a lock of theirs.
 pub unsafe trait Shared: Sync + 'static {}
 
 /// A word of shared memory, valid with any bits.

@@ -1,8 +1,8 @@
 //! What processes share: memory, and other processes that use it.
 //!
 //! Everything in shared memory consists of atomics, or does not change once other
-//! processes know of it. So there are no locks, and none is held by a process that has
-//! died.
+//! processes know of it. The exception are condition variables, whose spinlock only the
+//! server's functions take. So no process that dies holds a lock of ours.
 //!
 //! Memory orderings, in all of the library: `SeqCst` for every word by which processes
 //! agree on something (roles, phases, claims, the gate); `Relaxed` for counters and hints,

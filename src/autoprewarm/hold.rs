@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::state::State;
 use crate::pg::process::authentication::NewSession;
-use crate::pg::process::{activity, background};
+use crate::pg::process::{self, activity};
 use crate::pg::shared::condition_variable::ConditionVariable;
 use crate::{settings, wait_events};
 
@@ -109,7 +109,7 @@ pub fn hold(session: &NewSession) {
         hold.changed.wait(&wait_events::HOLD_CONNECTIONS, || {
             // This resets the latch, so it comes before the looks at what may have set it.
             let is_wanted = session.is_connected();
-            background::reload_configuration_if_due();
+            process::reload_configuration_if_due();
             let limit = settings::autoprewarm_hold_connections();
             let left = limit
                 .saturating_sub(start.elapsed())

@@ -19,7 +19,7 @@ use super::state::{Phase, State};
 use super::stats::LoadResult;
 use crate::pg::process::error::log;
 use crate::pg::process::latch;
-use crate::pg::process::{activity, background, postmaster};
+use crate::pg::process::{self, activity, background, postmaster};
 use crate::pg::shared::slots;
 use crate::{settings, wait_events};
 
@@ -60,7 +60,7 @@ pub fn main() {
     let mut last = Instant::now();
     let mut is_stopping = false;
     while !background::shutdown_requested() {
-        let reloaded = background::reload_configuration_if_due();
+        let reloaded = process::reload_configuration_if_due();
         // While sessions go on, the end of a smart shutdown may be far away, and the server
         // be killed before.
         if !is_stopping && postmaster::is_stopping() {

@@ -210,7 +210,7 @@ impl Supervisor {
         while let Some(timeout) = self.advance()? {
             self.show_progress();
             latch::sleep_as_worker(Some(timeout), &wait_events::LOAD);
-            background::reload_configuration_if_due();
+            process::reload_configuration_if_due();
         }
         Ok(())
     }

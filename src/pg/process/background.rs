@@ -1,4 +1,4 @@
-//! The start of our background workers: signals, configuration, connection.
+//! The start of our background workers: signals, settings, connection.
 
 use pgrx::pg_sys;
 
@@ -36,21 +36,6 @@ pub fn handle_signals_as_worker() {
 pub fn shutdown_requested() -> bool {
     // SAFETY: a flag of this process, which its signal handler sets.
     unsafe { (&raw const pg_sys::ShutdownRequestPending).read_volatile() != 0 }
-}
-
-/// Reads the configuration again if a reload was requested. Returns whether it was.
-pub fn reload_configuration_if_due() -> bool {
-    // SAFETY: a flag of this process, which its signal handler sets and only this
-    // function clears. It is read outside of commands, as autovacuum workers do.
-    unsafe {
-        let pending = &raw mut pg_sys::ConfigReloadPending;
-        let due = pending.read_volatile() != 0;
-        if due {
-            pending.write_volatile(0);
-            pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
-        }
-        due
-    }
 }
 
 /// Overrides settings that are meant for sessions and would harm a worker: a time limit

@@ -43,6 +43,21 @@ pub fn check_for_interrupts() {
     pgrx::check_for_interrupts!();
 }
 
+/// Reads the configuration again if a reload was requested. Returns whether it was.
+pub fn reload_configuration_if_due() -> bool {
+    // SAFETY: a flag of this process, which its signal handler sets. It is cleared, and the
+    // file read, outside of commands, as the server's main loops do.
+    unsafe {
+        let pending = &raw mut pg_sys::ConfigReloadPending;
+        let due = pending.read_volatile() != 0;
+        if due {
+            pending.write_volatile(0);
+            pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
+        }
+        due
+    }
+}
+
 /// Calls `callback` when this process ends, except by a crash.
 pub fn at_exit(callback: fn()) {
     #[pg_guard]

@@ -78,7 +78,8 @@ impl Relation<'_> {
         blocks: &[BlockNumber],
         each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
     ) -> bool {
-        // SAFETY: the relation is open, and the caller has seen that it has the blocks.
+        // SAFETY: the relation is open while `self` lives. For a block beyond its end the
+        // server raises an ERROR.
         unsafe {
             read_stream(
                 self.relation,
@@ -157,8 +158,9 @@ impl Relation<'_> {
                 reason = "it is less than READ_BLOCKS_MAX"
             )]
             let next = first + done as BlockNumber;
-            // SAFETY: the relation is open and has the blocks. Buffers that were pinned
-            // but not read are passed again, and each pin is taken over once.
+            // SAFETY: the relation is open while `self` lives. For a block beyond its end
+            // the server raises an ERROR. Buffers that were pinned but not read are passed
+            // again, and each pin is taken over once.
             unsafe {
                 let read = read_buffers(self.relation, fork, next, &mut buffers[done..count]);
                 for &buffer in &buffers[done..done + read] {
@@ -172,7 +174,7 @@ impl Relation<'_> {
     /// Whether a block is in a buffer. If not, the operating system may be asked to read
     /// it.
     pub fn is_cached(&self, fork: Fork, block: BlockNumber) -> bool {
-        // SAFETY: the relation is open.
+        // SAFETY: the relation is open while `self` lives.
         let found = unsafe { pg_sys::PrefetchBuffer(self.relation, fork as i32, block) };
         found.recent_buffer != pg_sys::InvalidBuffer as pg_sys::Buffer
     }

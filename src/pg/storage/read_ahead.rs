@@ -25,7 +25,7 @@ impl ReadAhead {
     /// direct I/O.
     ///
     /// # Safety
-    /// `relation` stays open for as long as this is used, and has the fork.
+    /// `relation` stays open for as long as this is used.
     pub unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
         // SAFETY: the relation is open, in a transaction, so catalogs can be read.
         unsafe {

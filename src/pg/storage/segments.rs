@@ -40,7 +40,7 @@ pub struct Segments {
 
 impl Segments {
     /// # Safety
-    /// `relation` stays open for as long as this is used, and has the fork.
+    /// `relation` stays open for as long as this is used.
     pub unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
         Self {
             relation,
@@ -66,14 +66,14 @@ impl Segments {
                 return;
             }
         }
-        // SAFETY: the relation is open and has the fork, and there is room.
+        // SAFETY: the relation is open, and there is room for the blocks.
         unsafe { smgr_read(self.relation, self.fork, first, count, into) };
     }
 
     /// Asks the operating system to read `count` blocks from `first` on, all in one file.
     pub fn prefetch(&mut self, first: BlockNumber, count: usize) {
         if READS_MANY_AT_ONCE || !self.try_prefetch(first, count) {
-            // SAFETY: the relation is open and has the fork.
+            // SAFETY: the relation is open.
             unsafe { smgr_prefetch(self.relation, self.fork, first, count) };
         }
     }

@@ -1,5 +1,7 @@
 //! Reading blocks, as each major version can: one by one on 15 and 16, many at once
 //! and through read streams from 17 on.
+//!
+//! Reading a block that does not exist, or of a fork that does not, raises an ERROR.
 
 use std::ops::ControlFlow;
 
@@ -18,8 +20,8 @@ pub const READ_BLOCKS_MAX: usize = 32;
 /// shared buffers.
 ///
 /// # Safety
-/// `relation` is open and has the fork. `into` has room for `count` blocks, at most
-/// [`READ_BLOCKS_MAX`], and is aligned for direct I/O.
+/// `relation` is open. `into` has room for `count` blocks, at most [`READ_BLOCKS_MAX`], and
+/// is aligned for direct I/O.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "there are at most READ_BLOCKS_MAX blocks"
@@ -58,7 +60,7 @@ pub unsafe fn smgr_read(
 /// on.
 ///
 /// # Safety
-/// `relation` is open and has the fork.
+/// `relation` is open.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "a segment file has fewer than 2^31 blocks"
@@ -69,7 +71,7 @@ pub unsafe fn smgr_prefetch(
     first: BlockNumber,
     count: usize,
 ) {
-    // SAFETY: the relation is open and has the fork.
+    // SAFETY: the relation is open.
     unsafe {
         #[cfg(any(feature = "pg15", feature = "pg16"))]
         for index in 0..count {
@@ -111,8 +113,8 @@ pub fn max_buffers_at_once() -> usize {
 /// be passed again with the next call.
 ///
 /// # Safety
-/// `relation` is open and has these blocks. `buffers` has at least one place and at
-/// most [`max_buffers_at_once`], each invalid or left there by the call before.
+/// `relation` is open. `buffers` has at least one place and at most
+/// [`max_buffers_at_once`], each invalid or left there by the call before.
 pub unsafe fn read_buffers(
     relation: pg_sys::Relation,
     fork: Fork,
@@ -121,7 +123,7 @@ pub unsafe fn read_buffers(
 ) -> usize {
     #[cfg(any(feature = "pg15", feature = "pg16"))]
     {
-        // SAFETY: the relation is open and has the block.
+        // SAFETY: the relation is open.
         buffers[0] = unsafe {
             pg_sys::ReadBufferExtended(
                 relation,
@@ -145,8 +147,8 @@ pub unsafe fn read_buffers(
             reason = "there are at most READ_BLOCKS_MAX buffers"
         )]
         let mut started = buffers.len() as i32;
-        // SAFETY: the relation is open and has the blocks, and `started` is the length
-        // of `buffers`. The operation is over when this returns.
+        // SAFETY: the relation is open, and `started` is the length of `buffers`. The
+        // operation is over when this returns.
         unsafe {
             let mut operation = pg_sys::ReadBuffersOperation {
                 rel: relation,
@@ -185,7 +187,7 @@ pub unsafe fn read_buffers(
 /// and reads nothing, on 15 and 16, which have no read streams.
 ///
 /// # Safety
-/// `relation` is open and has these blocks.
+/// `relation` is open.
 #[cfg(not(any(feature = "pg15", feature = "pg16")))]
 pub unsafe fn read_stream(
     relation: pg_sys::Relation,
@@ -232,9 +234,8 @@ pub unsafe fn read_stream(
     const BATCHING: u32 = pg_sys::READ_STREAM_USE_BATCHING;
     const FLAGS: u32 = pg_sys::READ_STREAM_MAINTENANCE | pg_sys::READ_STREAM_FULL | BATCHING;
 
-    // SAFETY: the relation is open and has the blocks. `blocks` and `source`
-    // outlive the stream; after an ERROR the end of the transaction frees it, and
-    // it does not call back any more.
+    // SAFETY: the relation is open. `blocks` and `source` outlive the stream; after an
+    // ERROR the end of the transaction frees it, and it does not call back any more.
     unsafe {
         let stream = pg_sys::read_stream_begin_relation(
             FLAGS as i32,
@@ -262,7 +263,7 @@ pub unsafe fn read_stream(
 }
 
 /// # Safety
-/// None is needed.
+/// As for the other versions: `_relation` is open.
 #[cfg(any(feature = "pg15", feature = "pg16"))]
 pub unsafe fn read_stream(
     _relation: pg_sys::Relation,

@@ -4,9 +4,11 @@
 //! processes know of it. The exception are condition variables, whose spinlock only the
 //! server's functions take. So no process that dies holds a lock of ours.
 //!
-//! Memory orderings, in all of the library: `SeqCst` for every word by which processes
-//! agree on something (roles, phases, claims, the gate); `Relaxed` for counters and hints,
-//! from which nothing else is concluded.
+//! Memory orderings, in all of the library: `SeqCst` for every word of ours by which
+//! processes agree on something (roles, phases, claims, the gate); `Relaxed` for counters
+//! and hints, from which nothing else is concluded, and for words of this process alone.
+//! The state words of the server's buffer headers have the server's own orderings:
+//! `Relaxed` to look, `Release` to unlock, `AcqRel` to change.
 
 pub mod condition_variable;
 pub mod contents;

@@ -32,18 +32,18 @@ impl Prefaulted {
         Self(AtomicUsize::new(0))
     }
 
-    /// Claims the buffers that a process which fills `buffer` should prefault next.
-    /// `None` if enough are prefaulted. Buffers are filled in ascending order, more or
-    /// less, by all processes together.
-    fn claim(&self, buffer: usize) -> Option<Range<usize>> {
+    /// The buffers that a process which fills `buffer` should prefault next. `None` if enough
+    /// are prefaulted. It is a hint: prefaulting twice does no harm. Buffers are filled in
+    /// ascending order, more or less, by all processes together.
+    fn next(&self, buffer: usize) -> Option<Range<usize>> {
         const AHEAD: usize = 2 * AT_ONCE;
-        let next = |prefaulted: usize| {
+        let end = |prefaulted: usize| {
             let start = prefaulted.max(buffer);
             (start < buffer + AHEAD).then_some(start + AT_ONCE)
         };
         // Most calls end here, without a write to shared memory.
-        next(self.0.load(Relaxed))?;
-        let before = self.0.fetch_update(Relaxed, Relaxed, next).ok()?;
+        end(self.0.load(Relaxed))?;
+        let before = self.0.fetch_update(Relaxed, Relaxed, end).ok()?;
         let start = before.max(buffer);
         Some(start..start + AT_ONCE)
     }
@@ -67,7 +67,7 @@ impl<'a> Prefaulter<'a> {
     /// Prefaults the memory of the buffers after this one, which was just filled, and
     /// maps what other processes have prefaulted.
     pub fn prefault_after(&self, buffer: usize) {
-        while let Some(buffers) = self.prefaulted.claim(buffer) {
+        while let Some(buffers) = self.prefaulted.next(buffer) {
             populate(buffers);
         }
         if buffer >= self.mapped.get() {

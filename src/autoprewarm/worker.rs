@@ -29,7 +29,7 @@ use crate::pg::process::{self, background, lock_timeout};
 use crate::pg::shared::segment::Segment;
 use crate::pg::storage::prefault::Prefaulter;
 use crate::pg::storage::relation::{Locator, Opened, Relation};
-use crate::pg::storage::{ReadEnd, buffer, database};
+use crate::pg::storage::{READ_BLOCKS_MAX, ReadEnd, buffer, database};
 use crate::progress::{Kind, Progress, ShownProgress};
 use crate::wait_events;
 
@@ -62,10 +62,9 @@ const RATE_SLEEP: Duration = Duration::from_millis(50);
 /// How often a worker updates its activity text.
 const REPORT_INTERVAL: Duration = Duration::from_millis(250);
 
-/// How many blocks are read one by one after a read has failed. The server combines
-/// reads, and reports one unreadable block for all blocks of such a read. No version
-/// combines more blocks than this.
-const ONE_BY_ONE: usize = 32;
+/// How many blocks are read one by one after a read has failed: as many as a load reads at
+/// once, since the error is reported for all of them.
+const ONE_BY_ONE: usize = READ_BLOCKS_MAX;
 
 /// Runs a worker until no chunk is left for it.
 pub fn main(argument: WorkerArgument) {

@@ -6,12 +6,12 @@
 //! leaves undone only its current chunk.
 //!
 //! A worker does not disturb other sessions: it releases its lock on a relation every
-//! few milliseconds, holds no snapshot while it reads, and reads only into free buffers.
-//! It sets aside what is locked, and tries it again at its end: first it waits for no
-//! lock, as most are held only briefly; then in the ordinary queue, since with a session
-//! that reads the table and another that waits to change it, the lock is never free
-//! for one that does not queue. It holds no other lock meanwhile, so there is no
-//! deadlock.
+//! few milliseconds, holds no snapshot while it reads, and evicts no block that must stay
+//! (see [`crate::pg::storage::room`]). It sets aside what is locked, and tries it again at
+//! its end: first it waits for no lock, as most are held only briefly; then in the ordinary
+//! queue, since with a session that reads the table and another that waits to change it,
+//! the lock is never free for one that does not queue. It holds no other lock meanwhile, so
+//! there is no deadlock.
 
 use std::cell::Cell;
 use std::ops::ControlFlow::{Break, Continue};
@@ -177,7 +177,7 @@ enum TurnEnd {
     Over,
     /// The relation is locked.
     Locked,
-    /// There is no free buffer.
+    /// There is no buffer that may be filled.
     Full,
     /// None of the remaining blocks can be loaded.
     Skip(SkipReason),

@@ -1,4 +1,5 @@
-//! The server: PostgreSQL's API as small safe types, without policy.
+//! The server: PostgreSQL's API as small safe types. It knows no list, plan or SQL
+//! function.
 //!
 //! Four modules. Each uses only those above it in this table; `shared` and `storage` do
 //! not use each other.

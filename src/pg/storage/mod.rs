@@ -14,5 +14,5 @@ pub mod segments;
 
 pub use read::ReadEnd;
 
-pub use super::sys::read::READ_BLOCKS_MAX;
+pub use super::sys::read::{READ_BLOCKS_MAX, READS_MANY_AT_ONCE};
 pub use super::sys::version::reads_directly;

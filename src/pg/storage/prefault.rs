@@ -13,12 +13,6 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use pgrx::pg_sys;
 
 use super::buffer;
-use crate::pg::sys::read::READS_MANY_AT_ONCE;
-
-/// Whether prefaulting helps calls as well as loads. If the server reads many blocks at
-/// once, the system allocates memory for all of them at once, and with I/O workers on
-/// several processors at the same time.
-pub const HELPS_CALLS: bool = !READS_MANY_AT_ONCE;
 
 /// How many buffers are prefaulted at once.
 const AT_ONCE: usize = (1 << 20) / pg_sys::BLCKSZ as usize;

@@ -54,9 +54,12 @@ pub struct Progress {
     pub start: i64,
 }
 
+/// How many numbers a row is kept as.
+const VALUES: usize = 7;
+
 impl Progress {
     fn show(&self) {
-        activity::show_progress(&[
+        activity::show_progress::<VALUES>(&[
             self.kind as i64,
             i64::from(self.relation),
             self.fork as i64,
@@ -78,7 +81,9 @@ impl Progress {
         all.filter_map(|(pid, database, values)| Some((pid, database, Self::from_values(values)?)))
     }
 
-    fn from_values([kind, relation, fork, total, done, skipped, start]: [i64; 7]) -> Option<Self> {
+    fn from_values(
+        [kind, relation, fork, total, done, skipped, start]: [i64; VALUES],
+    ) -> Option<Self> {
         Some(Self {
             kind: *Kind::ALL.get(usize::try_from(kind).ok()?)?,
             relation: Oid::try_from(relation).ok()?,

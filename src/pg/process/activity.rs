@@ -40,18 +40,16 @@ pub fn report_idle() {
 /// `track_activities` is off.
 const COMMAND: pg_sys::ProgressCommandType::Type = 0x5057;
 
-/// How many numbers a row of progress has.
-pub const PROGRESS_VALUES: usize = 7;
-
 /// Shows progress to other processes, unless another command of this process shows its own:
 /// `COPY (SELECT pg_prewarm(…)) TO …` does.
 #[expect(
     clippy::cast_possible_truncation,
-    reason = "PROGRESS_VALUES is a small number"
+    reason = "there are at most PGSTAT_NUM_PROGRESS_PARAM values"
 )]
-pub fn show_progress(values: &[i64; PROGRESS_VALUES]) {
-    const FIELDS: [i32; PROGRESS_VALUES] = [0, 1, 2, 3, 4, 5, 6];
-    // SAFETY: as many fields as values, fewer than `PGSTAT_NUM_PROGRESS_PARAM`.
+pub fn show_progress<const N: usize>(values: &[i64; N]) {
+    const { assert!(N <= pg_sys::PGSTAT_NUM_PROGRESS_PARAM as usize) };
+    let fields: [i32; N] = std::array::from_fn(|index| index as i32);
+    // SAFETY: as many fields as values, each less than `PGSTAT_NUM_PROGRESS_PARAM`.
     unsafe {
         match shown_command() {
             Some(COMMAND) => {}
@@ -60,11 +58,7 @@ pub fn show_progress(values: &[i64; PROGRESS_VALUES]) {
             }
             _ => return,
         }
-        pg_sys::pgstat_progress_update_multi_param(
-            PROGRESS_VALUES as i32,
-            FIELDS.as_ptr(),
-            values.as_ptr(),
-        );
+        pg_sys::pgstat_progress_update_multi_param(N as i32, fields.as_ptr(), values.as_ptr());
     }
 }
 
@@ -89,7 +83,7 @@ fn shown_command() -> Option<pg_sys::ProgressCommandType::Type> {
 }
 
 /// The progress that all processes show: process ID, database and values.
-pub fn all_progress() -> Vec<(i32, Oid, [i64; PROGRESS_VALUES])> {
+pub fn all_progress<const N: usize>() -> Vec<(i32, Oid, [i64; N])> {
     // SAFETY: as many entries as were counted. They are the server's copies, which stay
     // the same until the end of the transaction.
     unsafe {

@@ -27,7 +27,7 @@ macro_rules! export {
                 // SAFETY: the server passes valid call information for this function, which
                 // the wrapper gets unchanged. Nothing in this frame needs dropping.
                 unsafe {
-                    crate::pg::process::error::with_reserve_for_call(fcinfo, || $wrapper(fcinfo))
+                    crate::pg::process::reserve::with_reserve_for_call(fcinfo, || $wrapper(fcinfo))
                 }
             }
         };
@@ -107,7 +107,7 @@ pub unsafe extern "C-unwind" fn autoprewarm_main(_argument: pg_sys::Datum) {
     }
     // SAFETY: the server calls this function directly, and nothing in its frame needs
     // dropping.
-    unsafe { crate::pg::process::error::with_reserve(|| main()) };
+    unsafe { crate::pg::process::reserve::with_reserve(|| main()) };
 }
 
 /// The entry point of per-database workers.
@@ -123,7 +123,7 @@ pub unsafe extern "C-unwind" fn autoprewarm_database_main(argument: pg_sys::Datu
     }
     // SAFETY: the server calls this function directly, and nothing in its frame needs
     // dropping.
-    unsafe { crate::pg::process::error::with_reserve(|| main(argument)) };
+    unsafe { crate::pg::process::reserve::with_reserve(|| main(argument)) };
 }
 
 /// The entry point of the parallel workers of a call.
@@ -145,5 +145,5 @@ pub unsafe extern "C-unwind" fn pg_prewarm_parallel_main(
     }
     // SAFETY: the server calls this function directly, and nothing in its frame needs
     // dropping.
-    unsafe { crate::pg::process::error::with_reserve(|| main(toc)) };
+    unsafe { crate::pg::process::reserve::with_reserve(|| main(toc)) };
 }

@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use pgrx::{pg_guard, pg_sys};
 
-use super::error::{Caught, with_reserve};
+use super::error::Caught;
+use super::now;
+use super::reserve::{self, with_reserve};
 use super::transaction::Transaction;
-use super::{now, reserve};
 use crate::pg::sys::authentication::{
     ClientAuthentication_hook, Hook, Port, STATUS_OK, call_hook, client_is_connected, deadline,
     has_unreserved_connections,

@@ -16,7 +16,7 @@ pub mod lock_timeout;
 pub mod memory;
 pub mod postmaster;
 pub mod report;
-mod reserve;
+pub mod reserve;
 pub mod transaction;
 
 /// This process's ID, as the log and `pg_stat_activity` show it.

@@ -111,13 +111,14 @@ pub unsafe fn with_reserve<T>(body: impl FnOnce() -> T) -> T {
 /// rows keeps it until it has returned the last one, or until the transaction ends.
 ///
 /// # Safety
-/// As of [`with_reserve`]; `fcinfo` is the server's for this call.
+/// PostgreSQL has called this library, and nothing between that call and this one needs
+/// dropping. `fcinfo` is the server's for this call.
 pub unsafe fn with_reserve_for_call(
     fcinfo: pg_sys::FunctionCallInfo,
     body: impl FnOnce() -> pg_sys::Datum,
 ) -> pg_sys::Datum {
-    // SAFETY: the caller's promise. The function's result information, where there is
-    // any, outlives the call.
+    // SAFETY: nothing between PostgreSQL's call and this one needs dropping (contract of
+    // this function). `fcinfo` is valid while the server's call lasts.
     unsafe {
         let result = with_reserve(|| {
             give_up_at_transaction_end();
@@ -135,7 +136,8 @@ pub unsafe fn with_reserve_for_call(
 /// # Safety
 /// `fcinfo` is that of a call that has returned.
 unsafe fn has_more_rows(fcinfo: pg_sys::FunctionCallInfo) -> bool {
-    // SAFETY: what is of that node type is that structure.
+    // SAFETY: the result information is null or a node that outlives the call, and a node
+    // of that type is that structure.
     unsafe {
         let info = (*fcinfo).resultinfo;
         !info.is_null()
@@ -148,7 +150,8 @@ unsafe fn has_more_rows(fcinfo: pg_sys::FunctionCallInfo) -> bool {
 /// Has each transaction of this process end with giving up the reserve.
 ///
 /// # Safety
-/// As of [`with_reserve`].
+/// PostgreSQL has called this library, and nothing between that call and this one needs
+/// dropping: an ERROR jumps.
 #[expect(ffi_unwind_calls, reason = "an ERROR jumps to PostgreSQL")]
 unsafe fn give_up_at_transaction_end() {
     static IS_REGISTERED: AtomicBool = AtomicBool::new(false);

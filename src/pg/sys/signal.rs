@@ -33,7 +33,8 @@ define_signal_handlers!(c_int, *const pg_sys::pg_signal_info);
 /// # Safety
 /// `handler` does only what is allowed in a signal handler.
 pub unsafe fn set_handler(signal: c_int, handler: SignalHandler) {
-    // SAFETY: the handler may run at any moment, as the caller promises.
+    // SAFETY: `handler` is safe in a signal handler (contract of this function), and has the
+    // arguments that this version passes.
     unsafe {
         #[cfg(any(feature = "pg15", feature = "pg16", feature = "pg17"))]
         pg_sys::pqsignal(signal, Some(handler));

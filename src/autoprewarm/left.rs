@@ -13,7 +13,7 @@
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::SeqCst;
 
-use super::shared::{Cursor, Load};
+use super::load_segment::{Cursor, Load};
 use crate::blocks::{Age, PlanView, Record, UsageCount};
 use crate::pg::shared::segment::Segment;
 

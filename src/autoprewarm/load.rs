@@ -9,9 +9,9 @@ use std::io;
 
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
+use super::create_segment::create_segment;
 use super::later::Later;
 use super::mark;
-use super::share::share;
 use super::state::State;
 use super::supervise::{Halt, Supervisor, reason_to_skip};
 use super::{DUMP_FILE, carry, dump, no_list};
@@ -104,12 +104,12 @@ fn read_and_load(
     list: io::Result<(OpenFile, u64)>,
 ) -> (Outcome, Option<Later>) {
     let prepared = transaction::run(|transaction| prepare(transaction, state, reason, list));
-    let shared = match prepared {
-        Ok(Ok(prepared)) => share(prepared, state).map(Ok),
+    let created = match prepared {
+        Ok(Ok(prepared)) => create_segment(prepared, state).map(Ok),
         Ok(Err(error)) => Ok(Err(error)),
         Err(caught) => Err(caught),
     };
-    let outcome = match shared {
+    let outcome = match created {
         Ok(Ok((supervisor, over_budget))) => return load(supervisor, over_budget, state),
         // A request to stop was noticed while the list was being read.
         Ok(Err(_)) if background::shutdown_requested() => Outcome::StillDue,

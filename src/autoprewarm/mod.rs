@@ -1,17 +1,24 @@
 //! Autoprewarm: keeps a list of the cached blocks on disk, and loads them again
 //! when the server starts.
 //!
-//! One background worker, the [`leader`], runs as long as the server. It
-//! [`load`]s the list by [`worker`]s that it [`supervise`]s, each connected to one
-//! database, since a process can read relations of one database only. After that
-//! it [`dump`]s the list at intervals, and once more at shutdown; what the load has
-//! [`left`] stays in the list ([`carry`]). [`sql`] has the
-//! control functions, [`list`] the function that returns the list as rows, and
-//! [`views`] those behind the statistics views. What a load leaves locked is tried
-//! [`later`]. [`state`] lies in shared memory
-//! all the time, what is in [`shared`] during a load.
+//! One background worker, the [`leader`], runs as long as the server. It [`load`]s the
+//! list by [`worker`]s that it [`supervise`]s, each connected to one database, since a
+//! process can read relations of one database only. After that it [`dump`]s the list at
+//! intervals, and once more at shutdown. What the load has [`left`] stays in the list
+//! ([`carry`]), and what it has left locked is tried [`later`].
+//!
+//! - [`create_segment`] puts the plan of a load into shared memory, and [`load_segment`] is
+//!   what lies there during the load.
+//! - [`rate`] limits how much a load reads per second.
+//! - [`hold`] has new sessions wait for the first tier of the server's first load.
+//! - [`mark`] notices loads during which the server crashes.
+//! - [`no_list`] reports that there is nothing to load.
+//! - [`state`] lies in shared memory all the time, and [`stats`] are its statistics.
+//! - [`sql`] has the control functions, [`list`] the function that returns the list as
+//!   rows, and [`views`] those behind the statistics views.
 
 mod carry;
+mod create_segment;
 mod dump;
 mod hold;
 mod later;
@@ -19,11 +26,10 @@ pub mod leader;
 mod left;
 pub mod list;
 mod load;
+mod load_segment;
 mod mark;
 mod no_list;
 mod rate;
-mod share;
-mod shared;
 pub mod sql;
 mod state;
 mod stats;

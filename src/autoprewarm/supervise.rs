@@ -18,7 +18,7 @@ use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use super::WORKER;
 use super::left::Settled;
-use super::shared::{Claim, Cursor, Load, MAX_WORKERS, Stage, WorkerArgument};
+use super::load_segment::{Claim, Cursor, Load, MAX_WORKERS, Stage, WorkerArgument};
 use super::state::State;
 use super::stats::LoadStats;
 use crate::blocks::{Age, Oid, PlanView, Record, SkipReason, UsageCount};

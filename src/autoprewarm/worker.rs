@@ -18,7 +18,7 @@ use std::ops::ControlFlow::{Break, Continue};
 use std::time::{Duration, Instant};
 
 use super::left::Settled;
-use super::shared::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
+use super::load_segment::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use super::state::State;
 use crate::blocks::{Fork, PlanView, SkipReason};
 use crate::pace::{Pace, TURN};

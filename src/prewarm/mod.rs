@@ -3,7 +3,9 @@
 //!
 //! [`collect`] finds the relations and [`upper`] reads the upper levels of indexes;
 //! [`job`] shares the work with parallel workers, which [`gate`] has release locks
-//! together. All blocks are read in turns by [`read`].
+//! together. All blocks are read in turns by [`read`]. [`marks`] are the buffers that a
+//! call has read blocks into, by which [`filled`] tells how many more it can read before it
+//! would evict its own.
 
 mod collect;
 mod filled;

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use pgrx::PgLogLevel;
 
 use super::load::Prepared;
-use super::shared::{Cursor, Load};
+use super::load_segment::{Cursor, Load};
 use super::state::State;
 use super::supervise::{Supervisor, reason_to_skip};
 use crate::blocks::{CHUNK_BLOCKS, Oid, OverBudget, Plan, SkipReason};
@@ -25,7 +25,7 @@ use crate::pg::storage::room::LoadRoom;
 
 /// Puts the plan, or the hottest part of it that fits, into shared memory. Also returns
 /// what is left out.
-pub fn share(
+pub fn create_segment(
     prepared: Prepared,
     state: &'static State,
 ) -> Result<(Supervisor, OverBudget), Caught> {

@@ -249,7 +249,7 @@ fn what_is_gone_is_not_carried() {
 }
 
 #[test]
-fn four_times_as_many_blocks_as_there_are_buffers_are_carried_the_hottest() {
+fn four_times_as_many_blocks_as_there_are_buffers_are_carried_the_highest_usage_counts() {
     let cluster = Cluster::build()
         .setting("pg_prewarm.autoprewarm_interval = 0")
         .start();

@@ -58,7 +58,7 @@ fn fill(cluster: &Cluster) -> Client {
 }
 
 #[test]
-fn a_load_on_demand_replaces_colder_blocks_and_neither_warmer_nor_dirty_ones() {
+fn a_load_on_demand_replaces_clean_blocks_with_a_lower_usage_count_only() {
     let cluster = start();
     let listed = cluster.table("listed", 300);
     let mut client = fill(&cluster);
@@ -79,7 +79,7 @@ fn a_load_on_demand_replaces_colder_blocks_and_neither_warmer_nor_dirty_ones() {
 }
 
 #[test]
-fn a_load_on_demand_of_blocks_that_are_as_cold_as_all_others_replaces_none() {
+fn a_load_on_demand_of_blocks_with_the_same_usage_count_as_all_others_replaces_none() {
     let cluster = start();
     let listed = cluster.table("listed", 300);
     let mut client = fill(&cluster);

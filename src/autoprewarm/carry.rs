@@ -123,7 +123,7 @@ pub fn from_list(state: &State) -> Result<Carried, Error> {
         Ok(()) => Ok(fallible(|| {
             builder.finish_with_ticks(max_records(), &mut tick)
         })),
-        // Whoever dumps now wants to replace a list that could not be loaded.
+        // A dump on request may replace a list that could not be loaded.
         Err(Error::File { source, .. })
             if source.kind() == io::ErrorKind::NotFound
                 || (matches!(state.phase(), Phase::Failed | Phase::Suspended)

@@ -1,5 +1,5 @@
-//! Puts a plan into shared memory, for its workers: all of it, or the hottest part that
-//! fits.
+//! Puts a plan into shared memory, for its workers: all of it, or the part with the highest
+//! usage counts that fits.
 //!
 //! Dynamic shared memory may be shorter than memory: containers, for example, have 64 MB
 //! of `/dev/shm`. The server then raises an ERROR when the segment is made. A plan of half
@@ -23,8 +23,8 @@ use crate::pg::shared::segment::Segment;
 use crate::pg::storage::database::Database;
 use crate::pg::storage::room::LoadRoom;
 
-/// Puts the plan, or the hottest part of it that fits, into shared memory. Also returns
-/// what is left out.
+/// Puts the plan, or the part with the highest usage counts that fits, into shared memory.
+/// Also returns what is left out.
 pub fn create_segment(
     prepared: Prepared,
     state: &'static State,

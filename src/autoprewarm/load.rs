@@ -36,7 +36,8 @@ const RETRIED: &str = "The load is retried after \"pg_prewarm.autoprewarm_interv
 pub enum Reason {
     /// The server has started. Only what it would evict next is replaced.
     Start,
-    /// `autoprewarm_load_now()` was called. Colder blocks are replaced as well.
+    /// `autoprewarm_load_now()` was called. Blocks with a lower usage count are
+    /// replaced as well.
     OnDemand,
 }
 

@@ -11,8 +11,8 @@
 
 use std::io::Read;
 
-use crate::hottest::{RANKS, keep_hottest, rank};
 use crate::list::{Entry, FileFork, ListBuilder};
+use crate::rank::{RANKS, keep_highest_ranks, rank};
 use crate::sort::sort;
 use crate::{Age, ListReader, ReadError, Record, UsageCount};
 
@@ -91,7 +91,7 @@ impl CarriedBuilder {
         Ok(())
     }
 
-    /// The hottest `most` of the records.
+    /// The `most` records of the highest ranks: usage counts, and then ages.
     pub fn finish(self, most: u64) -> Carried {
         self.finish_with_ticks(most, &mut || ())
     }
@@ -101,7 +101,7 @@ impl CarriedBuilder {
     pub fn finish_with_ticks(self, most: u64, tick: &mut dyn FnMut()) -> Carried {
         let mut list = self.list;
         sort(&mut list.entries, sort_key, tick);
-        // Of a block that was added more than once, the last entry is the hottest.
+        // Of a block that was added more than once, the last entry has the highest rank.
         list.entries.dedup_by(|later, kept| {
             let is_same = later.place() == kept.place();
             if is_same {
@@ -109,7 +109,7 @@ impl CarriedBuilder {
             }
             is_same
         });
-        keep_hottest(
+        keep_highest_ranks(
             &mut list.entries,
             most,
             |entry| rank(entry.usage_count(), entry.age()),

@@ -18,10 +18,10 @@
 pub const DUMP_FILE: &str = "autoprewarm.blocks";
 
 mod carried;
-mod hottest;
 mod list;
 mod parser;
 mod plan;
+mod rank;
 mod reader;
 mod record;
 mod room;

@@ -22,8 +22,8 @@ use std::ops::Range;
 
 use rustc_hash::FxHashMap;
 
-use crate::hottest::{keep_hottest, rank};
 use crate::list::{BlockList, Entry, FileFork};
+use crate::rank::{keep_highest_ranks, rank};
 use crate::sort::sort;
 use crate::{Age, BlockNumber, ByUsageCount, Fork, Oid, Record, UsageCount};
 
@@ -251,7 +251,7 @@ impl Plan {
         let most = usize::try_from(budget).unwrap_or(usize::MAX);
         let over_budget = &mut self.over_budget;
         over_budget.try_reserve_exact(self.keys.len().saturating_sub(most))?;
-        keep_hottest(
+        keep_highest_ranks(
             &mut self.keys,
             budget,
             |key| rank(key.usage_count(), key.age()),

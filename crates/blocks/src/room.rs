@@ -17,7 +17,7 @@ pub struct Room {
 /// How much of a list is loaded, and at what cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
-    /// How many blocks, the hottest of the list.
+    /// How many blocks: those of the list with the highest usage counts.
     pub blocks: u64,
     /// Clean blocks with a lower usage count than this are replaced.
     pub replaced_below: usize,
@@ -35,8 +35,8 @@ impl Room {
     }
 
     /// The budget of a load on demand, for a list with so many blocks of each usage count:
-    /// a block also replaces one that is colder than itself. The hottest blocks of the
-    /// list replace the coldest ones in buffers.
+    /// a block also replaces one with a lower usage count. The blocks of the list with the
+    /// highest usage counts replace those in buffers with the lowest.
     #[must_use]
     pub fn on_demand(&self, listed: &ByUsageCount) -> Budget {
         let mut budget = Budget {
@@ -45,10 +45,10 @@ impl Room {
         };
         let mut free = self.empty + self.clean[0];
         // The usage count of the buffers that were added last.
-        let mut coldest = 0;
+        let mut lowest = 0;
         for usage_count in (0..UsageCount::COUNT).rev() {
-            // What hotter blocks have not taken of these is not colder than the next ones.
-            if coldest > 0 && coldest >= usage_count {
+            // What is left of these has no lower usage count than the next listed blocks.
+            if lowest > 0 && lowest >= usage_count {
                 break;
             }
             let mut left = listed[usage_count];
@@ -60,13 +60,13 @@ impl Room {
                 if left == 0 {
                     break;
                 }
-                if coldest + 1 >= usage_count {
+                if lowest + 1 >= usage_count {
                     return budget;
                 }
-                coldest += 1;
-                free = self.clean[coldest];
+                lowest += 1;
+                free = self.clean[lowest];
                 if free > 0 {
-                    budget.replaced_below = coldest + 1;
+                    budget.replaced_below = lowest + 1;
                 }
             }
         }
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_load_on_demand_replaces_only_colder_blocks() {
+    fn a_load_on_demand_replaces_only_blocks_with_a_lower_usage_count() {
         let full_of = |usage_count: usize| {
             let mut clean = [0; UsageCount::COUNT];
             clean[usage_count] = 100;
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hottest_blocks_replace_the_coldest() {
+    fn the_highest_usage_counts_replace_the_lowest() {
         // Of the list: 5 of usage count 5 and 5 of usage count 2.
         let budget = room(1, [1, 3, 9, 0, 0, 0]).on_demand(&[0, 0, 5, 0, 0, 5]);
         // Those of 5 take the 1 + 1 + 3; for those of 2 only blocks of 2 are left.

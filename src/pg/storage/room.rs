@@ -6,12 +6,13 @@
 //! passes. There is no way to choose a victim. So the functions here look ahead of the
 //! hand. What they find is a guess, since other processes use buffers as well.
 //!
-//! - A **load** may fill empty buffers and replace clean blocks that are cold enough
-//!   ([`LoadRoom`]). It reads no further than the hand can go without a block that must
-//!   stay. If such a block would be the victim, because it is dirty and has usage count 0,
-//!   its usage count is raised to 1, which the hand takes back when it passes. A clean block
-//!   that is cold enough gets usage count 0, so that the hand takes it. The hand goes round
-//!   once for a load: then all blocks that were there have been passed, and the load ends.
+//! - A **load** may fill empty buffers and replace clean blocks with a usage count that is
+//!   low enough ([`LoadRoom`]). It reads no further than the hand can go without a block
+//!   that must stay. If such a block would be the victim, because it is dirty and has usage
+//!   count 0, its usage count is raised to 1, which the hand takes back when it passes. A
+//!   clean block that may be replaced gets usage count 0, so that the hand takes it. The
+//!   hand goes round once for a load: then all blocks that were there have been passed, and
+//!   the load ends.
 //! - A **call** may evict any block but those that it has read itself
 //!   ([`count_evictable_before`]).
 

@@ -67,7 +67,7 @@ fn a_load_on_demand_makes_no_record_older() {
 }
 
 #[test]
-fn the_hottest_are_carried_and_of_these_the_youngest() {
+fn the_highest_usage_counts_are_carried_and_of_these_the_youngest() {
     let records = [
         (record(1, 0), 0, Age::Once),
         (record(1, 1), 2, Age::Twice),
@@ -90,7 +90,7 @@ fn the_hottest_are_carried_and_of_these_the_youngest() {
 }
 
 #[test]
-fn a_block_is_carried_once_and_as_its_hottest_record() {
+fn a_block_is_carried_once_and_as_its_record_of_the_highest_rank() {
     let records = [
         (record(1, 0), 1, Age::Once),
         (record(1, 0), 4, Age::Twice),

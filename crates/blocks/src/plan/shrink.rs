@@ -10,8 +10,8 @@ impl Plan {
         self.keys.len() as u64
     }
 
-    /// Keeps the hottest `most` blocks, in the order that they have. The others join those
-    /// that exceed the budget.
+    /// Keeps the `most` blocks with the highest usage counts, in the order that they have.
+    /// The others join those that exceed the budget.
     ///
     /// # Errors
     /// If memory is refused; the plan is of no use then.

@@ -13,7 +13,7 @@ pub(super) fn rank(usage_count: UsageCount, age: Age) -> usize {
 
 /// Keeps the `most` items of the highest ranks, without changing their order, and hands
 /// the others to `left_out`. Of those that rank as the lowest kept, the first are kept.
-pub(super) fn keep_hottest<T>(
+pub(super) fn keep_highest_ranks<T>(
     items: &mut Vec<T>,
     most: u64,
     rank: impl Fn(&T) -> usize,

@@ -78,7 +78,7 @@ impl<'a> Filled<'a> {
         }
     }
 
-    /// How many blocks can be read, at most `most`, before one of the call's blocks would
+    /// How many blocks can be read, at most `max`, before one of the call's blocks would
     /// be evicted. This is an estimate, since other sessions use buffers as well.
     pub fn room(&self, is_temporary: bool, max: usize) -> usize {
         if is_temporary {

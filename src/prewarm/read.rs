@@ -72,7 +72,7 @@ impl Work<'_> {
         }
     }
 
-    /// The next blocks, at most `most`, that lie before the end of the fork.
+    /// The next blocks, at most `max`, that lie before the end of the fork.
     fn next(&self, max: usize, fork_end: BlockNumber) -> Vec<BlockNumber> {
         match self {
             Self::Range { blocks, except } => (blocks.start..blocks.end.min(fork_end))

@@ -13,7 +13,7 @@ use super::read::Work;
 use crate::blocks::{BlockNumber, Fork};
 use crate::pg::storage::btree;
 
-/// Reads the upper levels of an index, at most `most` blocks, and returns the numbers of
+/// Reads the upper levels of an index, at most `max` blocks, and returns the numbers of
 /// the blocks read, sorted.
 pub fn read(share: &Share, part: &Collected, target: &Target, max: u64) -> Vec<BlockNumber> {
     if part.class != Class::Index || part.part.fork != Fork::Main || part.blocks == 0 || max == 0 {

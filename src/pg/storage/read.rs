@@ -238,7 +238,7 @@ struct IoAligned([u8; IO_ALIGNMENT]);
 /// `PG_IO_ALIGN_SIZE` of 16 and later.
 const IO_ALIGNMENT: usize = 4096;
 
-/// Does `act` for runs of at most `most` blocks, none of which crosses the end of a
+/// Does `act` for runs of at most `max` blocks, none of which crosses the end of a
 /// segment file, and tells `done` the length of each, until that breaks.
 fn in_runs(
     first: BlockNumber,

@@ -86,7 +86,7 @@ impl Entry {
         u64::from(file) << 32 | u64::from(block)
     }
 
-    /// The number of its block.
+    /// Its file and block as one number, see [`Entry::place_of`].
     pub(crate) fn place(self) -> u64 {
         self.0 & Self::PLACE
     }

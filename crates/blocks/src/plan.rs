@@ -72,8 +72,8 @@ pub struct Plan {
     /// plan was shrunk to.
     over_budget: Vec<Key>,
     files: Vec<FileFork>,
-    /// The index of the file at each place of [`Places`].
-    places: Vec<u32>,
+    /// The index of the file at each place of the [`LoadOrder`].
+    file_at: Vec<u32>,
 }
 
 /// The blocks of a list that its plan leaves out because they exceed the budget, or do not
@@ -82,8 +82,8 @@ pub struct Plan {
 pub struct OverBudget {
     keys: Vec<Key>,
     files: Vec<FileFork>,
-    /// The index of the file at each place of [`Places`].
-    places: Vec<u32>,
+    /// The index of the file at each place of the [`LoadOrder`].
+    file_at: Vec<u32>,
 }
 
 /// The chunks of one database.
@@ -108,9 +108,9 @@ pub enum PlanError {
     TooManyFiles,
 }
 
-/// The sort key of a block: the place of its file and tier in the load order (see
-/// [`Places`]), and the block number. The usage count and the record's age are in the
-/// lowest bits, to keep them with the block.
+/// The sort key of a block: the place of its file and tier in the [`LoadOrder`], and the
+/// block number. The usage count and the record's age are in the lowest bits, to keep them
+/// with the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Key(u64);
 
@@ -200,15 +200,15 @@ impl Plan {
         tick: &mut dyn FnMut(),
     ) -> Result<Self, PlanError> {
         let BlockList { files, entries, .. } = list;
-        let places = Places::of(&files)?;
+        let order = LoadOrder::of(&files)?;
         let mut plan = Self::default();
-        let mut keys = plan.keys_of(entries, &files, &places);
+        let mut keys = plan.keys_of(entries, &files, &order);
         sort(&mut keys, |key| key.0, tick);
-        plan.cached = remove_cached(&mut keys, &files, &places, cached)?;
+        plan.cached = remove_cached(&mut keys, &files, &order, cached)?;
         tick();
         plan.keys = keys;
         plan.files = files;
-        plan.places = places.files;
+        plan.file_at = order.file_at;
         plan.leave_out(budget)?;
         tick();
         plan.divide_into_chunks()?;
@@ -217,7 +217,7 @@ impl Plan {
 
     /// The keys of the valid entries, in the memory of the entries: the standard library
     /// collects elements of the same size in place. `tests/refused_memory.rs` checks that.
-    fn keys_of(&mut self, entries: Vec<Entry>, files: &[FileFork], places: &Places) -> Vec<Key> {
+    fn keys_of(&mut self, entries: Vec<Entry>, files: &[FileFork], order: &LoadOrder) -> Vec<Key> {
         let total = entries.len();
         let keys: Vec<Key> = entries
             .into_iter()
@@ -225,7 +225,7 @@ impl Plan {
             .map(|entry| {
                 let usage_count = entry.usage_count();
                 Key::new(
-                    places.find(entry.file(), usage_count),
+                    order.find(entry.file(), usage_count),
                     entry.block(),
                     usage_count,
                     entry.age(),
@@ -271,7 +271,7 @@ impl Plan {
                 continue;
             }
             last_place = key.place();
-            let file = self.files[self.places[last_place] as usize];
+            let file = self.files[self.file_at[last_place] as usize];
             self.chunks.try_reserve(1)?;
             self.chunks.push(Chunk {
                 database: file.database,
@@ -306,7 +306,7 @@ impl Plan {
         OverBudget {
             keys: self.over_budget,
             files: self.files,
-            places: self.places,
+            file_at: self.file_at,
         }
     }
 
@@ -379,14 +379,14 @@ impl Plan {
 
 /// The load order: for each database, the files of the first tier, then those of the
 /// second. So each file has one place in each tier.
-struct Places {
+struct LoadOrder {
     /// The index of the file at each place.
-    files: Vec<u32>,
+    file_at: Vec<u32>,
     /// The places of each file.
-    places: Vec<[u32; TIERS]>,
+    places_of: Vec<[u32; TIERS]>,
 }
 
-impl Places {
+impl LoadOrder {
     #[expect(
         clippy::cast_possible_truncation,
         reason = "there are at most MAX_FILES * TIERS places, which is 2^29"
@@ -400,18 +400,18 @@ impl Places {
         sorted.extend(0..files.len() as u32);
         sorted.sort_unstable_by_key(|&index| files[index as usize]);
         let mut order = Self {
-            files: Vec::new(),
-            places: Vec::new(),
+            file_at: Vec::new(),
+            places_of: Vec::new(),
         };
-        order.files.try_reserve_exact(files.len() * TIERS)?;
-        order.places.try_reserve_exact(files.len())?;
-        order.places.resize(files.len(), [0; TIERS]);
+        order.file_at.try_reserve_exact(files.len() * TIERS)?;
+        order.places_of.try_reserve_exact(files.len())?;
+        order.places_of.resize(files.len(), [0; TIERS]);
         let database = |&index: &u32| files[index as usize].database;
         for of_database in sorted.chunk_by(|one, other| database(one) == database(other)) {
             for tier in 0..TIERS {
                 for &index in of_database {
-                    order.places[index as usize][tier] = order.files.len() as u32;
-                    order.files.push(index);
+                    order.places_of[index as usize][tier] = order.file_at.len() as u32;
+                    order.file_at.push(index);
                 }
             }
         }
@@ -420,7 +420,7 @@ impl Places {
 
     /// The place of those blocks of a file that have that usage count.
     fn find(&self, file: usize, usage_count: UsageCount) -> u32 {
-        self.places[file][usize::from(usage_count.get() < FIRST_TIER_FROM)]
+        self.places_of[file][usize::from(usage_count.get() < FIRST_TIER_FROM)]
     }
 }
 
@@ -428,7 +428,7 @@ impl Places {
 fn remove_cached(
     keys: &mut Vec<Key>,
     files: &[FileFork],
-    places: &Places,
+    order: &LoadOrder,
     cached: impl Iterator<Item = Record>,
 ) -> Result<u64, TryReserveError> {
     let mut by_file: FxHashMap<&FileFork, usize> = FxHashMap::default();
@@ -438,7 +438,7 @@ fn remove_cached(
         let Some(&file) = by_file.get(&FileFork::of(&record)) else {
             continue;
         };
-        for place in places.places[file] {
+        for place in order.places_of[file] {
             let block = Key::lowest(place, record.block);
             let start = keys.partition_point(|key| *key < block);
             // A list may name a block more than once, and `cached` may too: a block that
@@ -460,7 +460,7 @@ impl OverBudget {
     /// The blocks' records, each with its usage count and age.
     pub fn records(&self) -> impl Iterator<Item = (Record, UsageCount, Age)> {
         self.keys.iter().map(|key| {
-            let file = self.files[self.places[key.place()] as usize];
+            let file = self.files[self.file_at[key.place()] as usize];
             (file.record(key.block()), key.usage_count(), key.age())
         })
     }

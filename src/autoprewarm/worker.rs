@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use super::left::Settled;
 use super::load_segment::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
 use super::state::State;
-use crate::blocks::{Fork, PlanView, SkipReason};
+use crate::blocks::{Fork, Oid, PlanView, SkipReason};
 use crate::pace::{Pace, TURN};
 use crate::pg::process::activity;
 use crate::pg::process::latch::sleep_as_worker;
@@ -88,7 +88,7 @@ pub fn main(argument: WorkerArgument) {
         settled: Settled::of(&segment),
         prefaulter: Prefaulter::new(&load.prefaulted),
         pace: Pace::new(),
-        database: database::name(slot.database()),
+        database: name_of(slot.database()),
         reported: Cell::new(None),
         shortage_was_logged: Cell::new(false),
         progress: ShownProgress::new(Progress {
@@ -135,6 +135,14 @@ pub fn main(argument: WorkerArgument) {
         false => Stage::Finished,
     });
     worker.state.wake_leader();
+}
+
+/// A database's name, in the server's encoding; its OID if the name cannot be read.
+fn name_of(database: Oid) -> Vec<u8> {
+    transaction::run(|transaction| database::name(transaction, database))
+        .ok()
+        .flatten()
+        .unwrap_or_else(|| database.to_string().into_bytes())
 }
 
 struct Worker<'a> {

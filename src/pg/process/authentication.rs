@@ -80,7 +80,7 @@ impl NewSession<'_> {
     /// Whether its role is a superuser, or has the privileges of `pg_monitor`, or does not
     /// exist, so that the session is about to fail. May raise an ERROR.
     pub fn may_monitor(&self) -> bool {
-        // SAFETY: a transaction is open, and the name is a C string.
+        // SAFETY: `self` has an open transaction, and the name is a C string.
         unsafe {
             let role = pg_sys::get_role_oid(self.port.user_name().as_ptr(), true);
             let monitor = pg_sys::ROLE_PG_MONITOR.into();
@@ -121,8 +121,9 @@ impl NewSession<'_> {
     /// Runs `wait` without the snapshot that the server has taken, if it has: it would hold
     /// back `xmin`. It is taken again after that.
     pub fn without_snapshot(&self, wait: impl FnOnce()) {
-        // SAFETY: a transaction is open, and the entry is this process's own. No snapshot is
-        // active or registered, so the server forgets `xmin` with the last one that is popped.
+        // SAFETY: `self` has an open transaction, and the entry is this process's own. No
+        // snapshot is active or registered, so the server forgets `xmin` with the last one
+        // that is popped.
         let had_snapshot = unsafe {
             let had_snapshot = (*pg_sys::MyProc).xmin != pg_sys::InvalidTransactionId;
             if had_snapshot {
@@ -134,7 +135,7 @@ impl NewSession<'_> {
         };
         wait();
         if had_snapshot {
-            // SAFETY: a transaction is open.
+            // SAFETY: `self` has an open transaction.
             unsafe { pg_sys::GetTransactionSnapshot() };
         }
     }

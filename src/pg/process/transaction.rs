@@ -10,11 +10,12 @@ use super::error::{Caught, catch};
 pub struct Transaction(PhantomData<*const ()>);
 
 impl Transaction {
-    /// The transaction in which the server runs an SQL function or a parallel worker.
+    /// The transaction in which the server runs an SQL function, a parallel worker, or the
+    /// hook for new sessions.
     ///
     /// # Safety
-    /// The caller is such a function, or is called by one, and does not use this after
-    /// it has returned.
+    /// The caller is one of these functions, or is called by one, and does not use this
+    /// after it has returned.
     pub unsafe fn current<'a>() -> &'a Self {
         &Self(PhantomData)
     }

@@ -7,7 +7,7 @@ use pgrx::pg_sys;
 
 use super::catalog::scan;
 use crate::blocks::Oid;
-use crate::pg::process::transaction::{self, Transaction};
+use crate::pg::process::transaction::Transaction;
 
 /// What decides whether a worker is started in a database.
 #[derive(Clone, Copy, Debug)]
@@ -71,17 +71,11 @@ pub fn is_wanted_alone(_transaction: &Transaction, database: Oid) -> bool {
     false
 }
 
-/// The name of a database, in the server's encoding; its OID if it has none. Runs a
-/// transaction.
-pub fn name(database: Oid) -> Vec<u8> {
-    let name = transaction::run(|_| {
-        // SAFETY: a transaction is open; the name is copied before that ends.
-        unsafe {
-            let name = pg_sys::get_database_name(database.into());
-            (!name.is_null()).then(|| CStr::from_ptr(name).to_bytes().to_vec())
-        }
-    });
-    name.ok()
-        .flatten()
-        .unwrap_or_else(|| database.to_string().into_bytes())
+/// The name of a database, in the server's encoding. `None` if there is no such database.
+pub fn name(_transaction: &Transaction, database: Oid) -> Option<Vec<u8>> {
+    // SAFETY: a transaction is open; the name is copied before that ends.
+    unsafe {
+        let name = pg_sys::get_database_name(database.into());
+        (!name.is_null()).then(|| CStr::from_ptr(name).to_bytes().to_vec())
+    }
 }

@@ -1,4 +1,4 @@
-//! What a load has left for a reason that passes stays in the list until it is loaded,
+//! What a load has left for a temporary reason stays in the list until it is loaded,
 //! its relation is gone, or two more starts have left it.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,5 +1,5 @@
-//! What the next list carries: records of blocks that a load has left for a reason that
-//! passes.
+//! What the next list carries: records of blocks that a load has left for a temporary
+//! reason.
 //!
 //! When a load has ended, the leader writes a list at once if blocks were left: of what is
 //! cached now, and of these. The dumps that follow read them from the list that is there,

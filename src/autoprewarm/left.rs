@@ -4,7 +4,7 @@
 //! The blocks of a chunk are loaded in order. So one number for each chunk tells all: how
 //! many of its blocks, from the first on, are settled. A block that was loaded is, and so
 //! is one that no later load could load: its relation is gone, or it cannot be read. What
-//! is not settled when the load ends was left for a reason that passes, whatever that is:
+//! is not settled when the load ends was left for a temporary reason, whatever that is:
 //! there was no free buffer, the relation was locked, the worker died, the load was
 //! cancelled. What a [later](super::later) try loads, the next dump finds in shared
 //! buffers. The numbers lie in the load's segment; the worker that has claimed a chunk

@@ -240,7 +240,7 @@ fn load(
     }
 }
 
-/// The records that the load has left for a reason that passes. `None` if they could not
+/// The records that the load has left for a temporary reason. `None` if they could not
 /// be gathered, which is logged; the whole list counts as left then.
 fn left(supervisor: &Supervisor, over_budget: OverBudget, state: &State) -> Option<Carried> {
     let mut left = supervisor.left().chain(over_budget.records()).peekable();

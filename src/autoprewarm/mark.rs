@@ -27,8 +27,8 @@ use crate::pg::storage::file;
 const MARK: &str = "pg_stat_tmp/autoprewarm.loading";
 const MARK_BEING_WRITTEN: &str = "pg_stat_tmp/autoprewarm.loading.tmp";
 
-/// After how many crashes in a row the next load is not begun. Two loads may follow
-/// crashes: those may have had another reason.
+/// After how many crashes in a row the next load is not begun. Two more loads are tried,
+/// since the first crashes may have had another cause.
 const CRASHES: u32 = 3;
 
 /// The mark of the load that has begun.
@@ -97,7 +97,7 @@ fn read() -> u32 {
                 PgLogLevel::LOG,
                 Message::new(SUCCESS, &message).detail(detail),
             );
-            // The server renames nothing over a file that it cannot open.
+            // `durable_rename` opens the old file first, and would fail.
             let _ = fs::remove_file(MARK);
             0
         }

@@ -1,7 +1,5 @@
-//! The list that is missing: why there is nothing to load, and where the list will be.
-//!
-//! That is so at the first start. Later it is worth a look: somebody has removed the file,
-//! or it is a symbolic link to something that is gone.
+//! Reports that there is nothing to load: the file does not exist, as at the server's first
+//! start, or is a symbolic link whose target does not exist.
 
 use std::io;
 

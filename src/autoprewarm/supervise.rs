@@ -443,8 +443,8 @@ impl Supervisor {
                     }
                     self.databases[worker.database].set_aside_until = Some(Instant::now() + RETRY);
                 }
-                // It could not start or connect, most likely for a passing reason, so it is
-                // not held against the chunk.
+                // It could not start or connect, most likely for a temporary reason, so it
+                // is not held against the chunk.
                 Stage::NotStarted | Stage::Attached => {
                     let claim = claim.map(|claim| (worker.database, claim));
                     self.abandoned.extend(claim);

@@ -1,6 +1,6 @@
 //! Records that a load has left, and that the next lists carry.
 //!
-//! A block that could not be loaded for a reason that passes (there was no free buffer,
+//! A block that could not be loaded for a temporary reason (there was no free buffer,
 //! its relation was locked, the load was cancelled) is not in shared buffers, so a list
 //! of what is cached would forget it. The lists that follow carry its record instead:
 //! after the records of cached blocks, with the usage count that it had, until the block

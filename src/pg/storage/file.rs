@@ -156,7 +156,8 @@ pub fn remove_durably(path: &str) {
     unsafe { pg_sys::durable_unlink(path.as_ptr(), PgLogLevel::ERROR as i32) };
 }
 
-/// What a symbolic link to nothing says that it leads to. `None` if that path is no link.
+/// The target of a symbolic link, which need not exist. `None` if the path is no symbolic
+/// link.
 pub fn link_target(path: &str) -> Option<String> {
     let target = fs::read_link(path).ok()?;
     Some(target.to_string_lossy().into_owned())

@@ -1,6 +1,6 @@
-//! Symbols of the server that pgrx does not bind, or binds in a form that does not
-//! fit here: its guard against an ERROR's `longjmp` allocates nothing, but must not
-//! stand in a signal handler, in a `Drop`, or in the loop over all buffers.
+//! Functions of the server that pgrx does not bind, and some that it binds only behind its
+//! guard, which turns an ERROR into a panic. These raise no ERROR, or their callers have a
+//! guard of their own, or none is wanted.
 
 #![expect(
     ffi_unwind_calls,

@@ -17,13 +17,12 @@ use std::io;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicI64};
 
-use pgrx::PgSqlErrorCode;
-
 use super::list;
 use super::state::{Phase, State};
 use crate::blocks::{Age, Carried, CarriedBuilder, Fork, ReadError, Record, UsageCount};
 use crate::error::Error;
 use crate::pg::process::check_for_interrupts;
+use crate::pg::process::error::is_shortage;
 use crate::pg::process::memory::{fallible, infallible};
 use crate::pg::storage::relation::Locator;
 use crate::pg::storage::{buffer, file, segments};
@@ -128,7 +127,7 @@ pub fn from_list(state: &State) -> Result<Carried, Error> {
             if source.kind() == io::ErrorKind::NotFound
                 || (matches!(state.phase(), Phase::Failed | Phase::Suspended)
                     || !whole && records.is_none())
-                    && !is_shortage(&source) =>
+                    && !is_shortage(file::sqlstate(&source)) =>
         {
             Ok(Carried::none())
         }
@@ -148,14 +147,6 @@ pub fn forget_dropped(carried: &mut Carried) {
         };
         Fork::from_number(file.fork).is_some_and(|fork| segments::has_blocks(locator, fork))
     });
-}
-
-/// Whether opening or reading a file may succeed later.
-fn is_shortage(error: &io::Error) -> bool {
-    matches!(
-        file::sqlstate(error),
-        PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY | PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES
-    )
 }
 
 /// Serves interrupts, in the midst of a fallible call.

@@ -23,6 +23,7 @@ use super::state::State;
 use crate::blocks::{Fork, Oid, PlanView, SkipReason};
 use crate::pace::{Pace, TURN};
 use crate::pg::process::activity;
+use crate::pg::process::error::is_shortage;
 use crate::pg::process::latch::sleep_as_worker;
 use crate::pg::process::transaction::{self, Transaction};
 use crate::pg::process::{self, background, lock_timeout};
@@ -355,7 +356,7 @@ impl Worker<'_> {
                     return ChunkEnd::Done;
                 }
                 // Memory, locks or files are short, perhaps only for a moment.
-                Err(caught) if caught.is_shortage() => {
+                Err(caught) if is_shortage(caught.sqlstate) => {
                     if !self.shortage_was_logged.replace(true) {
                         self.state.last_error.record(&caught.message);
                         caught.warn();

@@ -49,15 +49,6 @@ impl Caught {
         )
     }
 
-    /// Whether memory, room in the lock table or open files were short. A retry may
-    /// succeed.
-    pub fn is_shortage(&self) -> bool {
-        matches!(
-            self.sqlstate,
-            PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY | PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES
-        )
-    }
-
     /// Whether a smaller segment of dynamic shared memory may be possible: what this one
     /// was refused for is memory, room in a file system, or (an internal error to
     /// PostgreSQL) the system's limit for one segment.
@@ -80,6 +71,15 @@ impl Caught {
         };
         log_message(PgLogLevel::WARNING, message);
     }
+}
+
+/// Whether an error is that memory, room in the lock table or open files were short. A
+/// retry may succeed.
+pub fn is_shortage(sqlstate: PgSqlErrorCode) -> bool {
+    matches!(
+        sqlstate,
+        PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY | PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES
+    )
 }
 
 /// Runs `body`, and returns an ERROR that it raises. What `body` held is not released:

@@ -13,9 +13,6 @@ use crate::pg::sys::{ffi, version};
 
 const LOCK: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
 
-/// `INVALID_PROC_NUMBER`, the backend of relations that are not temporary.
-const NO_BACKEND: i32 = -1;
-
 /// What came of opening a relation by its file.
 pub enum Opened<'t> {
     Open(Relation<'t>),
@@ -209,7 +206,7 @@ impl<'t> Relation<'t> {
     /// Whether it is a temporary relation, of this session or another.
     pub fn is_temporary(&self) -> bool {
         // SAFETY: the relation is open.
-        unsafe { (*self.relation).rd_backend != NO_BACKEND }
+        unsafe { (*self.relation).rd_backend != version::NO_BACKEND }
     }
 
     pub fn is_other_temp(&self) -> bool {

@@ -78,7 +78,7 @@ impl LoadRoom {
 
     /// How many blocks may be read now, at most `max`. Serves interrupts.
     pub fn ahead(&self, max: usize) -> usize {
-        if free_list_is_empty() == Some(false) {
+        if free_list_has_any() {
             return max;
         }
         let (turned, next) = clock_hand();

@@ -33,6 +33,10 @@ pub const BGWORKER_INTERRUPTIBLE: u32 = {
     }
 };
 
+/// The backend of relations that are not temporary: `InvalidBackendId`, from 17 on
+/// `INVALID_PROC_NUMBER`. Another number is that of the session that has a temporary one.
+pub const NO_BACKEND: i32 = -1;
+
 /// The physical identity of a relation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Locator {
@@ -77,9 +81,7 @@ pub unsafe fn path(relation: pg_sys::Relation, fork: Fork) -> String {
 
 /// The path of the first segment file of a fork of a relation that is not temporary.
 pub fn permanent_path(locator: Locator, fork: Fork) -> String {
-    // Another number would be that of the session that has a temporary relation.
-    const NO_SESSION: i32 = -1;
-    path_of(locator, NO_SESSION, fork)
+    path_of(locator, NO_BACKEND, fork)
 }
 
 fn path_of(locator: Locator, backend: i32, fork: Fork) -> String {

@@ -31,6 +31,10 @@ const RETRIED: &str = "The load is retried after \"pg_prewarm.autoprewarm_interv
                        minutes if that is zero) and when the configuration is reloaded. The block \
                        dump file is kept until then.";
 
+/// The DETAIL that tells when a load is retried that had no background worker slot.
+const RETRIED_WITH_SLOT: &str = "The load is retried when a slot is free. Until then, block dumps \
+                                 keep the blocks that are not loaded yet.";
+
 /// Why the list is loaded, which decides what may be replaced in shared buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
@@ -40,10 +44,6 @@ pub enum Reason {
     /// replaced as well.
     OnDemand,
 }
-
-/// The DETAIL that tells when a load is retried that had no background worker slot.
-const RETRIED_WITH_SLOT: &str = "The load is retried when a slot is free. Until then, block dumps \
-                                 keep the blocks that are not loaded yet.";
 
 /// How a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

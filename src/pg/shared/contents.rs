@@ -59,11 +59,6 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
     const COUNTERS_ARE_ALIGNED: () = assert!(align_of::<C>() >= align_of::<AtomicU32>());
     const WORDS_ARE_ALIGNED: () = assert!(align_of::<AtomicU32>() >= align_of::<W>());
 
-    fn counters_at(lengths: Lengths) -> usize {
-        let () = Self::COUNTERS_ARE_ALIGNED;
-        Self::CELLS_AT + lengths.cells * size_of::<C>()
-    }
-
     /// Stands for the version of the library and the sizes of the types. A process that was
     /// started by another version, of a library that is not preloaded, finds another stamp.
     const STAMP: u64 = {
@@ -76,6 +71,11 @@ impl<'a, H: Shared, C: Shared, W: Word> Contents<'a, H, C, W> {
         }
         stamp
     };
+
+    fn counters_at(lengths: Lengths) -> usize {
+        let () = Self::COUNTERS_ARE_ALIGNED;
+        Self::CELLS_AT + lengths.cells * size_of::<C>()
+    }
 
     fn words_at(lengths: Lengths) -> usize {
         let () = Self::WORDS_ARE_ALIGNED;

@@ -1,5 +1,5 @@
 //! The errors of SQL functions, and of the leader's reading and writing of the list:
-//! message, SQLSTATE and hint of each.
+//! message, SQLSTATE, detail and hint of each.
 
 use std::io;
 
@@ -98,16 +98,22 @@ impl Error {
         }
     }
 
+    fn detail(&self) -> Option<&'static str> {
+        match self {
+            Self::PrefetchWithDirectIo => {
+                Some("With \"debug_io_direct\", the server bypasses the operating system's cache.")
+            }
+            _ => None,
+        }
+    }
+
     fn hint(&self) -> Option<&'static str> {
         match self {
             Self::InvalidMode => {
                 Some("Valid prewarm types are \"prefetch\", \"read\", and \"buffer\".")
             }
             Self::Disabled => Some("Set \"pg_prewarm.autoprewarm\" to on, and restart the server."),
-            Self::PrefetchWithDirectIo => Some(
-                "Use the prewarm type \"buffer\". With \"debug_io_direct\", the server bypasses the \
-                 operating system's cache.",
-            ),
+            Self::PrefetchWithDirectIo => Some("Use the prewarm type \"buffer\"."),
             Self::NoWorkerSlot => Some("You may need to increase \"max_worker_processes\"."),
             Self::LoadInProgress => Some(
                 "Use autoprewarm_wait() to wait for the end of the load, or autoprewarm_cancel() \
@@ -160,8 +166,11 @@ impl Error {
     }
 
     fn message<'a>(&self, primary: &'a str) -> Message<'a> {
-        let message = Message::new(self.sqlstate(), primary);
-        let hint = self.hint();
-        Message { hint, ..message }
+        Message {
+            sqlstate: self.sqlstate(),
+            primary,
+            detail: self.detail(),
+            hint: self.hint(),
+        }
     }
 }

@@ -1251,10 +1251,8 @@ fn prefetching_with_direct_io_is_an_error() {
         "0A000",
         "prewarm type \"prefetch\" is not supported with direct I/O",
     )
-    .hint(
-        "Use the prewarm type \"buffer\". With \"debug_io_direct\", the server bypasses the \
-         operating system's cache.",
-    );
+    .detail("With \"debug_io_direct\", the server bypasses the operating system's cache.")
+    .hint("Use the prewarm type \"buffer\".");
     let mut client = cluster.connect("postgres");
     for call in [
         "pg_prewarm('t', 'prefetch')",

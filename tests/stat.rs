@@ -74,7 +74,7 @@ fn columns_are_null_before_the_first_load_and_dump() {
     let row: String = value(&mut client, "SELECT s::text FROM pg_stat_autoprewarm s");
     assert_eq!(
         row,
-        "(,\"not running\",,,,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,,,,,,)"
+        "(,\"not running\",,,,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,,0,,,,,)"
     );
     assert_eq!(
         value::<i64>(&mut client, "SELECT count(*) FROM pg_stat_progress_prewarm"),

@@ -117,25 +117,15 @@ fn renamed_databases(arena: &mut Arena) {
     arena.begin_slow_load();
     for _ in 0..arena.round.rng.random_range(1..4) {
         let database = arena.round.choose(&["one", "two"]);
-        let commands = match arena.round.rng.random_range(0..3) {
-            0 => [
+        let commands = match arena.round.coin() {
+            true => [
                 format!("ALTER DATABASE {database} RENAME TO passing"),
                 format!("ALTER DATABASE passing RENAME TO {database}"),
             ],
-            1 => [
+            false => [
                 format!("CREATE DATABASE passing TEMPLATE {database}"),
                 "DROP DATABASE passing".to_owned(),
             ],
-            _ => {
-                // The buffers of the database are dropped.
-                arena.round.may_skip = true;
-                let (there, back) = match database {
-                    "one" => ("space", "pg_default"),
-                    _ => ("pg_default", "space"),
-                };
-                [there, back]
-                    .map(|space| format!("ALTER DATABASE {database} SET TABLESPACE {space}"))
-            }
         };
         for command in commands {
             // Sessions of clients may be in the database as well.

@@ -74,7 +74,14 @@ fn parse(bytes: &[u8]) -> Result<BTreeSet<Block>, String> {
         }
         usage_counts += digits.len();
     }
-    let last = lines.next().ok_or("there is no checksum")?;
+    let mut last = lines.next().ok_or("there is no checksum")?;
+    if let Some(carried) = last.strip_prefix("# carried ") {
+        let numbers: Vec<usize> = carried.split(' ').map_while(|n| n.parse().ok()).collect();
+        if numbers.len() != 2 || numbers[0] + numbers[1] > count {
+            return Err(format!("it has the line {last:?}"));
+        }
+        last = lines.next().ok_or("there is no checksum")?;
+    }
     let claimed = last
         .strip_prefix("# crc32c 0x")
         .and_then(|digits| u32::from_str_radix(digits, 16).ok())

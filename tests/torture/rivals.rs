@@ -91,7 +91,7 @@ fn queued_locks(arena: &mut Arena) {
             (reader, arena.call(table.database, &lock))
         })
         .collect();
-    let until_the_end = arena.round.rng.random_ratio(1, 4);
+    let until_the_end = arena.round.rng.random_ratio(1, 8);
     if until_the_end {
         arena.back_to_normal();
         arena.settle();

@@ -97,10 +97,11 @@ fn main() {
     let huge_pages = machine::reserved_huge_pages();
     let mut report = Report::new(&options);
     let scenarios: [(&str, Scenario); 7] = [
+        // First, since it measures the memory of this process.
+        ("lists", lists::run),
         ("load", load::run),
         ("busy", busy::run),
         ("dump", dump::run),
-        ("lists", lists::run),
         ("shrunk", shrunk::run),
         ("counters", counters::run),
         ("modes", modes::run),

@@ -23,6 +23,8 @@ fn shown(client: &mut Client) -> Vec<String> {
 
 const AUTOPREWARM: &str = "pg_prewarm.autoprewarm bool on postmaster on on default \
                            Customized Options {}";
+const HOLD: &str = "pg_prewarm.autoprewarm_hold_connections integer 0 ms sighup 0..60000 0 0 \
+                    default Customized Options {}";
 const INTERVAL: &str = "pg_prewarm.autoprewarm_interval integer 300 s sighup 0..2147483 300 300 \
                         default Customized Options {}";
 
@@ -35,7 +37,7 @@ const WORKERS: &str = "pg_prewarm.autoprewarm_workers integer 2 sighup 1..64 2 2
 #[test]
 fn each_setting_is_defined_if_it_can_have_an_effect() {
     let installations = [
-        (Some(Installation::ours()), &[MAX_RATE, WORKERS][..]),
+        (Some(Installation::ours()), &[HOLD, MAX_RATE, WORKERS][..]),
         (Installation::contrib(), &[]),
     ];
     for (installation, only_ours) in installations {
@@ -45,9 +47,14 @@ fn each_setting_is_defined_if_it_can_have_an_effect() {
         };
         let build = || Cluster::build().installation(installation.clone());
         let preloaded = build().start();
+        let sorted = |expected: &[&'static str]| {
+            let mut all = [expected, only_ours].concat();
+            all.sort_unstable();
+            all
+        };
         assert_eq!(
             shown(&mut preloaded.connect("postgres")),
-            [&[AUTOPREWARM, INTERVAL], only_ours].concat()
+            sorted(&[AUTOPREWARM, INTERVAL])
         );
 
         // Without preloading, a setting exists once the library has been loaded.
@@ -55,7 +62,7 @@ fn each_setting_is_defined_if_it_can_have_an_effect() {
         let mut client = lazy.connect("postgres");
         assert_eq!(shown(&mut client), [""; 0]);
         client.batch_execute("LOAD 'pg_prewarm'").unwrap();
-        assert_eq!(shown(&mut client), [&[INTERVAL], only_ours].concat());
+        assert_eq!(shown(&mut client), sorted(&[INTERVAL]));
         assert_eq!(
             error(&mut client, "SHOW pg_prewarm.autoprewarm"),
             SqlError::new(

@@ -171,7 +171,7 @@ fn load(state: &'static State, former: AfterLoad) -> AfterLoad {
     activity::report_idle();
     state.end_load(phase, result);
     // It has waited for a slot for a whole interval, in which no list was written.
-    if phase == Phase::NoSlot && !background::shutdown_requested() && may_dump(state) {
+    if phase == Phase::NoSlot && may_dump(state) {
         try_dump(state, Unlogged::LeftOut);
     }
     AfterLoad { later, slots_then }

@@ -196,7 +196,6 @@ fn load(
     if let Err(halt) = end {
         supervisor.terminate_workers();
         let outcome = match halt {
-            Halt::ShuttingDown if supervisor.waits_for_slot() => Outcome::NoSlot,
             Halt::ShuttingDown => Outcome::StillDue,
             Halt::NoProgress => {
                 let message = "could not load blocks: autoprewarm workers keep exiting before \

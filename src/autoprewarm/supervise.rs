@@ -193,11 +193,6 @@ impl Supervisor {
         self.segment.header().count_set_aside(self.segment.cells())
     }
 
-    /// Whether the load is waiting for a background worker slot, and no worker is running.
-    pub fn waits_for_slot(&self) -> bool {
-        self.no_slot_since.is_some()
-    }
-
     pub fn terminate_workers(&self) {
         for worker in &self.workers {
             worker.handle.terminate();

@@ -1027,7 +1027,7 @@ pub struct Block {
 }
 
 impl Block {
-    pub fn parse(line: &str) -> Self {
+    fn parse(line: &str) -> Self {
         let mut fields = line.split(',').map(|field| field.parse().unwrap());
         let mut field = || fields.next().unwrap();
         Self {

@@ -293,6 +293,13 @@ fn superusers_can_connect_while_all_other_connections_wait() {
     for _ in 0..5 {
         cluster.config().connect(NoTls).unwrap();
     }
+    // When the wait ends, the server looks again for connections that are not reserved.
+    let sessions = "SELECT count(*) FROM pg_stat_activity \
+                    WHERE usename = 'postgres' AND backend_type = 'client backend'";
+    wait_until("the superusers' sessions to end", || {
+        value::<i64>(&mut client, sessions) == 1
+    });
+    thread::sleep(Duration::from_millis(500));
     client.batch_execute("SELECT autoprewarm_cancel()").unwrap();
     let is_ok = |session: Connecting| session.join().unwrap().0.is_ok();
     assert!(is_ok(waiting));

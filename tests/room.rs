@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use postgres::Client;
 
-use crate::common::{Block, Cluster, Shutdown, list_of, list_with_usage_counts, value};
+use crate::common::{Block, Cluster, LoadStats, Shutdown, list_of, list_with_usage_counts, value};
 use crate::load::load_now;
 
 /// A running cluster whose pages become clean only by `CHECKPOINT`.
@@ -120,6 +120,36 @@ fn buffers_that_were_emptied_are_filled_though_no_list_has_them() {
         .unwrap();
     let stats = load_now(&cluster, &mut client, list_of(listed));
     assert_eq!((stats.total, stats.loaded), (1500, 1500));
+}
+
+#[test]
+fn a_load_fills_buffers_that_others_have_filled_and_emptied_meanwhile() {
+    let cluster = start();
+    let listed = cluster.table("listed", 300);
+    for number in 0..5 {
+        cluster.table(&format!("dropped_{number}"), 700);
+    }
+    cluster.stop(Shutdown::Fast);
+    cluster.write_list("<<0>>\n");
+    // Fifty blocks a second.
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 400");
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    LoadStats::wait_for_end(&mut client);
+    cluster.write_list(list_of(listed.first(300)));
+    client
+        .batch_execute("SELECT autoprewarm_load_now()")
+        .unwrap();
+    // More than all 2,048 buffers, but never all at once.
+    for number in 0..5 {
+        for sql in ["SELECT pg_prewarm('dropped')", "DROP TABLE dropped"] {
+            let sql = sql.replace("dropped", &format!("dropped_{number}"));
+            client.batch_execute(&sql).unwrap();
+        }
+    }
+    assert_eq!(LoadStats::get(&mut client).state, "loading");
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!((stats.loaded, stats.skipped), (300, 0), "{stats:?}");
 }
 
 #[test]

@@ -84,9 +84,11 @@ impl HoldState {
 
 /// Has a new session wait, if it should.
 pub fn hold(session: &NewSession) {
+    // Without an unreserved connection, the server is about to refuse the session.
     if settings::autoprewarm_hold_connections().is_zero()
         || !settings::leader_starts_with_server()
         || session.is_walsender()
+        || !session.has_unreserved_connection()
     {
         return;
     }
@@ -114,10 +116,7 @@ pub fn hold(session: &NewSession) {
             let left = limit
                 .saturating_sub(start.elapsed())
                 .min(session.time_left().saturating_sub(RESERVE));
-            let goes_on = is_wanted
-                && session.leaves_connections_to_others()
-                && !hold.is_over()
-                && state.first_load_may_run(LEADER_TIMEOUT);
+            let goes_on = is_wanted && !hold.is_over() && state.first_load_may_run(LEADER_TIMEOUT);
             (goes_on && !left.is_zero()).then(|| left.min(POLL))
         });
         hold.leave();

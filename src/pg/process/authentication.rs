@@ -16,7 +16,7 @@ use super::reserve::{self, with_reserve};
 use super::transaction::Transaction;
 use crate::pg::sys::authentication::{
     ClientAuthentication_hook, Hook, Port, STATUS_OK, call_hook, client_is_connected, deadline,
-    has_unreserved_connections,
+    leaves_reserved_connections,
 };
 
 /// A session whose client was authenticated.
@@ -99,10 +99,10 @@ impl NewSession<'_> {
         self.transaction.attempt(body)
     }
 
-    /// Whether others can connect while this session waits: there are more free connections
-    /// than those reserved for superusers.
-    pub fn leaves_connections_to_others(&self) -> bool {
-        has_unreserved_connections()
+    /// Whether it has a connection that is not reserved for superusers: as many as those are
+    /// free besides.
+    pub fn has_unreserved_connection(&self) -> bool {
+        leaves_reserved_connections()
     }
 
     /// Whether its client is still there. Resets this process's latch.

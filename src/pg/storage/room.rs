@@ -16,8 +16,8 @@
 //! - A **call** may evict any block but those that it has read itself
 //!   ([`count_evictable_before`]).
 
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use pgrx::pg_sys;
 
@@ -60,6 +60,9 @@ pub struct LoadRoom {
     replaced_below: usize,
     /// Where the clock hand was when the load began, see [`clock_hand`].
     start: AtomicU64,
+    /// Whether only empty buffers are filled: the hand goes round again, and has made blocks
+    /// look colder than they are.
+    only_empty: AtomicBool,
 }
 
 impl LoadRoom {
@@ -68,6 +71,7 @@ impl LoadRoom {
         Self {
             replaced_below: budget.replaced_below,
             start: AtomicU64::new(clock_hand().0),
+            only_empty: AtomicBool::new(false),
         }
     }
 
@@ -81,6 +85,18 @@ impl LoadRoom {
         if free_list_has_any() {
             return max;
         }
+        let found = self.look_ahead(max);
+        // Others may have taken the hand round, and emptied buffers since, as commands such
+        // as DROP TABLE do.
+        if found == 0 && count_free() > reserve() {
+            self.only_empty.store(true, Relaxed);
+            self.begin_again();
+            return self.look_ahead(max);
+        }
+        found
+    }
+
+    fn look_ahead(&self, max: usize) -> usize {
         let (turned, next) = clock_hand();
         let passed =
             usize::try_from(turned.wrapping_sub(self.start.load(Relaxed))).unwrap_or(usize::MAX);
@@ -109,7 +125,9 @@ impl LoadRoom {
         }
         let count = usage_count(old).get() as usize;
         let may_be_taken = is_empty(old)
-            || old & buffer_state::BM_DIRTY == 0 && (count == 0 || count < self.replaced_below);
+            || old & buffer_state::BM_DIRTY == 0
+                && (count == 0 || count < self.replaced_below)
+                && !self.only_empty.load(Relaxed);
         let wanted = match (may_be_taken, count) {
             (true, 0) => return true,
             (true, _) => 0,

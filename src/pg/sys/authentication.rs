@@ -96,8 +96,8 @@ pub fn client_is_connected() -> bool {
     unsafe { pg_guard_ffi_boundary(|| pq_check_connection()) }
 }
 
-/// Whether more connections are free than are reserved for superusers and the like.
-pub fn has_unreserved_connections() -> bool {
+/// Whether as many connections are free as are reserved for superusers and the like.
+pub fn leaves_reserved_connections() -> bool {
     // SAFETY: the numbers are set when the server starts, and do not change.
     #[cfg(feature = "pg15")]
     let reserved = unsafe { pg_sys::ReservedBackends };

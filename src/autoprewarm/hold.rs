@@ -7,9 +7,9 @@
 //!
 //! A session waits after its client was authenticated, in the server's hook for that. It
 //! holds no snapshot and no lock, and leaves those connections free that are reserved for
-//! superusers. It waits for a condition variable, which the leader
-//! broadcasts when the first tier is loaded, when the load ends, and at its exit; and looks
-//! at the clock itself, so that it waits no longer than allowed, whatever the leader does.
+//! superusers. It waits for a condition variable, which the leader broadcasts when the first
+//! tier is loaded, when the load ends, and at its exit; and it looks at the clock itself, so
+//! that it waits no longer than allowed, whatever the leader does.
 
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU32};

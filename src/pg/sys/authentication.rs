@@ -64,27 +64,25 @@ pub const STATUS_OK: c_int = pg_sys::STATUS_OK as c_int;
 /// The server's timestamp of the moment when it ends this process unless the client's
 /// session has begun, or its transaction has ended. `None` if nothing limits it.
 pub fn deadline() -> Option<pg_sys::TimestampTz> {
-    // Values of `TimeoutId` in timeout.h.
+    // Values of `TimeoutId` in timeout.h. The one of statements serves for
+    // `authentication_timeout` before a session has begun.
     const STATEMENT_TIMEOUT: c_int = 3;
     #[cfg(any(feature = "pg15", feature = "pg16"))]
-    const TIMEOUTS: [c_int; 1] = [STATEMENT_TIMEOUT];
+    const TIMEOUTS: &[c_int] = &[STATEMENT_TIMEOUT];
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-    const TIMEOUTS: [c_int; 2] = [STATEMENT_TIMEOUT, 8];
+    const TRANSACTION_TIMEOUT: c_int = 8;
+    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+    const TIMEOUTS: &[c_int] = &[STATEMENT_TIMEOUT, TRANSACTION_TIMEOUT];
 
     // These raise no ERROR.
     unsafe extern "C" {
         fn get_timeout_active(id: c_int) -> bool;
         fn get_timeout_finish_time(id: c_int) -> pg_sys::TimestampTz;
     }
-    // The server uses the timeout of statements for `authentication_timeout`.
-    // SAFETY: the timeouts exist in this version.
-    let active = TIMEOUTS
-        .into_iter()
-        .filter(|&id| unsafe { get_timeout_active(id) });
-    // SAFETY: as above: the timeouts exist in this version.
-    active
-        .map(|id| unsafe { get_timeout_finish_time(id) })
-        .min()
+    // SAFETY: this version has timeouts of these numbers.
+    let finish =
+        |&id: &c_int| unsafe { get_timeout_active(id).then(|| get_timeout_finish_time(id)) };
+    TIMEOUTS.iter().filter_map(finish).min()
 }
 
 /// Whether the client is still connected. Resets this process's latch. May raise an ERROR.

@@ -55,6 +55,8 @@ pub struct Round {
     pub rng: StdRng,
     /// The end of the log before the round.
     pub mark: usize,
+    /// How many buffers the server had allocated before the round.
+    pub allocated: i64,
     /// The processes that the round has killed.
     pub killed: Vec<i32>,
     /// Texts that autoprewarm's warnings and errors may have, besides those that are
@@ -73,6 +75,7 @@ impl Round {
         Self {
             rng: rng(seed, number),
             mark,
+            allocated: 0,
             killed: Vec::new(),
             allowed: Vec::new(),
             may_skip: false,
@@ -482,6 +485,12 @@ impl Arena {
         self.settle();
         self.list = Some(self.read_list());
         self.round.list_replaced = true;
+    }
+
+    /// How many buffers the server has allocated since its statistics began.
+    pub fn count_allocated(&self) -> i64 {
+        let row = self.query("postgres", "SELECT buffers_alloc FROM pg_stat_bgwriter");
+        row[0].get(0)
     }
 
     pub fn read_list(&self) -> List {

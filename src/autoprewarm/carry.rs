@@ -10,8 +10,8 @@
 //! left: the load may be interrupted or cancelled, or that list may not be written. A dump
 //! then carries all of it that is not cached.
 //!
-//! A record gets older once at each start of the server: by the first list that is written
-//! after a load. A start without a free background worker slot does not count.
+//! A record gets older once at each start of the server, by the first list that is written;
+//! not if that is written because there is no background worker slot for the load.
 
 use std::io;
 use std::sync::atomic::Ordering::SeqCst;

@@ -12,7 +12,7 @@
 //!   count 0, its usage count is raised to 1, which the hand takes back when it passes. A
 //!   clean block that may be replaced gets usage count 0, so that the hand takes it. The
 //!   hand goes round once for a load: then all blocks that were there have been passed, and
-//!   the load ends.
+//!   the load ends, unless buffers have been emptied since.
 //! - A **call** may evict any block but those that it has read itself
 //!   ([`count_evictable_before`]).
 
@@ -60,8 +60,8 @@ pub struct LoadRoom {
     replaced_below: usize,
     /// Where the clock hand was when the load began, see [`clock_hand`].
     start: AtomicU64,
-    /// Whether only empty buffers are filled: the hand goes round again, and has made blocks
-    /// look colder than they are.
+    /// Whether only empty buffers are filled: the hand goes round again, and has lowered the
+    /// usage counts of blocks.
     only_empty: AtomicBool,
 }
 

@@ -84,18 +84,21 @@ impl HoldState {
 
 /// Has a new session wait, if it should.
 pub fn hold(session: &NewSession) {
-    // Without an unreserved connection, the server is about to refuse the session.
     if settings::autoprewarm_hold_connections().is_zero()
         || !settings::leader_starts_with_server()
         || session.is_walsender()
-        || !session.has_unreserved_connection()
     {
         return;
     }
     let state = session.attempt(|| {
         let state = State::attach();
-        wait_events::HOLD_CONNECTIONS.look_up();
-        (!state.hold.is_over() && !session.may_monitor()).then_some(state)
+        // Without an unreserved connection, the server is about to refuse the session.
+        let waits =
+            !state.hold.is_over() && session.has_unreserved_connection() && !session.may_monitor();
+        if waits {
+            wait_events::HOLD_CONNECTIONS.look_up();
+        }
+        waits.then_some(state)
     });
     let state = match state {
         Ok(Some(state)) => state,

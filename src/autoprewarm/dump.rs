@@ -89,8 +89,7 @@ pub fn write_as_leader(carried: Option<Carried>, unlogged: Unlogged, state: &Sta
             );
         }
         Err(caught) => {
-            state.last_error.record(&caught.message);
-            caught.warn();
+            state.warn(caught);
         }
     }
     activity::report_idle();

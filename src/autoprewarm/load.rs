@@ -124,8 +124,7 @@ fn read_and_load(
             Outcome::StillDue
         }
         Err(caught) => {
-            state.last_error.record(&caught.message);
-            caught.warn();
+            state.warn(caught);
             Outcome::StillDue
         }
     };
@@ -250,8 +249,7 @@ fn left(supervisor: &Supervisor, over_budget: OverBudget, state: &State) -> Opti
         .and_then(|_| match transaction::run(Database::all) {
             Ok(existing) => Some(existing),
             Err(caught) => {
-                state.last_error.record(&caught.message);
-                caught.warn();
+                state.warn(caught);
                 None
             }
         });
@@ -274,8 +272,7 @@ fn left(supervisor: &Supervisor, over_budget: OverBudget, state: &State) -> Opti
             error.warn("The block dump file is kept as it is.", None);
         }
         Err(caught) => {
-            state.last_error.record(&caught.message);
-            caught.warn();
+            state.warn(caught);
         }
     }
     None

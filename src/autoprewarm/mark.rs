@@ -66,8 +66,7 @@ impl Mark {
 /// Forgets crashes, as a background worker.
 pub fn remove(state: &State) {
     if let Err(caught) = transaction::run(|_| forget()) {
-        state.last_error.record(&caught.message);
-        caught.warn();
+        state.warn(caught);
     }
 }
 
@@ -130,8 +129,7 @@ fn write(state: &State, loads: u32) -> bool {
             error.warn(UNCOUNTED, None);
         }
         Err(caught) => {
-            state.last_error.record(&caught.message);
-            caught.warn();
+            state.warn(caught);
         }
     }
     // Where it could not be created, there is nothing to remove.

@@ -16,6 +16,7 @@ use std::time::Duration;
 use super::carry::CarryState;
 use super::hold::HoldState;
 use super::stats::{DumpStats, LastError, LoadResult, LoadStats};
+use crate::pg::process::error::Caught;
 use crate::pg::process::{self, latch};
 use crate::pg::shared::contents::Shared;
 use crate::pg::shared::named::NamedStruct;
@@ -245,6 +246,13 @@ impl State {
                 .phase
                 .compare_exchange(former as u32, Phase::Ended as u32, SeqCst, SeqCst);
         }
+    }
+
+    /// Logs an ERROR that a worker or the leader has survived as a WARNING, and keeps it as
+    /// the last error.
+    pub fn warn(&self, caught: Caught) {
+        self.last_error.record(&caught.message);
+        caught.warn();
     }
 
     /// Records that the leader exits before the load has completed: the next leader

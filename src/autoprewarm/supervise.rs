@@ -260,16 +260,16 @@ impl Supervisor {
     /// enough, and when the server is shutting down. Until then, has workers leave databases
     /// whose first tier is done for others.
     fn end_hold_if_due(&self) {
-        let hold = &self.state.hold;
         let limit = settings::autoprewarm_hold_connections();
-        if !hold.is_over()
+        if self.sessions_are_held()
             && (self.first_tier_is_done()
-                || self.start.elapsed() >= limit && !limit.is_zero()
+                || self.start.elapsed() >= limit
                 || postmaster::is_stopping())
         {
-            hold.end();
+            self.state.hold.end();
         }
-        let waits = self.holds_sessions()
+        let waits = self.has_first_tier
+            && self.sessions_are_held()
             && (0..self.databases.len()).any(|index| {
                 let database = &self.databases[index];
                 !database.given_up
@@ -280,11 +280,9 @@ impl Supervisor {
         self.segment.header().set_first_tier_waits(waits);
     }
 
-    /// Whether new sessions wait for a first tier that is not all of the plan.
-    fn holds_sessions(&self) -> bool {
-        self.has_first_tier
-            && !self.state.hold.is_over()
-            && !settings::autoprewarm_hold_connections().is_zero()
+    /// Whether new sessions wait for the first tier.
+    fn sessions_are_held(&self) -> bool {
+        !settings::autoprewarm_hold_connections().is_zero() && !self.state.hold.is_over()
     }
 
     /// How many chunks of a database's first tier no worker has claimed.
@@ -519,8 +517,7 @@ impl Supervisor {
         match transaction::run(Database::all) {
             Ok(existing) => reason_to_skip(existing.get(&self.databases[index].oid)),
             Err(caught) => {
-                self.state.last_error.record(&caught.message);
-                caught.warn();
+                self.state.warn(caught);
                 None
             }
         }
@@ -621,7 +618,7 @@ impl Supervisor {
             with_most.filter(|index| for_each(index) > 0)
         };
         let in_first_tier = self
-            .holds_sessions()
+            .sessions_are_held()
             .then(|| most(&|index| self.first_tier_left(index)));
         in_first_tier
             .flatten()

@@ -416,7 +416,7 @@ fn a_dump_that_is_refused_memory_forgets_nothing_that_is_carried() {
     for round in 0..30 {
         let mut client = cluster.connect("postgres");
         client.batch_execute("LOAD 'pg_prewarm'").unwrap();
-        cluster.set_fault(Fault::RefusedMemory, 2 + round % 15);
+        cluster.set_fault(Fault::RefusedMemory, 2 << (round % 10));
         match client.batch_execute(DUMP) {
             Ok(()) => dumps += 1,
             Err(_) => refused += 1,

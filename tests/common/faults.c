@@ -116,15 +116,19 @@ static void delay(long milliseconds)
 /* Returns true randomly, once in so many calls. */
 static int is_one_of(long many)
 {
-	static unsigned chance;
+	static uint64_t state;
 	static int process;
+	uint64_t mixed;
 
 	if (many <= 0)
 		return 0;
 	if (process != getpid())
-		chance = process = getpid();
-	chance = chance * 1103515245 + 12345;
-	return (chance >> 8) % many == 0;
+		state = process = getpid();
+	/* SplitMix64: processes with adjoining ids must not meet the same chances. */
+	mixed = state += 0x9e3779b97f4a7c15;
+	mixed = (mixed ^ (mixed >> 30)) * 0xbf58476d1ce4e5b9;
+	mixed = (mixed ^ (mixed >> 27)) * 0x94d049bb133111eb;
+	return (mixed ^ (mixed >> 31)) % many == 0;
 }
 
 /* Delays a read, and returns true if it must fail. */

@@ -2,37 +2,40 @@
 //! the first moment.
 //!
 //! Each case says how many clients there are, which rows they want, whether they also
-//! update, and whether shared buffers hold the list. What counts as warm is measured for
-//! each case with all of the table prewarmed. Latencies include the time to connect, and so
-//! the time that a session is held.
+//! update, and whether shared buffers hold the list. Each client is a pgbench, and another
+//! one after so many transactions. What counts as warm is measured at the end of each run,
+//! with all of the table prewarmed. The latency of the first transaction of a session
+//! includes the time to connect, and so the time that a session is held.
 
 use std::collections::HashMap;
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::{Duration, Instant, SystemTime};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
+use std::time::{Duration, SystemTime};
 
-use postgres::{Client, Config, NoTls};
-use rand::distr::Distribution;
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
-use rand_distr::Zipf;
+use postgres::config::Host;
 
 use crate::Options;
 use crate::common::{Cluster, Shutdown, value};
 use crate::report::{Curve, Report, Samples, median};
 use crate::side::{self, Side, SystemCache};
 
-/// The steps of the curve.
-const STEP: Duration = Duration::from_millis(250);
+/// The steps of the curve, in seconds.
+const STEP: f64 = 0.25;
 
-/// How long the throughput has to stay warm.
-const WARM_FOR: Duration = Duration::from_secs(2);
+/// How long the throughput has to stay warm, in seconds.
+const WARM_FOR: f64 = 2.0;
 
-/// How long transactions are counted.
-const COUNTED: Duration = Duration::from_secs(10);
+/// How long transactions are counted, in seconds.
+const COUNTED: f64 = 10.0;
+
+/// How long the warm throughput is measured.
+const WARM_MEASURED: Duration = Duration::from_secs(3);
 
 /// After so many transactions a client connects again.
-const TRANSACTIONS_OF_A_SESSION: usize = 2000;
+const TRANSACTIONS_OF_A_SESSION: usize = 10_000;
 
 /// How long sessions are held at most where they are.
 const HOLD: &str = "5s";
@@ -117,8 +120,8 @@ impl Way {
     }
 }
 
-/// A transaction: when it ended, and how long it took.
-type Transaction = (Instant, Duration);
+/// A transaction: when it ended, in seconds since 1970, and how long it took, in seconds.
+type Transaction = (f64, f64);
 
 pub fn run(options: &Options, report: &mut Report) {
     let size = options.size;
@@ -145,18 +148,17 @@ pub fn run(options: &Options, report: &mut Report) {
 fn measure(case: &Case, cluster: &mut Cluster, options: &Options, report: &mut Report) {
     let size = options.size;
     let seconds = Duration::from_secs(size.busy_seconds);
-    eprintln!("   {}: warming", case.name);
+    eprintln!("   {}: the list", case.name);
     cluster.stop(Shutdown::Fast);
     cluster.switch_to(Side::Ours.installation());
     cluster.configure("pg_prewarm.autoprewarm_hold_connections = 0");
     let all = size.buffers;
     cluster.configure(&format!("shared_buffers = {all}MB"));
     cluster.start();
-    cluster.sql("SELECT pg_prewarm('t'), pg_prewarm('t_id_idx')");
+    cluster.sql(PREWARM);
     let clients = Clients::begin(case, cluster, size.dense_blocks);
-    std::thread::sleep(seconds / 2);
-    let (transactions, _) = clients.end();
-    let mut warm = throughput(&transactions);
+    std::thread::sleep(seconds / 3);
+    clients.end();
     // Both sides get the same list, of the same length; contrib's reads its own part.
     let _: i64 = value(
         &mut cluster.connect("postgres"),
@@ -165,22 +167,7 @@ fn measure(case: &Case, cluster: &mut Cluster, options: &Options, report: &mut R
     let list = cluster.list();
     cluster.stop(Shutdown::Fast);
     let buffers = if case.is_larger { all * 3 / 8 } else { all };
-    if case.is_larger {
-        cluster.configure(&format!("shared_buffers = {buffers}MB"));
-        cluster.start();
-        cluster.sql("SELECT pg_prewarm('t'), pg_prewarm('t_id_idx')");
-        let clients = Clients::begin(case, cluster, size.dense_blocks);
-        std::thread::sleep(seconds);
-        let (transactions, _) = clients.end();
-        let half = transactions.len() / 2;
-        warm = throughput(&transactions[half..]);
-        cluster.stop(Shutdown::Fast);
-    }
-    report.figure(
-        &format!("busy: {}: throughput when warm", case.name),
-        warm,
-        "/s",
-    );
+    cluster.configure(&format!("shared_buffers = {buffers}MB"));
 
     let ways: &[Way] = match case.is_held {
         true => &[Way::Contrib, Way::Ours, Way::Held],
@@ -196,7 +183,7 @@ fn measure(case: &Case, cluster: &mut Cluster, options: &Options, report: &mut R
                     "pg_prewarm.autoprewarm_hold_connections = {limit}"
                 ));
             }
-            let result = one_run(case, cluster, size.dense_blocks, warm, seconds);
+            let result = one_run(case, cluster, size.dense_blocks, seconds);
             eprintln!(
                 "   {}, run {}, {}: {result}",
                 case.name,
@@ -243,13 +230,16 @@ enum Better {
 
 type Pick = fn(&Result) -> f64;
 
-const FIGURES: [(&str, &str, Better, Pick); 8] = [
+const FIGURES: [(&str, &str, Better, Pick); 9] = [
     (
         "transactions in the first 10 s",
         "",
         Better::Higher,
         |result| result.transactions,
     ),
+    ("throughput when warm", "/s", Better::Higher, |result| {
+        result.warm
+    }),
     ("time to 90 % of warm", "s", Better::Lower, |result| {
         result.warm_after
     }),
@@ -280,7 +270,9 @@ const FIGURES: [(&str, &str, Better, Pick); 8] = [
 struct Result {
     /// In the first ten seconds.
     transactions: f64,
-    /// When the throughput was nine tenths of the warm one, and stayed so.
+    /// The throughput at the end, with all of the table prewarmed.
+    warm: f64,
+    /// When the throughput was nine tenths of the warm one, for two seconds on average.
     warm_after: f64,
     /// The 50th and 99th percentile and the worst until then, in milliseconds.
     latencies: [f64; 3],
@@ -294,9 +286,10 @@ impl std::fmt::Display for Result {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{} transactions, warm after {:.2} s, p99 {:.2} ms, load {:.2} s, \
-             processor time {:.1} and {:.1} s",
+            "{} transactions, {:.0} per second when warm, after {:.2} s, p99 {:.2} ms, \
+             load {:.2} s, processor time {:.1} and {:.1} s",
             self.transactions,
+            self.warm,
             self.warm_after,
             self.latencies[1],
             self.load_end,
@@ -306,83 +299,150 @@ impl std::fmt::Display for Result {
     }
 }
 
-fn one_run(case: &Case, cluster: &Cluster, blocks: u32, warm: f64, seconds: Duration) -> Result {
+fn one_run(case: &Case, cluster: &Cluster, blocks: u32, seconds: Duration) -> Result {
     let mark = cluster.log_end();
     let clients = Clients::begin(case, cluster, blocks);
     cluster.start();
-    let clocks = (Instant::now(), SystemTime::now());
-    let ready = logged_time(&cluster.log_since(mark), "ready to accept connections")
+    let start = logged_time(&cluster.log_since(mark), "ready to accept connections")
         .expect("the server has said so");
-    // The same moment by the clock that the transactions are measured with.
-    let age = clocks.1.duration_since(SystemTime::UNIX_EPOCH).unwrap() - ready;
-    let start = clocks.0 - age;
-    std::thread::sleep(seconds.saturating_sub(age));
-    let (transactions, times) = clients.end();
+    std::thread::sleep(seconds.saturating_sub(Duration::from_secs_f64(now() - start)));
     let load_end = logged_time(&cluster.log_since(mark), "successfully prewarmed");
+    if !case.is_larger {
+        cluster.sql(PREWARM);
+    }
+    let warm_from = now();
+    std::thread::sleep(WARM_MEASURED);
+    let warm_until = now();
+    let (transactions, times) = clients.end();
     side::stop(cluster);
 
+    let warm = transactions
+        .iter()
+        .filter(|(end, _)| (warm_from..warm_until).contains(end))
+        .count() as f64
+        / (warm_until - warm_from);
     let curve = curve(&transactions, start, seconds);
-    let steps = (WARM_FOR.as_secs_f64() / STEP.as_secs_f64()) as usize;
-    let is_warm = |steps: &[(f64, f64)]| steps.iter().all(|step| step.1 >= warm * 0.9);
+    let steps = (WARM_FOR / STEP) as usize;
+    let is_warm = |steps: &[(f64, f64)]| {
+        let sum: f64 = steps.iter().map(|step| step.1).sum();
+        sum / steps.len() as f64 >= warm * 0.9
+    };
     let warm_after = curve
         .windows(steps)
         .find(|steps| is_warm(steps))
-        .map_or(seconds.as_secs_f64(), |steps| {
-            steps[0].0 - STEP.as_secs_f64()
-        });
-    let until = |time: Duration| {
-        let end = start + time;
-        let before = transactions.iter().filter(move |(at, _)| *at <= end);
-        before.map(|(_, took)| took.as_secs_f64() * 1000.0)
+        .map_or(seconds.as_secs_f64(), |steps| steps[0].0 - STEP);
+    let until = |time: f64| {
+        let before = transactions
+            .iter()
+            .filter(move |(end, _)| *end <= start + time);
+        before.map(|(_, took)| took * 1000.0)
     };
-    let mut latencies: Vec<f64> = until(Duration::from_secs_f64(warm_after.max(1.0))).collect();
+    let mut latencies: Vec<f64> = until(warm_after.max(1.0)).collect();
     latencies.sort_by(f64::total_cmp);
     let percentile = |part: f64| {
         let last = latencies.len().saturating_sub(1);
         let at = (last as f64 * part) as usize;
         latencies.get(at).copied().unwrap_or(f64::NAN)
     };
-    let after_ready =
-        |time: Option<Duration>| time.map_or(f64::NAN, |time| (time - ready).as_secs_f64());
     Result {
         transactions: until(COUNTED).count() as f64,
+        warm,
         warm_after,
         latencies: [0.5, 0.99, 1.0].map(percentile),
-        load_end: after_ready(load_end),
+        load_end: load_end.map_or(f64::NAN, |end| end - start),
         load_time: times.load,
         client_time: times.clients,
         curve,
     }
 }
 
-/// The time of a line of the log, since 1970.
-fn logged_time(log: &str, text: &str) -> Option<Duration> {
-    let line = log.lines().find(|line| line.contains(text))?;
-    let seconds = line.split_whitespace().next()?.parse().ok()?;
-    Some(Duration::from_secs_f64(seconds))
+/// Seconds since 1970.
+fn now() -> f64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.expect("1970 is over").as_secs_f64()
 }
 
-/// Clients at work, each in a thread, and the processor time of the server's processes.
+/// The time of a line of the log, in seconds since 1970.
+fn logged_time(log: &str, text: &str) -> Option<f64> {
+    let line = log.lines().find(|line| line.contains(text))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+const PREWARM: &str = "SELECT pg_prewarm('t'), pg_prewarm('t_id_idx')";
+
+/// Clients at work, each in a thread that runs one pgbench after another, and the processor
+/// time of the server's processes.
 struct Clients {
-    stop: std::sync::Arc<AtomicBool>,
-    threads: Vec<std::thread::JoinHandle<Vec<Transaction>>>,
+    stop: Arc<AtomicBool>,
+    clients: Vec<Client>,
     sampler: std::thread::JoinHandle<ProcessorTimes>,
+    /// Where the scripts and the logs of transactions are.
+    directory: PathBuf,
+}
+
+struct Client {
+    /// The pgbench that runs; 0 if none does.
+    process: Arc<AtomicI32>,
+    /// Returns when each pgbench was started, in seconds since 1970, by process ID.
+    thread: std::thread::JoinHandle<HashMap<u32, f64>>,
 }
 
 impl Clients {
     /// They connect as soon as the server lets them.
     fn begin(case: &Case, cluster: &Cluster, blocks: u32) -> Self {
-        let stop = std::sync::Arc::new(AtomicBool::new(false));
-        let mut config = cluster.config();
-        config.user("app");
-        let threads = (0..case.clients)
+        let stop = Arc::new(AtomicBool::new(false));
+        // In memory, if there is a file system for that: the disk is what is measured.
+        let memory = Path::new("/dev/shm");
+        let parent = match memory.is_dir() {
+            true => memory.to_owned(),
+            false => std::env::temp_dir(),
+        };
+        let directory = parent.join(format!("pg_prewarm-busy-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let row = match case.rows {
+            Rows::Uniform => format!("random(1, {blocks})"),
+            // The most wanted rows are scattered over the table.
+            Rows::Skewed => {
+                format!("1 + permute(random_zipfian(1, {blocks}, 1.001) - 1, {blocks})")
+            }
+        };
+        let script = |name: &str, statement: &str| {
+            let file = directory.join(name);
+            fs::write(
+                &file,
+                format!("\\set id {row}\n{statement} WHERE id = :id;\n"),
+            )
+            .unwrap();
+            file
+        };
+        let mut scripts = vec![(script("read", "SELECT octet_length(filler) FROM t"), 9)];
+        if case.updates {
+            scripts.push((script("update", "UPDATE t SET filler = filler"), 1));
+        }
+        let config = cluster.config();
+        let [Host::Unix(socket)] = config.get_hosts() else {
+            unreachable!("clusters listen on a socket only");
+        };
+        let pgbench = Side::Ours.installation().bin().join("pgbench");
+        let clients = (1..=case.clients)
             .map(|number| {
-                let (stop, config) = (stop.clone(), config.clone());
-                let random = StdRng::seed_from_u64(number as u64 + 1);
-                let (rows, updates) = (case.rows, case.updates);
-                std::thread::spawn(move || {
-                    client(&config, random, &Wanted::new(rows, blocks), updates, &stop)
-                })
+                let mut command = Command::new(&pgbench);
+                command
+                    .args(["--no-vacuum", "--protocol=prepared", "--log"])
+                    .arg(format!("--transactions={TRANSACTIONS_OF_A_SESSION}"))
+                    .arg(format!("--log-prefix={}", directory.join("log").display()))
+                    .arg(format!("--random-seed={number}"))
+                    .arg(format!("--host={}", socket.display()))
+                    .args(["--username=app", "postgres"])
+                    .stdout(Stdio::null())
+                    .stderr(Stdio::null());
+                for (script, weight) in &scripts {
+                    command.arg(format!("--file={}@{weight}", script.display()));
+                }
+                let process = Arc::new(AtomicI32::new(0));
+                let (stop, running) = (stop.clone(), process.clone());
+                let thread = std::thread::spawn(move || client(command, &running, &stop));
+                Client { process, thread }
             })
             .collect();
         let data = cluster.data("");
@@ -390,91 +450,72 @@ impl Clients {
         let sampler = std::thread::spawn(move || ProcessorTimes::sample(&data, &sampled));
         Self {
             stop,
-            threads,
+            clients,
             sampler,
+            directory,
         }
     }
 
     /// Stops them. Their transactions are in the order in which they ended.
     fn end(self) -> (Vec<Transaction>, ProcessorTimes) {
-        self.stop.store(true, Relaxed);
-        let mut all: Vec<Transaction> = self
-            .threads
-            .into_iter()
-            .flat_map(|thread| thread.join().unwrap())
-            .collect();
-        all.sort_by_key(|(end, _)| *end);
+        self.stop.store(true, SeqCst);
+        let mut begins = HashMap::new();
+        for client in self.clients {
+            let process = client.process.load(SeqCst);
+            if process != 0 {
+                // SAFETY: a signal to a child. It fails if that has just ended.
+                unsafe { libc::kill(process, libc::SIGTERM) };
+            }
+            begins.extend(client.thread.join().unwrap());
+        }
+        let mut all = Vec::new();
+        for (process, begin) in begins {
+            // The log of a pgbench that could not connect does not exist.
+            let log = self.directory.join(format!("log.{process}"));
+            let log = fs::read_to_string(log).unwrap_or_default();
+            // The last line may not have been written to its end.
+            let mut transactions = log.lines().map_while(transaction);
+            if let Some((end, _)) = transactions.next() {
+                all.push((end, end - begin));
+            }
+            all.extend(transactions);
+        }
+        fs::remove_dir_all(&self.directory).unwrap();
+        all.sort_by(|one, other| one.0.total_cmp(&other.0));
         (all, self.sampler.join().unwrap())
     }
 }
 
-fn client(
-    config: &Config,
-    mut random: StdRng,
-    wanted: &Wanted,
-    updates: bool,
-    stop: &AtomicBool,
-) -> Vec<Transaction> {
-    let mut done = Vec::new();
-    while !stop.load(Relaxed) {
-        let mut begin = Instant::now();
-        let Ok(mut client) = config.connect(NoTls) else {
+/// Runs one pgbench after another until it is told to stop.
+fn client(mut command: Command, running: &AtomicI32, stop: &AtomicBool) -> HashMap<u32, f64> {
+    let mut begins = HashMap::new();
+    while !stop.load(SeqCst) {
+        let begin = now();
+        let mut pgbench = command.spawn().expect("pgbench cannot be started");
+        running.store(pgbench.id().cast_signed(), SeqCst);
+        if stop.load(SeqCst) {
+            let _ = pgbench.kill();
+        }
+        begins.insert(pgbench.id(), begin);
+        if !pgbench.wait().unwrap().success() {
             // The server does not accept connections yet.
             std::thread::sleep(Duration::from_millis(5));
-            continue;
-        };
-        let Ok([read, update]) = prepare(&mut client) else {
-            continue;
-        };
-        for _ in 0..TRANSACTIONS_OF_A_SESSION {
-            let id = wanted.sample(&mut random);
-            let result = match updates && random.random_bool(0.1) {
-                true => client.execute(&update, &[&id]).map(drop),
-                false => client.query_one(&read, &[&id]).map(drop),
-            };
-            if result.is_err() || stop.load(Relaxed) {
-                break;
-            }
-            let end = Instant::now();
-            done.push((end, end - begin));
-            begin = end;
         }
     }
-    done
+    begins
 }
 
-fn prepare(client: &mut Client) -> std::result::Result<[postgres::Statement; 2], postgres::Error> {
-    Ok([
-        client.prepare("SELECT length(filler) FROM t WHERE id = $1")?,
-        client.prepare("UPDATE t SET filler = filler WHERE id = $1")?,
-    ])
-}
-
-/// The rows that clients want, scattered over the table.
-enum Wanted {
-    Uniform(u32),
-    Skewed(u32, Zipf<f64>),
-}
-
-impl Wanted {
-    fn new(rows: Rows, blocks: u32) -> Self {
-        match rows {
-            Rows::Uniform => Self::Uniform(blocks),
-            Rows::Skewed => {
-                let zipf = Zipf::new(f64::from(blocks), 1.0).expect("there are rows");
-                Self::Skewed(blocks, zipf)
-            }
-        }
-    }
-
-    fn sample(&self, random: &mut StdRng) -> i32 {
-        let (rows, rank) = match self {
-            Self::Uniform(rows) => (*rows, random.random_range(0..*rows)),
-            Self::Skewed(rows, zipf) => (*rows, zipf.sample(random) as u32 - 1),
-        };
-        // A step that has no common factor with the number of rows visits each row once.
-        (u64::from(rank) * 2_147_483_647 % u64::from(rows)) as i32 + 1
-    }
+/// A line of pgbench's log: client, transaction, microseconds, script, and when it ended, in
+/// seconds and microseconds.
+fn transaction(line: &str) -> Option<Transaction> {
+    let fields: Vec<f64> = line
+        .split(' ')
+        .map_while(|field| field.parse().ok())
+        .collect();
+    let &[_, _, took, _, seconds, micros] = &fields[..] else {
+        return None;
+    };
+    Some((seconds + micros / 1e6, took / 1e6))
 }
 
 /// Seconds of processor time that processes of the server have used.
@@ -491,7 +532,7 @@ impl ProcessorTimes {
     /// between the last look and its end is missed.
     fn sample(data: &std::path::Path, stop: &AtomicBool) -> Self {
         let mut seen: HashMap<i32, (bool, f64)> = HashMap::new();
-        while !stop.load(Relaxed) {
+        while !stop.load(SeqCst) {
             for (pid, title, time) in processes(data) {
                 let is_load = ["autoprewarm", "io worker"]
                     .iter()
@@ -542,26 +583,17 @@ fn processes(data: &std::path::Path) -> Vec<(i32, String, f64)> {
         .collect()
 }
 
-fn throughput(transactions: &[Transaction]) -> f64 {
-    match transactions {
-        [first, .., last] => transactions.len() as f64 / (last.0 - first.0).as_secs_f64(),
-        _ => 0.0,
-    }
-}
-
 /// Transactions per second in each step, at the end of the step.
-fn curve(transactions: &[Transaction], start: Instant, time: Duration) -> Vec<(f64, f64)> {
-    let width = STEP.as_secs_f64();
-    let mut counts = vec![0u32; (time.as_secs_f64() / width) as usize];
+fn curve(transactions: &[Transaction], start: f64, time: Duration) -> Vec<(f64, f64)> {
+    let mut counts = vec![0u32; (time.as_secs_f64() / STEP) as usize];
     for (end, _) in transactions {
-        let step = (end.saturating_duration_since(start).as_secs_f64() / width) as usize;
-        if let Some(count) = counts.get_mut(step) {
+        if let Some(count) = counts.get_mut(((end - start).max(0.0) / STEP) as usize) {
             *count += 1;
         }
     }
     (1..)
         .zip(counts)
-        .map(|(step, count)| (f64::from(step) * width, f64::from(count) / width))
+        .map(|(step, count)| (f64::from(step) * STEP, f64::from(count) / STEP))
         .collect()
 }
 

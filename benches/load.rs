@@ -1,6 +1,7 @@
 //! The time of a load: dense, sparse, of many relations, of many databases; with the
 //! operating system's cache cold and warm.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use rand::SeedableRng;
@@ -97,26 +98,61 @@ pub fn run(options: &Options, report: &mut Report) {
                 }
             }
             report.compare(&format!("load: {name}, {}", cache.name()), "s", &samples);
-            if (*name, cache) == ("sparse", SystemCache::Cold) {
-                compare_with_disk(report, &cluster, &sparse, f64::from(count) / samples.ours());
+            let per_second = |blocks: u32| f64::from(blocks) / samples.ours();
+            match (*name, cache) {
+                ("dense", SystemCache::Cold) => {
+                    let ours = per_second(size.dense_blocks);
+                    compare_with_disk(report, name, &files_of(&cluster, &dense), DENSE, ours);
+                }
+                ("sparse", SystemCache::Cold) => {
+                    let ours = per_second(count);
+                    compare_with_disk(report, name, &files_of(&cluster, &sparse), SPARSE, ours);
+                }
+                _ => {}
             }
         }
     }
 }
 
-/// Reports the blocks read per second relative to the random reads that the disk can
-/// do.
-fn compare_with_disk(report: &mut Report, cluster: &Cluster, table: &Block, ours: f64) {
+/// Sequential reads, as they are wanted for a dense table.
+const DENSE: machine::Reads = machine::Reads {
+    order: "read",
+    blocks: 16,
+};
+
+/// Random reads of single blocks.
+const SPARSE: machine::Reads = machine::Reads {
+    order: "randread",
+    blocks: 1,
+};
+
+/// The segment files of a table.
+fn files_of(cluster: &Cluster, table: &Block) -> Vec<PathBuf> {
     let first = cluster.data(&format!("base/{}/{}", table.database, table.filenumber));
     let segments = (1..).map(|number| first.with_extension(number.to_string()));
-    let files: Vec<_> = std::iter::once(first.clone())
+    std::iter::once(first.clone())
         .chain(segments)
         .take_while(|file| file.exists())
-        .collect();
-    match machine::random_reads_per_second(&files) {
+        .collect()
+}
+
+/// Reports the blocks read per second relative to what the disk can do.
+fn compare_with_disk(
+    report: &mut Report,
+    name: &str,
+    files: &[PathBuf],
+    reads: machine::Reads,
+    ours: f64,
+) {
+    match machine::blocks_per_second(files, reads) {
         Some(disk) => {
-            report.figure("load: sparse, cold: fio, blocks", disk, "/s");
-            report.figure("load: sparse, cold: ours, relative to fio", ours / disk, "");
+            report.figure(&format!("load: {name}, cold: fio, blocks"), disk, "/s");
+            let relative = ours / disk;
+            report.figure(
+                &format!("load: {name}, cold: ours, relative to fio"),
+                relative,
+                "",
+            );
         }
         None => eprintln!("   no fio to compare with"),
     }

@@ -93,25 +93,36 @@ pub fn keep_huge_pages(megabytes: u32) {
     assert_eq!(kept.trim(), pages, "not enough memory for huge pages");
 }
 
-/// How many random blocks of these files the disk can read per second, measured by fio
-/// with 32 requests at a time from each of two processes, without the operating
-/// system's cache. `None` if fio is not installed.
-pub fn random_reads_per_second(files: &[PathBuf]) -> Option<f64> {
+/// What fio reads, as it names it.
+#[derive(Clone, Copy, Debug)]
+pub struct Reads {
+    pub order: &'static str,
+    /// The size of each read.
+    pub blocks: u32,
+}
+
+/// How many blocks of these files the disk can read per second, measured by fio with 32
+/// requests at a time from each of two processes, without the operating system's cache.
+/// `None` if fio is not installed.
+pub fn blocks_per_second(files: &[PathBuf], reads: Reads) -> Option<f64> {
     let names: Vec<_> = files
         .iter()
         .map(|file| file.display().to_string())
         .collect();
     let output = Command::new("fio")
-        .arg("--name=random")
+        .arg("--name=reads")
         .arg(format!("--filename={}", names.join(":")))
-        .args(["--rw=randread", "--bs=8k", "--iodepth=32", "--numjobs=2"])
+        .arg(format!("--rw={}", reads.order))
+        .arg(format!("--bs={}k", reads.blocks * 8))
+        .args(["--iodepth=32", "--numjobs=2"])
         .args(["--direct=1", "--ioengine=libaio", "--readonly"])
         .args(["--time_based", "--runtime=4", "--group_reporting"])
         .arg("--output-format=json")
         .output()
         .ok()?;
     let result: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
-    result["jobs"][0]["read"]["iops"].as_f64()
+    let per_second = result["jobs"][0]["read"]["iops"].as_f64()?;
+    Some(per_second * f64::from(reads.blocks))
 }
 
 /// A field of a process's status, in kB.

@@ -55,7 +55,7 @@ const FULL: Size = Size {
     database_blocks: 20_000,
     long_list: 16_000_000,
     longer_list: 134_000_000,
-    busy_seconds: 20,
+    busy_seconds: 15,
 };
 
 const SMOKE: Size = Size {

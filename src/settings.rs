@@ -9,7 +9,7 @@ use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 use crate::pg::process;
 
 static AUTOPREWARM: GucSetting<bool> = GucSetting::<bool>::new(true);
-static AUTOPREWARM_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(2);
+static AUTOPREWARM_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(8);
 static AUTOPREWARM_MAX_RATE: GucSetting<i32> = GucSetting::<i32>::new(0);
 static AUTOPREWARM_HOLD_CONNECTIONS: GucSetting<i32> = GucSetting::<i32>::new(0);
 static AUTOPREWARM_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(300);

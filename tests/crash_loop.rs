@@ -154,7 +154,7 @@ fn a_list_that_somebody_replaces_is_loaded_again() {
     // The blocks of the former list are carried.
     let listed = "SELECT count(*) FROM autoprewarm_blocks() \
                   WHERE filenumber = pg_relation_filenode('t') AND fork = 0";
-    assert_eq!(value::<i64>(&mut client, listed), BLOCKS.into());
+    assert_eq!(value::<i64>(&mut client, listed), i64::from(BLOCKS));
     assert_eq!(LoadStats::get(&mut client).state, "idle");
     assert_eq!(crashes(&cluster), None);
     set_rate(&cluster, 0);

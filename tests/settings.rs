@@ -31,7 +31,7 @@ const INTERVAL: &str = "pg_prewarm.autoprewarm_interval integer 300 s sighup 0..
 const MAX_RATE: &str = "pg_prewarm.autoprewarm_max_rate integer 0 kB sighup 0..2147483647 0 0 \
                         default Customized Options {}";
 
-const WORKERS: &str = "pg_prewarm.autoprewarm_workers integer 2 sighup 1..64 2 2 default \
+const WORKERS: &str = "pg_prewarm.autoprewarm_workers integer 8 sighup 1..64 8 8 default \
                        Customized Options {}";
 
 #[test]
@@ -224,7 +224,7 @@ fn bad_values_in_the_configuration_are_reported_and_the_old_ones_stay() {
         ("autoprewarm_interval", "5min"),
         ("autoprewarm", "on"),
         ("autoprewarm_max_rate", "0"),
-        ("autoprewarm_workers", "2"),
+        ("autoprewarm_workers", "8"),
     ] {
         let show = format!("SHOW pg_prewarm.{setting}");
         assert_eq!(value::<String>(&mut client, &show), default);

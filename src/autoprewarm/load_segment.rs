@@ -288,6 +288,12 @@ impl Load {
         self.number.load(SeqCst)
     }
 
+    /// How many workers load blocks now.
+    pub fn count_readers(&self) -> usize {
+        let is_reading = |slot: &&Slot| slot.stage() == Stage::Connected;
+        self.workers.iter().filter(is_reading).count()
+    }
+
     /// The cursor of the slot's database.
     pub fn cursor<'a>(&self, slot: &Slot, cursors: &'a [Cursor]) -> &'a Cursor {
         &cursors[slot.cursor.load(SeqCst) as usize]

@@ -7,7 +7,8 @@ use pgrx::pg_sys;
 
 use super::segments::{REQUEST_BLOCKS, SEGMENT_BLOCKS, Segments};
 use crate::blocks::{BlockNumber, Fork};
-use crate::pg::sys::version::{locator, reads_directly};
+use crate::pg::sys::direct_io::reads_directly;
+use crate::pg::sys::version::locator;
 
 /// Requests for blocks that will be read next. Consecutive blocks share a request.
 pub struct ReadAhead {
@@ -18,6 +19,8 @@ pub struct ReadAhead {
     /// The first block that was not requested.
     next: usize,
     max_requests: usize,
+    /// How many blocks may be requested that have not been read.
+    max_blocks: usize,
 }
 
 impl ReadAhead {
@@ -39,8 +42,20 @@ impl ReadAhead {
                     true => 0,
                     false => usize::try_from(concurrency).unwrap_or(0),
                 },
+                max_blocks: usize::MAX,
             }
         }
+    }
+
+    /// Makes only one reader's share of the requests that two would make, and all together
+    /// for no more than two megabytes: the reads of sessions wait behind those that the disk
+    /// has been given already.
+    pub fn share(&mut self, readers: usize) {
+        const REQUESTERS: usize = 2;
+        const BLOCKS: usize = 16 * REQUEST_BLOCKS;
+        let readers = readers.max(REQUESTERS);
+        self.max_requests = (self.max_requests * REQUESTERS).div_ceil(readers);
+        self.max_blocks = BLOCKS.div_ceil(readers);
     }
 
     pub fn is_enabled(&self) -> bool {
@@ -52,7 +67,9 @@ impl ReadAhead {
         while self.requests.front().is_some_and(|&end| end <= index) {
             self.requests.pop_front();
         }
-        while self.requests.len() < self.max_requests && self.next < blocks.len() {
+        while self.requests.len() < self.max_requests
+            && self.next < blocks.len().min(index.saturating_add(self.max_blocks))
+        {
             let start = self.next.max(index);
             let run = run_length(&blocks[start..], REQUEST_BLOCKS);
             self.segments.prefetch(blocks[start], run);

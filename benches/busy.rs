@@ -139,6 +139,7 @@ pub fn run(options: &Options, report: &mut Report) {
     cluster.sql("CREATE EXTENSION pg_prewarm VERSION '1.2'");
     cluster.sql("CREATE EXTENSION pg_buffercache");
     cluster.sql("CREATE ROLE app LOGIN; GRANT SELECT, UPDATE ON t TO app; CHECKPOINT");
+    cluster.stop(Shutdown::Fast);
 
     for case in cases() {
         measure(case, &mut cluster, options, report);
@@ -149,7 +150,6 @@ fn measure(case: &Case, cluster: &mut Cluster, options: &Options, report: &mut R
     let size = options.size;
     let seconds = Duration::from_secs(size.busy_seconds);
     eprintln!("   {}: the list", case.name);
-    cluster.stop(Shutdown::Fast);
     cluster.switch_to(Side::Ours.installation());
     cluster.configure("pg_prewarm.autoprewarm_hold_connections = 0");
     let all = size.buffers;
@@ -337,7 +337,7 @@ fn one_run(case: &Case, cluster: &Cluster, blocks: u32, seconds: Duration) -> Re
             .filter(move |(end, _)| *end <= start + time);
         before.map(|(_, took)| took * 1000.0)
     };
-    let mut latencies: Vec<f64> = until(warm_after.max(1.0)).collect();
+    let mut latencies: Vec<f64> = until(warm_after + STEP).collect();
     latencies.sort_by(f64::total_cmp);
     let percentile = |part: f64| {
         let last = latencies.len().saturating_sub(1);

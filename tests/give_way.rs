@@ -341,6 +341,62 @@ fn over_many_starts_without_a_worker_slot_the_list_keeps_what_was_not_loaded() {
 }
 
 #[test]
+fn by_default_four_workers_load_and_a_parallel_query_gets_two() {
+    let (cluster, _) = cluster_with_tables("postgres", &["pg_prewarm.autoprewarm_max_rate = 80"]);
+    let table = cluster.table("many", 4000);
+    cluster.stop(Shutdown::Fast);
+    cluster.write_list(list_of(table.first(4000)));
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    let count = format!("SELECT count(*) {WORKERS}");
+    wait_until("four workers", || value::<i64>(&mut client, &count) == 4);
+    client
+        .batch_execute(
+            "SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0; \
+             SET min_parallel_table_scan_size = 0",
+        )
+        .unwrap();
+    let plan: Vec<String> = client
+        .query("EXPLAIN (ANALYZE) SELECT count(*) FROM free", &[])
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    assert!(
+        plan.iter().any(|line| line.contains("Workers Launched: 2")),
+        "{plan:?}"
+    );
+    assert_eq!(value::<i64>(&mut client, &count), 4);
+}
+
+#[test]
+fn sixty_four_workers_load_at_the_same_time() {
+    let (cluster, _) = cluster_with_tables(
+        "postgres",
+        &[
+            "max_worker_processes = 80",
+            "pg_prewarm.autoprewarm_workers = 64",
+            "pg_prewarm.autoprewarm_max_rate = 80",
+        ],
+    );
+    let tables: Vec<Block> = (0..80)
+        .map(|number| cluster.table(&format!("t{number}"), 10))
+        .collect();
+    cluster.stop(Shutdown::Fast);
+    let blocks = tables.into_iter().flat_map(|table| table.first(10));
+    cluster.write_list(list_of(blocks));
+    let mark = cluster.log_end();
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    wait_until("64 workers", || {
+        value::<i64>(&mut client, &format!("SELECT count(*) {WORKERS}")) == 64
+    });
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
+    assert_eq!(cluster.wait_for_load(mark), (800, 800));
+}
+
+#[test]
 fn a_load_leaves_two_worker_slots_to_others_and_begins_with_one() {
     let (cluster, _) = cluster_with_tables(
         "postgres",

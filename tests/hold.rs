@@ -323,6 +323,53 @@ fn a_client_that_leaves_is_not_waited_for() {
 }
 
 #[test]
+fn a_session_waits_no_longer_than_the_limit_for_a_leader_that_does_nothing() {
+    let (cluster, _) = cluster(Cluster::build(), "4s");
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    let leader = cluster.leader().unwrap();
+    signal(leader, libc::SIGSTOP);
+    let waited = assert_let_in(&mut client, waiting);
+    assert!(waited < Duration::from_secs(30), "{waited:?}");
+    signal(leader, libc::SIGCONT);
+}
+
+#[test]
+fn a_session_waits_no_longer_than_the_limit_for_a_locked_table() {
+    let (cluster, _) = cluster(Cluster::build(), "6s");
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    client.batch_execute("BEGIN; LOCK TABLE t").unwrap();
+    assert_let_in(&mut client, waiting);
+}
+
+#[test]
+fn a_session_with_a_password_waits_after_it_was_checked() {
+    let (cluster, _) = cluster(Cluster::build(), LONG);
+    cluster.start();
+    cluster.sql("ALTER ROLE app PASSWORD 'right'");
+    cluster.stop(Shutdown::Immediate);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let rules = "local all postgres trust\nlocal all all scram-sha-256\n";
+    std::fs::write(cluster.data("pg_hba.conf"), rules).unwrap();
+    cluster.start();
+    let connect = |password: &str| {
+        let mut config = cluster.config();
+        config.user("app").password(password);
+        thread::spawn(move || config.connect(NoTls))
+    };
+    let waiting = connect("right");
+    let mut client = cluster.connect("postgres");
+    wait_until("a session that waits", || held(&mut client) == 1);
+    // Who is rejected does not wait.
+    assert!(connect("wrong").join().unwrap().is_err());
+    assert_eq!(held(&mut client), 1);
+    assert_eq!(LoadStats::get(&mut client).state, "loading");
+    cluster.sql("SELECT autoprewarm_cancel()");
+    assert!(waiting.join().unwrap().is_ok());
+}
+
+#[test]
 fn a_session_waits_less_than_transaction_timeout() {
     let (cluster, _) = cluster(Cluster::build(), LONG);
     if cluster.major() < 17 {

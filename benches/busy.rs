@@ -4,7 +4,7 @@
 //! Each case says how many clients there are, which rows they want, whether they also
 //! update, and whether shared buffers hold the list. Each client is a pgbench, and another
 //! one after so many transactions. What counts as warm is measured at the end of each run,
-//! with all of the table prewarmed. The latency of the first transaction of a session
+//! with all of the table prewarmed (with a list larger than shared buffers: without that). The latency of the first transaction of a session
 //! includes the time to connect, and so the time that a session is held.
 
 use std::collections::HashMap;
@@ -307,12 +307,15 @@ fn one_run(case: &Case, cluster: &Cluster, blocks: u32, seconds: Duration) -> Re
         .expect("the server has said so");
     std::thread::sleep(seconds.saturating_sub(Duration::from_secs_f64(now() - start)));
     let load_end = logged_time(&cluster.log_since(mark), "successfully prewarmed");
+    clients.end_sampling();
     if !case.is_larger {
         cluster.sql(PREWARM);
     }
     let warm_from = now();
     std::thread::sleep(WARM_MEASURED);
     let warm_until = now();
+    // What a client that is stopped has not yet written to its log is none of these.
+    std::thread::sleep(WARM_MEASURED / 3);
     let (transactions, times) = clients.end();
     side::stop(cluster);
 
@@ -375,6 +378,7 @@ const PREWARM: &str = "SELECT pg_prewarm('t'), pg_prewarm('t_id_idx')";
 struct Clients {
     stop: Arc<AtomicBool>,
     clients: Vec<Client>,
+    sampled: Arc<AtomicBool>,
     sampler: std::thread::JoinHandle<ProcessorTimes>,
     /// Where the scripts and the logs of transactions are.
     directory: PathBuf,
@@ -401,9 +405,9 @@ impl Clients {
         fs::create_dir_all(&directory).unwrap();
         let row = match case.rows {
             Rows::Uniform => format!("random(1, {blocks})"),
-            // The most wanted rows are scattered over the table.
+            // The most wanted rows are the same for all, and scattered over the table.
             Rows::Skewed => {
-                format!("1 + permute(random_zipfian(1, {blocks}, 1.001) - 1, {blocks})")
+                format!("1 + permute(random_zipfian(1, {blocks}, 1.001) - 1, {blocks}, 1)")
             }
         };
         let script = |name: &str, statement: &str| {
@@ -424,14 +428,13 @@ impl Clients {
             unreachable!("clusters listen on a socket only");
         };
         let pgbench = Side::Ours.installation().bin().join("pgbench");
-        let clients = (1..=case.clients)
+        let clients = (0..case.clients)
             .map(|number| {
                 let mut command = Command::new(&pgbench);
                 command
                     .args(["--no-vacuum", "--protocol=prepared", "--log"])
                     .arg(format!("--transactions={TRANSACTIONS_OF_A_SESSION}"))
                     .arg(format!("--log-prefix={}", directory.join("log").display()))
-                    .arg(format!("--random-seed={number}"))
                     .arg(format!("--host={}", socket.display()))
                     .args(["--username=app", "postgres"])
                     .stdout(Stdio::null())
@@ -441,23 +444,31 @@ impl Clients {
                 }
                 let process = Arc::new(AtomicI32::new(0));
                 let (stop, running) = (stop.clone(), process.clone());
-                let thread = std::thread::spawn(move || client(command, &running, &stop));
+                let thread = std::thread::spawn(move || client(number, command, &running, &stop));
                 Client { process, thread }
             })
             .collect();
         let data = cluster.data("");
-        let sampled = stop.clone();
-        let sampler = std::thread::spawn(move || ProcessorTimes::sample(&data, &sampled));
+        let sampled = Arc::new(AtomicBool::new(false));
+        let end = sampled.clone();
+        let sampler = std::thread::spawn(move || ProcessorTimes::sample(&data, &end));
         Self {
             stop,
             clients,
+            sampled,
             sampler,
             directory,
         }
     }
 
+    /// Ends the measurement of processor time.
+    fn end_sampling(&self) {
+        self.sampled.store(true, SeqCst);
+    }
+
     /// Stops them. Their transactions are in the order in which they ended.
     fn end(self) -> (Vec<Transaction>, ProcessorTimes) {
+        self.end_sampling();
         self.stop.store(true, SeqCst);
         let mut begins = HashMap::new();
         for client in self.clients {
@@ -480,16 +491,27 @@ impl Clients {
             }
             all.extend(transactions);
         }
-        fs::remove_dir_all(&self.directory).unwrap();
+        fs::remove_dir_all(&self.directory).expect("the clients' logs can be removed");
         all.sort_by(|one, other| one.0.total_cmp(&other.0));
         (all, self.sampler.join().unwrap())
     }
 }
 
-/// Runs one pgbench after another until it is told to stop.
-fn client(mut command: Command, running: &AtomicI32, stop: &AtomicBool) -> HashMap<u32, f64> {
+/// Runs one pgbench after another until it is told to stop. Each wants other rows, and the
+/// same ones in each run.
+fn client(
+    number: usize,
+    mut command: Command,
+    running: &AtomicI32,
+    stop: &AtomicBool,
+) -> HashMap<u32, f64> {
     let mut begins = HashMap::new();
+    let mut sessions = 0;
     while !stop.load(SeqCst) {
+        command.env(
+            "PGBENCH_RANDOM_SEED",
+            (number * 1_000_000 + sessions).to_string(),
+        );
         let begin = now();
         let mut pgbench = command.spawn().expect("pgbench cannot be started");
         running.store(pgbench.id().cast_signed(), SeqCst);
@@ -497,7 +519,9 @@ fn client(mut command: Command, running: &AtomicI32, stop: &AtomicBool) -> HashM
             let _ = pgbench.kill();
         }
         begins.insert(pgbench.id(), begin);
-        if !pgbench.wait().unwrap().success() {
+        if pgbench.wait().unwrap().success() {
+            sessions += 1;
+        } else {
             // The server does not accept connections yet.
             std::thread::sleep(Duration::from_millis(5));
         }

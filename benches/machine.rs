@@ -114,7 +114,7 @@ pub fn blocks_per_second(files: &[PathBuf], reads: Reads) -> Option<f64> {
         .arg(format!("--filename={}", names.join(":")))
         .arg(format!("--rw={}", reads.order))
         .arg(format!("--bs={}k", reads.blocks * 8))
-        .args(["--iodepth=32", "--numjobs=2"])
+        .args(["--iodepth=32", "--numjobs=2", "--offset_increment=50%"])
         .args(["--direct=1", "--ioengine=libaio", "--readonly"])
         .args(["--time_based", "--runtime=4", "--group_reporting"])
         .arg("--output-format=json")

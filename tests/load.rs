@@ -7,8 +7,7 @@ use std::fs;
 use postgres::Client;
 
 use crate::common::{
-    Block, Cluster, Fault, LoadStats, Shutdown, cached_pages, drop_pages, list_of, signal, value,
-    wait_until,
+    Block, Cluster, Fault, LoadStats, Shutdown, list_of, signal, value, wait_until,
 };
 
 /// Starts the stopped cluster with that list, and waits for the load to end. Returns
@@ -501,93 +500,6 @@ fn every_io_method_loads() {
         assert_eq!(cluster.value::<String>("SHOW io_method"), method);
         cluster.stop(Shutdown::Immediate);
     }
-}
-
-/// Huge pages that the system reserves while this exists.
-struct HugePages {
-    before: String,
-}
-
-impl HugePages {
-    const FILE: &str = "/proc/sys/vm/nr_hugepages";
-
-    /// Reserves enough for all clusters of the tests that run at the same time. `None` if
-    /// that is not permitted, or memory is short.
-    fn reserve() -> Option<Self> {
-        const PAGES: usize = 600;
-        let before = fs::read_to_string(Self::FILE).ok()?;
-        fs::write(Self::FILE, PAGES.to_string()).ok()?;
-        let pages = Self { before };
-        let reserved: usize = fs::read_to_string(Self::FILE).ok()?.trim().parse().ok()?;
-        (reserved >= PAGES).then_some(pages)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        fs::write(Self::FILE, &self.before).unwrap();
-    }
-}
-
-#[test]
-fn with_huge_pages_long_runs_that_are_not_cached_are_read_past_the_cache_of_the_system() {
-    let Some(_pages) = HugePages::reserve() else {
-        eprintln!("NOT tested: huge pages cannot be reserved");
-        return;
-    };
-    let cluster = Cluster::build()
-        .checksums()
-        .setting("huge_pages = on")
-        .start();
-    // A megabyte is 128 blocks.
-    let long = cluster.table("long", 1280);
-    let scattered = cluster.table("scattered", 1280);
-    let file = |table: &str| {
-        let path: String = cluster.value(&format!("SELECT pg_relation_filepath('{table}')"));
-        cluster.data(&path)
-    };
-    let paths = [file("long"), file("scattered")];
-    cluster.stop(Shutdown::Fast);
-    let spread = scattered.first(1280).step_by(4);
-    let list = list_of(long.first(1280).chain(spread));
-    let files = paths.each_ref().map(|path| fs::File::open(path).unwrap());
-    let cached = |file| {
-        cached_pages(file)
-            .into_iter()
-            .filter(|cached| *cached)
-            .count()
-    };
-    let drop_all = || {
-        for file in &files {
-            file.sync_all().unwrap();
-            drop_pages(file, 0, 1280);
-        }
-    };
-
-    drop_all();
-    let before = files.each_ref().map(cached);
-    assert_eq!(load(&cluster, &list), (1600, 1600, String::new()));
-    let after = files.each_ref().map(cached);
-    if cluster.major() >= 17 {
-        assert!(after[0] < before[0] + 256, "{before:?} {after:?}");
-    }
-    assert!(after[1] >= 640, "{before:?} {after:?}");
-    cluster.stop(Shutdown::Immediate);
-
-    // What the system has cached is read from there.
-    fs::read(&paths[0]).unwrap();
-    assert_eq!(load(&cluster, &list), (1600, 1600, String::new()));
-    assert_eq!(cached(&files[0]), 2560);
-    cluster.stop(Shutdown::Immediate);
-
-    // A block that cannot be read costs one block here as well.
-    let mut bytes = fs::read(&paths[0]).unwrap();
-    bytes[700 * 8192 + 5000] ^= 1;
-    fs::write(&paths[0], bytes).unwrap();
-    drop_all();
-    let (loaded, total, skipped) = load(&cluster, &list);
-    assert_eq!((loaded, total), (1599, 1600));
-    assert_eq!(skipped, "1 block: 1 that could not be read");
 }
 
 #[test]

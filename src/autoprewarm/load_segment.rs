@@ -50,6 +50,8 @@ pub struct Load {
     /// Whether another database has blocks of the first tier and no worker, so that a
     /// worker is to finish when the first tier of its own database is claimed.
     first_tier_waits: AtomicBool,
+    /// How many workers there are.
+    readers: AtomicU32,
     pub workers: [Slot; MAX_WORKERS],
     /// The [`SkipReason`] for all blocks that are left, or [`NO_REASON`] while the
     /// load goes on.
@@ -276,6 +278,7 @@ impl Load {
             databases: AtomicU32::new(databases as u32),
             is_later_try: AtomicBool::new(false),
             first_tier_waits: AtomicBool::new(false),
+            readers: AtomicU32::new(0),
             workers: [const { Slot::new() }; MAX_WORKERS],
             ended_for: AtomicU32::new(NO_REASON),
             rate_limit: RateLimit::new(),
@@ -288,15 +291,20 @@ impl Load {
         self.number.load(SeqCst)
     }
 
-    /// How many workers load blocks now.
-    pub fn count_readers(&self) -> usize {
-        let is_reading = |slot: &&Slot| slot.stage() == Stage::Connected;
-        self.workers.iter().filter(is_reading).count()
-    }
-
     /// The cursor of the slot's database.
     pub fn cursor<'a>(&self, slot: &Slot, cursors: &'a [Cursor]) -> &'a Cursor {
         &cursors[slot.cursor.load(SeqCst) as usize]
+    }
+
+    /// Tells the workers how many of them there are.
+    #[expect(clippy::cast_possible_truncation, reason = "it is at most MAX_WORKERS")]
+    pub fn set_readers(&self, readers: usize) {
+        self.readers.store(readers as u32, SeqCst);
+    }
+
+    /// How many workers there are.
+    pub fn readers(&self) -> usize {
+        self.readers.load(SeqCst) as usize
     }
 
     /// Has workers finish when the first tier of their database is claimed, or not.

@@ -450,6 +450,7 @@ impl Supervisor {
                 }
             }
         }
+        self.segment.header().set_readers(self.workers.len());
         for database in unconnected {
             self.could_not_connect(database);
         }
@@ -588,6 +589,7 @@ impl Supervisor {
                 database,
                 asked_since: None,
             });
+            self.segment.header().set_readers(self.workers.len());
         }
         false
     }

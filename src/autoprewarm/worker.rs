@@ -28,10 +28,9 @@ use crate::pg::process::latch::sleep_as_worker;
 use crate::pg::process::transaction::{self, Transaction};
 use crate::pg::process::{self, background, lock_timeout};
 use crate::pg::shared::segment::Segment;
-use crate::pg::storage::direct_io_is_worthwhile;
 use crate::pg::storage::prefault::Prefaulter;
 use crate::pg::storage::relation::{Locator, Opened, Relation};
-use crate::pg::storage::{LoadReads, READ_BLOCKS_MAX, ReadEnd, buffer, database};
+use crate::pg::storage::{READ_BLOCKS_MAX, ReadEnd, buffer, database};
 use crate::progress::{Kind, Progress, ShownProgress};
 use crate::wait_events;
 
@@ -92,7 +91,6 @@ pub fn main(argument: WorkerArgument) {
         pace: Pace::new(),
         database: name_of(slot.database()),
         reported: Cell::new(None),
-        reads_directly: Cell::new(direct_io_is_worthwhile()),
         shortage_was_logged: Cell::new(false),
         progress: ShownProgress::new(Progress {
             kind: Kind::LoadWorker,
@@ -161,8 +159,6 @@ struct Worker<'a> {
     database: Vec<u8>,
     /// When the activity text was last updated.
     reported: Cell<Option<Instant>>,
-    /// Whether long runs are read with direct I/O.
-    reads_directly: Cell<bool>,
     /// Whether a shortage of memory, locks or files was logged: one line is enough.
     shortage_was_logged: Cell<bool>,
     /// The worker's row in `pg_stat_progress_prewarm`.
@@ -366,10 +362,6 @@ impl Worker<'_> {
                     }
                     return set_aside(SkipReason::Unreadable);
                 }
-                // It may be direct I/O that cannot be done here.
-                Err(_) if turn.opened.get() && self.reads_directly.replace(false) => {
-                    one_by_one = done.get() + ONE_BY_ONE;
-                }
                 Err(caught) => {
                     // One line per chunk is enough: the counts tell how many blocks failed.
                     if !std::mem::replace(&mut warned, true) {
@@ -427,11 +419,8 @@ impl Worker<'_> {
         let end = relation.read_as_load(
             chunk.fork,
             &numbers[..wanted],
-            &LoadReads {
-                room: &self.load.room,
-                readers: self.load.count_readers(),
-                directly: self.reads_directly.get(),
-            },
+            &self.load.room,
+            self.load.readers(),
             |index, buffer| {
                 buffer.restore_usage_count(blocks.usage_count(first + index));
                 self.prefaulter.prefault_after(buffer.index());

@@ -12,8 +12,7 @@ pub mod relation;
 pub mod room;
 pub mod segments;
 
-pub use read::{LoadReads, ReadEnd};
+pub use read::ReadEnd;
 
-pub use super::sys::direct_io::is_worthwhile as direct_io_is_worthwhile;
-pub use super::sys::direct_io::reads_directly;
 pub use super::sys::read::{READ_BLOCKS_MAX, READS_MANY_AT_ONCE};
+pub use super::sys::version::reads_directly;

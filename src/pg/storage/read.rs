@@ -11,9 +11,7 @@
 //!    ([`ReadAhead`]). Several processes that used read streams would compete for the
 //!    same I/O workers.
 //! 3. **In runs, as long as there is room**: a load. As 2., but before each run it looks
-//!    for buffers that it may fill, and ends if there are none ([`LoadRoom`]). Long runs
-//!    that the system has not cached are read with direct I/O, where that takes less time
-//!    ([`LoadReads::directly`]), so they do not pass through the system's cache.
+//!    for buffers that it may fill, and ends if there are none ([`LoadRoom`]).
 //! 4. **Not into shared buffers**: the modes `read` and `prefetch`, for the operating
 //!    system's cache.
 //!
@@ -29,10 +27,9 @@ use super::buffer::{self, Pinned};
 use super::read_ahead::{ReadAhead, run_length};
 use super::relation::Relation;
 use super::room::LoadRoom;
-use super::segments::{Cached, REQUEST_BLOCKS, SEGMENT_BLOCKS, Segments};
+use super::segments::{REQUEST_BLOCKS, SEGMENT_BLOCKS, Segments};
 use crate::blocks::{BlockNumber, Fork};
 use crate::pg::process::{check_for_interrupts, memory};
-use crate::pg::sys::direct_io::DirectReads;
 use crate::pg::sys::read::{READ_BLOCKS_MAX, max_buffers_at_once, read_buffers, read_stream};
 
 /// How the reading of a load ended.
@@ -42,60 +39,6 @@ pub enum ReadEnd {
     Over,
     /// There is no buffer that may be filled.
     Full,
-}
-
-/// A megabyte: enough to make the look for what the system has cached worth its system
-/// call, and few reads from a disk.
-const LONG_RUN: usize = 8 * REQUEST_BLOCKS;
-
-/// How a load reads.
-pub struct LoadReads<'a> {
-    pub room: &'a LoadRoom,
-    /// How many workers read at the same time.
-    pub readers: usize,
-    /// Whether long runs that the system has not cached are read with direct I/O.
-    pub directly: bool,
-}
-
-/// Blocks that are read in the same way, up to one of them.
-#[derive(Clone, Copy)]
-struct Stretch {
-    end: usize,
-    directly: bool,
-    /// Whether requests are made ahead of the reads.
-    ahead: bool,
-}
-
-impl Stretch {
-    /// The blocks from `index` on up to the next long run, or that run.
-    fn next(segments: &mut Segments, blocks: &[BlockNumber], index: usize) -> Self {
-        let mut end = index;
-        while end < blocks.len() {
-            let run = run_length(&blocks[end..], LONG_RUN);
-            if run == LONG_RUN {
-                break;
-            }
-            end += run;
-        }
-        if end > index {
-            return Self::ahead(end);
-        }
-        let cached = segments.cached(blocks[index], LONG_RUN);
-        Self {
-            end: index + LONG_RUN,
-            directly: cached == Some(Cached::Little),
-            ahead: cached != Some(Cached::All),
-        }
-    }
-
-    /// The blocks up to `end`, with requests ahead.
-    fn ahead(end: usize) -> Self {
-        Self {
-            end,
-            directly: false,
-            ahead: true,
-        }
-    }
 }
 
 impl Relation<'_> {
@@ -117,15 +60,17 @@ impl Relation<'_> {
 
     /// Reads blocks of a permanent relation, which are in ascending order, into shared
     /// buffers that a load may fill, and hands each to `each` with its place among `blocks`. After a
-    /// break, only what is being read already is still handed over.
+    /// break, only what is being read already is still handed over. `readers` is how many
+    /// workers read for the load.
     pub fn read_as_load(
         &self,
         fork: Fork,
         blocks: &[BlockNumber],
-        load: &LoadReads,
+        room: &LoadRoom,
+        readers: usize,
         mut each: impl FnMut(usize, &Pinned) -> ControlFlow<()>,
     ) -> ReadEnd {
-        self.read_in_runs(fork, blocks, Some(load), &mut each)
+        self.read_in_runs(fork, blocks, Some((room, readers)), &mut each)
     }
 
     /// Returns false, and reads nothing, if the server has no read streams.
@@ -157,18 +102,13 @@ impl Relation<'_> {
         &self,
         fork: Fork,
         blocks: &[BlockNumber],
-        load: Option<&LoadReads>,
+        load: Option<(&LoadRoom, usize)>,
         each: &mut dyn FnMut(usize, &Pinned) -> ControlFlow<()>,
     ) -> ReadEnd {
         // SAFETY: the relation is open while `self` lives.
-        let (mut ahead, mut segments) = unsafe {
-            (
-                ReadAhead::new(self.relation, fork),
-                Segments::new(self.relation, fork),
-            )
-        };
-        if let Some(load) = load {
-            ahead.share(load.readers);
+        let mut ahead = unsafe { ReadAhead::new(self.relation, fork) };
+        if let Some((_, readers)) = load {
+            ahead.share(readers);
         }
         // A load's blocks are in no buffer, as far as the leader knows. Those of a call
         // may all be in buffers, and then need no requests: a block is expected to be
@@ -176,31 +116,19 @@ impl Relation<'_> {
         let mut is_cached = load.is_none() && ahead.is_enabled() && self.is_cached(fork, blocks[0]);
         // Requests need the tablespace's setting, which was read from a catalog.
         self.transaction.release_catalog_snapshot();
-        let may_read_directly =
-            load.is_some_and(|load| load.directly) && segments.can_be_read_directly(blocks[0]);
-        let mut stretch = Stretch::ahead(if may_read_directly { 0 } else { blocks.len() });
-        let mut direct_reads = None;
         let max = max_buffers_at_once();
         let mut index = 0;
         while index < blocks.len() {
             check_for_interrupts();
-            if index >= stretch.end {
-                stretch = Stretch::next(&mut segments, blocks, index);
-                if stretch.directly != direct_reads.is_some() {
-                    // SAFETY: the relation is open while `self` lives, and can be read directly.
-                    let begin = || unsafe { DirectReads::begin(self.relation) };
-                    direct_reads = stretch.directly.then(begin);
-                }
-            }
-            let mut run = run_length(&blocks[index..stretch.end], max);
-            if let Some(load) = load {
-                run = load.room.ahead(run);
+            let mut run = run_length(&blocks[index..], max);
+            if let Some((room, _)) = load {
+                run = room.ahead(run);
             }
             if run == 0 {
                 return ReadEnd::Full;
             }
-            if stretch.ahead && !stretch.directly && !is_cached {
-                ahead.advance(&blocks[..stretch.end], index);
+            if !is_cached {
+                ahead.advance(blocks, index);
             }
             let hits = buffer::hits();
             let mut flow = Continue(());
@@ -266,15 +194,20 @@ impl Relation<'_> {
         end: BlockNumber,
         done: impl FnMut(usize) -> ControlFlow<()>,
     ) {
+        // A megabyte: enough to make the look worth its system call.
+        const CACHESTAT_BLOCKS: usize = 8 * REQUEST_BLOCKS;
         // SAFETY: the relation is open while `self` lives.
         let mut segments = unsafe { Segments::new(self.relation, fork) };
-        in_runs(first, end, LONG_RUN, done, |first, count| {
-            if segments.cached(first, count) == Some(Cached::All) {
+        in_runs(first, end, CACHESTAT_BLOCKS, done, |first, count| {
+            if segments.are_cached(first, count) {
                 return;
             }
             for offset in (0..count).step_by(REQUEST_BLOCKS) {
                 let request = REQUEST_BLOCKS.min(count - offset);
-                #[expect(clippy::cast_possible_truncation, reason = "it is less than LONG_RUN")]
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    reason = "it is less than CACHESTAT_BLOCKS"
+                )]
                 let first = first + offset as BlockNumber;
                 segments.prefetch(first, request);
             }

@@ -7,8 +7,7 @@ use pgrx::pg_sys;
 
 use super::segments::{REQUEST_BLOCKS, SEGMENT_BLOCKS, Segments};
 use crate::blocks::{BlockNumber, Fork};
-use crate::pg::sys::direct_io::reads_directly;
-use crate::pg::sys::version::locator;
+use crate::pg::sys::version::{locator, reads_directly};
 
 /// Requests for blocks that will be read next. Consecutive blocks share a request.
 pub struct ReadAhead {
@@ -48,11 +47,11 @@ impl ReadAhead {
     }
 
     /// Makes only one reader's share of the requests that two would make, and all together
-    /// for no more than two megabytes: the reads of sessions wait behind those that the disk
-    /// has been given already.
+    /// for about 1.5 MB: the reads of sessions wait behind those that the disk has been given
+    /// already.
     pub fn share(&mut self, readers: usize) {
         const REQUESTERS: usize = 2;
-        const BLOCKS: usize = 16 * REQUEST_BLOCKS;
+        const BLOCKS: usize = 12 * REQUEST_BLOCKS;
         let readers = readers.max(REQUESTERS);
         self.max_requests = (self.max_requests * REQUESTERS).div_ceil(readers);
         self.max_blocks = BLOCKS.div_ceil(readers);
@@ -67,11 +66,10 @@ impl ReadAhead {
         while self.requests.front().is_some_and(|&end| end <= index) {
             self.requests.pop_front();
         }
-        while self.requests.len() < self.max_requests
-            && self.next < blocks.len().min(index.saturating_add(self.max_blocks))
-        {
+        let end = blocks.len().min(index.saturating_add(self.max_blocks));
+        while self.requests.len() < self.max_requests && self.next < end {
             let start = self.next.max(index);
-            let run = run_length(&blocks[start..], REQUEST_BLOCKS);
+            let run = run_length(&blocks[start..end], REQUEST_BLOCKS);
             self.segments.prefetch(blocks[start], run);
             self.next = start + run;
             self.requests.push_back(self.next);

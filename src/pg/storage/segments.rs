@@ -9,9 +9,8 @@ use pgrx::pg_sys;
 
 use super::relation::Locator;
 use crate::blocks::{BlockNumber, Fork};
-use crate::pg::sys::direct_io::reads_directly;
 use crate::pg::sys::read::{READS_MANY_AT_ONCE, smgr_prefetch, smgr_read};
-use crate::pg::sys::version;
+use crate::pg::sys::version::{self, reads_directly};
 
 /// How many blocks one segment file has.
 pub const SEGMENT_BLOCKS: BlockNumber = pg_sys::RELSEG_SIZE;
@@ -27,15 +26,6 @@ pub fn has_blocks(locator: Locator, fork: Fork) -> bool {
         Ok(file) => file.len() > 0,
         Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
-}
-
-/// How much of some blocks the operating system has cached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cached {
-    All,
-    /// At least half of it.
-    Half,
-    Little,
 }
 
 /// The segment files of a fork.
@@ -88,55 +78,32 @@ impl Segments {
         }
     }
 
-    /// How much of `count` blocks from `first` on, all in one file, the operating system
-    /// has cached. `None` if it does not tell; Linux does from 6.5 on. It counts its pages,
-    /// some of which may be large, while a request to read would look at each 4 kB.
-    pub fn cached(&mut self, first: BlockNumber, count: usize) -> Option<Cached> {
-        let (file, offset) = self.file(first)?;
+    /// Whether the operating system has cached `count` blocks from `first` on, all in one
+    /// file. False if it does not tell; Linux does from 6.5 on. It counts its pages, some
+    /// of which may be large, while a request to read would look at each 4 kB.
+    pub fn are_cached(&mut self, first: BlockNumber, count: usize) -> bool {
+        let Some((file, offset)) = self.file(first) else {
+            return false;
+        };
         let size = bytes(count);
         let page = rustix::param::page_size() as u64;
         let pages = (offset + size - 1) / page - offset / page + 1;
-        let cached = cached_pages(file, offset, size)?;
-        Some(match cached {
-            _ if cached >= pages => Cached::All,
-            _ if cached >= pages / 2 => Cached::Half,
-            _ => Cached::Little,
-        })
-    }
-
-    /// Whether the file with this block can be opened for direct I/O. Not all file systems
-    /// have it.
-    pub fn can_be_read_directly(&self, block: BlockNumber) -> bool {
-        #[cfg(not(target_os = "linux"))]
-        {
-            let _ = block;
-            false
-        }
-        #[cfg(target_os = "linux")]
-        {
-            use std::os::unix::fs::OpenOptionsExt;
-            let mut options = File::options();
-            options.read(true).custom_flags(libc::O_DIRECT);
-            options.open(self.path_of(block / SEGMENT_BLOCKS)).is_ok()
-        }
+        cached_pages(file, offset, size).is_some_and(|cached| cached >= pages)
     }
 
     /// The file with this block, if it can be opened, and the block's offset in it.
     fn file(&mut self, block: BlockNumber) -> Option<(&File, u64)> {
         let segment = block / SEGMENT_BLOCKS;
         if self.open.as_ref().is_none_or(|(open, _)| *open != segment) {
-            self.open = Some((segment, File::open(self.path_of(segment))));
+            let path = match segment {
+                0 => self.path.clone(),
+                _ => format!("{}.{segment}", self.path),
+            };
+            self.open = Some((segment, File::open(path)));
         }
         match &self.open {
             Some((_, Ok(file))) => Some((file, bytes((block % SEGMENT_BLOCKS) as usize))),
             _ => None,
-        }
-    }
-
-    fn path_of(&self, segment: u32) -> String {
-        match segment {
-            0 => self.path.clone(),
-            _ => format!("{}.{segment}", self.path),
         }
     }
 

@@ -6,7 +6,6 @@
 
 pub mod authentication;
 pub mod buffer_state;
-pub mod direct_io;
 pub mod ffi;
 pub mod read;
 pub mod shmem;

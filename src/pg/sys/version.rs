@@ -211,3 +211,17 @@ pub unsafe fn backend_entry(index: c_int) -> *mut pg_sys::LocalPgBackendStatus {
         pg_sys::pgstat_get_local_beentry_by_index(index)
     }
 }
+
+/// Whether the server reads relations with direct I/O (`debug_io_direct = data`).
+pub fn reads_directly() -> bool {
+    #[cfg(feature = "pg15")]
+    return false;
+    #[cfg(not(feature = "pg15"))]
+    {
+        // `IO_DIRECT_DATA` of fd.h, which pgrx does not bind.
+        const DATA: i32 = 1;
+        // SAFETY: the word is set when the server starts, and does not change.
+        let flags = unsafe { (&raw const pg_sys::io_direct_flags).read() };
+        flags & DATA != 0
+    }
+}

@@ -119,6 +119,8 @@ pub fn cluster(buffers: u32, settings: &[&str]) -> Cluster {
         // Locks and buffer headers need memory besides the buffers.
         machine::keep_huge_pages(buffers + buffers / 8 + 256);
         builder = builder.setting("huge_pages = on");
+    } else {
+        builder = builder.setting("huge_pages = off");
     }
     for setting in settings {
         builder = builder.setting(setting);

@@ -43,6 +43,13 @@ fn cluster(builder: Builder, limit: &str) -> (Cluster, Block) {
     (cluster, table)
 }
 
+/// The same, whose blocks that were used often take half a minute to load.
+fn slow_cluster(limit: &str) -> Cluster {
+    let (cluster, _) = cluster(Cluster::build(), limit);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    cluster
+}
+
 fn write_list(cluster: &Cluster, table: Block) {
     let digits = "5".repeat(HOT as usize) + &"1".repeat(COLD as usize);
     cluster.write_list(list_with_usage_counts(table.first(HOT + COLD), &digits));
@@ -106,8 +113,7 @@ fn new_sessions_wait_until_the_most_used_blocks_are_loaded() {
 
 #[test]
 fn superusers_monitors_and_walsenders_do_not_wait() {
-    let (cluster, _) = cluster(Cluster::build(), LONG);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let cluster = slow_cluster(LONG);
     cluster.start();
     cluster.sql("CREATE ROLE sender LOGIN REPLICATION; CREATE ROLE indirect LOGIN IN ROLE watcher");
     let (mut client, waiting) = {
@@ -141,8 +147,7 @@ fn superusers_monitors_and_walsenders_do_not_wait() {
 
 #[test]
 fn a_session_waits_no_longer_than_the_limit() {
-    let (cluster, _) = cluster(Cluster::build(), "2s");
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let cluster = slow_cluster("2s");
     let (mut client, waiting) = start_and_hold(&cluster);
     let waited = assert_let_in(&mut client, waiting);
     assert!(waited >= Duration::from_millis(1900), "{waited:?}");
@@ -171,8 +176,7 @@ fn a_wait_ends_when_the_load_is_cancelled_or_its_leader_terminated_or_the_limit_
         "SELECT pg_terminate_backend(pid) FROM pg_stat_autoprewarm",
         "ALTER SYSTEM SET pg_prewarm.autoprewarm_hold_connections = 0; SELECT pg_reload_conf()",
     ] {
-        let (cluster, _) = cluster(Cluster::build(), LONG);
-        cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+        let cluster = slow_cluster(LONG);
         let (mut client, waiting) = start_and_hold(&cluster);
         for statement in how.split("; ") {
             client.batch_execute(statement).unwrap();
@@ -215,8 +219,7 @@ fn after_a_crash_sessions_wait_again() {
 
 #[test]
 fn a_shutdown_ends_the_wait_at_once() {
-    let (cluster, _) = cluster(Cluster::build(), LONG);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let cluster = slow_cluster(LONG);
     let (client, waiting) = start_and_hold(&cluster);
     let start = Instant::now();
     cluster.stop(Shutdown::Fast);
@@ -227,8 +230,7 @@ fn a_shutdown_ends_the_wait_at_once() {
 
 #[test]
 fn a_smart_shutdown_ends_the_wait() {
-    let (cluster, _) = cluster(Cluster::build(), LONG);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let cluster = slow_cluster(LONG);
     let (client, waiting) = start_and_hold(&cluster);
     thread::scope(|scope| {
         let shutdown = scope.spawn(|| cluster.stop(Shutdown::Smart));
@@ -308,8 +310,7 @@ fn superusers_can_connect_while_all_other_connections_wait() {
 
 #[test]
 fn a_client_that_leaves_is_not_waited_for() {
-    let (cluster, _) = cluster(Cluster::build(), LONG);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let cluster = slow_cluster(LONG);
     cluster.start();
     let mut psql = Installation::ours().program("psql");
     psql.args(["-d", "postgres", "-U", "app", "-h"]);
@@ -324,8 +325,7 @@ fn a_client_that_leaves_is_not_waited_for() {
 
 #[test]
 fn a_session_waits_no_longer_than_the_limit_for_a_leader_that_does_nothing() {
-    let (cluster, _) = cluster(Cluster::build(), "4s");
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let cluster = slow_cluster("4s");
     let (mut client, waiting) = start_and_hold(&cluster);
     let leader = cluster.leader().unwrap();
     signal(leader, libc::SIGSTOP);
@@ -336,8 +336,7 @@ fn a_session_waits_no_longer_than_the_limit_for_a_leader_that_does_nothing() {
 
 #[test]
 fn sessions_do_not_wait_for_a_locked_table() {
-    let (cluster, _) = cluster(Cluster::build(), LONG);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let cluster = slow_cluster(LONG);
     let (mut client, waiting) = start_and_hold(&cluster);
     client.batch_execute("BEGIN; LOCK TABLE t").unwrap();
     let waited = assert_let_in(&mut client, waiting);
@@ -455,8 +454,7 @@ fn a_load_on_demand_holds_nobody() {
 
 #[test]
 fn a_wait_holds_back_no_vacuum() {
-    let (cluster, _) = cluster(Cluster::build(), LONG);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let cluster = slow_cluster(LONG);
     cluster.start();
     cluster.sql("CREATE TABLE dead AS SELECT g FROM generate_series(1, 1000) g");
     cluster.stop(Shutdown::Immediate);
@@ -478,8 +476,7 @@ fn a_wait_holds_back_no_vacuum() {
 
 #[test]
 fn pg_isready_tells_a_role_that_waits_from_one_that_does_not() {
-    let (cluster, _) = cluster(Cluster::build(), LONG);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let cluster = slow_cluster(LONG);
     let (mut client, waiting) = start_and_hold(&cluster);
     let is_ready = |user: &str| {
         let mut command: Command = Installation::ours().program("pg_isready");

@@ -36,7 +36,7 @@ impl<'t> Relation<'t> {
     /// server's own commands do. Raises an ERROR if there is no such relation, or if an
     /// index has no table.
     pub fn open_with_table(transaction: &'t Transaction, oid: pg_sys::Oid) -> Self {
-        let table = lock_table_of(oid);
+        let table = lock_table_of(transaction, oid);
         let relation = Self {
             // SAFETY: a transaction is open.
             relation: unsafe { pg_sys::relation_open(oid, LOCK) },
@@ -56,7 +56,7 @@ impl<'t> Relation<'t> {
     /// The same. `None` if there is no such relation.
     pub fn try_open_with_table(transaction: &'t Transaction, oid: Oid) -> Option<Self> {
         let oid = oid.into();
-        let table = lock_table_of(oid);
+        let table = lock_table_of(transaction, oid);
         // SAFETY: a transaction is open, in which the table of an index was locked.
         unsafe {
             let relation = pg_sys::try_relation_open(oid, LOCK);
@@ -320,8 +320,8 @@ impl Drop for Relation<'_> {
 
 /// Locks the table of an index and returns it. `None` if the relation is no index, and an
 /// invalid OID if it is one without a table.
-fn lock_table_of(oid: pg_sys::Oid) -> Option<pg_sys::Oid> {
-    // SAFETY: a transaction is open, as the callers' argument shows.
+fn lock_table_of(_transaction: &Transaction, oid: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: a transaction is open.
     unsafe {
         let kind = pg_sys::get_rel_relkind(oid) as u8;
         if kind != pg_sys::RELKIND_INDEX && kind != pg_sys::RELKIND_PARTITIONED_INDEX {

@@ -272,7 +272,8 @@ struct Result {
     transactions: f64,
     /// The throughput at the end, with all of the table prewarmed.
     warm: f64,
-    /// When the throughput was nine tenths of the warm one, for two seconds on average.
+    /// The beginning of the first two seconds in which the throughput was nine tenths of the
+    /// warm one, on average.
     warm_after: f64,
     /// The 50th and 99th percentile and the worst until then, in milliseconds.
     latencies: [f64; 3],
@@ -324,6 +325,7 @@ fn one_run(case: &Case, cluster: &Cluster, blocks: u32, seconds: Duration) -> Re
         .filter(|(end, _)| (warm_from..warm_until).contains(end))
         .count() as f64
         / (warm_until - warm_from);
+    assert!(warm > 0.0, "the clients have done nothing");
     let curve = curve(&transactions, start, seconds);
     let steps = (WARM_FOR / STEP) as usize;
     let is_warm = |steps: &[(f64, f64)]| {
@@ -348,7 +350,7 @@ fn one_run(case: &Case, cluster: &Cluster, blocks: u32, seconds: Duration) -> Re
         latencies.get(at).copied().unwrap_or(f64::NAN)
     };
     Result {
-        transactions: until(COUNTED).count() as f64,
+        transactions: until(COUNTED.min(seconds.as_secs_f64())).count() as f64,
         warm,
         warm_after,
         latencies: [0.5, 0.99, 1.0].map(percentile),

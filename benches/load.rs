@@ -118,12 +118,14 @@ pub fn run(options: &Options, report: &mut Report) {
 const DENSE: machine::Reads = machine::Reads {
     order: "read",
     blocks: 16,
+    between_jobs: "50%",
 };
 
 /// Random reads of single blocks.
 const SPARSE: machine::Reads = machine::Reads {
     order: "randread",
     blocks: 1,
+    between_jobs: "0",
 };
 
 /// The segment files of a table.

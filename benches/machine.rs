@@ -99,6 +99,8 @@ pub struct Reads {
     pub order: &'static str,
     /// The size of each read.
     pub blocks: u32,
+    /// How far from each other the jobs begin.
+    pub between_jobs: &'static str,
 }
 
 /// How many blocks of these files the disk can read per second, measured by fio with 32
@@ -114,7 +116,8 @@ pub fn blocks_per_second(files: &[PathBuf], reads: Reads) -> Option<f64> {
         .arg(format!("--filename={}", names.join(":")))
         .arg(format!("--rw={}", reads.order))
         .arg(format!("--bs={}k", reads.blocks * 8))
-        .args(["--iodepth=32", "--numjobs=2", "--offset_increment=50%"])
+        .args(["--iodepth=32", "--numjobs=2"])
+        .arg(format!("--offset_increment={}", reads.between_jobs))
         .args(["--direct=1", "--ioengine=libaio", "--readonly"])
         .args(["--time_based", "--runtime=4", "--group_reporting"])
         .arg("--output-format=json")

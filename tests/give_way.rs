@@ -343,11 +343,20 @@ fn over_many_starts_without_a_worker_slot_the_list_keeps_what_was_not_loaded() {
 #[test]
 fn by_default_four_workers_load_and_a_parallel_query_gets_two() {
     let (cluster, _) = cluster_with_tables("postgres", &["pg_prewarm.autoprewarm_max_rate = 80"]);
-    let table = cluster.table("many", 4000);
+    // Enough for many workers.
+    let table = cluster.table("many", 10_000);
     cluster.stop(Shutdown::Fast);
-    cluster.write_list(list_of(table.first(4000)));
+    cluster.write_list("<<0>>\n");
     cluster.start();
     let mut client = cluster.connect("postgres");
+    // It has a slot as well.
+    wait_until("the launcher", || {
+        let launcher = "SELECT EXISTS (SELECT FROM pg_stat_activity \
+                        WHERE backend_type = 'logical replication launcher')";
+        value(&mut client, launcher)
+    });
+    cluster.write_list(list_of(table.first(10_000)));
+    client.batch_execute(LOAD).unwrap();
     let count = format!("SELECT count(*) {WORKERS}");
     wait_until("four workers", || value::<i64>(&mut client, &count) == 4);
     client
@@ -379,7 +388,8 @@ fn sixty_four_workers_load_at_the_same_time() {
             "pg_prewarm.autoprewarm_max_rate = 80",
         ],
     );
-    let tables: Vec<Block> = (0..80)
+    // So many that another worker is worth its start until there are 64.
+    let tables: Vec<Block> = (0..200)
         .map(|number| cluster.table(&format!("t{number}"), 10))
         .collect();
     cluster.stop(Shutdown::Fast);
@@ -393,7 +403,7 @@ fn sixty_four_workers_load_at_the_same_time() {
     });
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
     cluster.reload();
-    assert_eq!(cluster.wait_for_load(mark), (800, 800));
+    assert_eq!(cluster.wait_for_load(mark), (2000, 2000));
 }
 
 #[test]

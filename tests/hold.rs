@@ -329,6 +329,7 @@ fn a_session_waits_no_longer_than_the_limit_for_a_leader_that_does_nothing() {
     let (mut client, waiting) = start_and_hold(&cluster);
     let leader = cluster.leader().unwrap();
     signal(leader, libc::SIGSTOP);
+    assert_eq!(held(&mut client), 1);
     let waited = assert_let_in(&mut client, waiting);
     assert!(waited < Duration::from_secs(30), "{waited:?}");
     signal(leader, libc::SIGCONT);

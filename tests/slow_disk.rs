@@ -25,8 +25,9 @@ fn cluster_with_slow_load(builder: Builder, milliseconds: u32) -> (Cluster, Bloc
     (cluster, table)
 }
 
-/// Makes the stopped server load the table slowly when it starts.
+/// Makes the stopped server load the table slowly when it starts, with two workers.
 fn make_slow(cluster: &Cluster, table: Block, milliseconds: u32) {
+    cluster.configure("pg_prewarm.autoprewarm_workers = 2");
     if cluster.major() >= 17 {
         cluster.configure("io_combine_limit = 1");
     }
@@ -219,10 +220,10 @@ fn a_worker_slot_that_becomes_free_during_a_load_is_used() {
     let (cluster, _) = cluster_with_slow_load(
         Cluster::build()
             .setting("max_worker_processes = 5")
-            .setting("max_logical_replication_workers = 0")
-            .setting("pg_prewarm.autoprewarm_workers = 1"),
+            .setting("max_logical_replication_workers = 0"),
         20,
     );
+    cluster.configure("pg_prewarm.autoprewarm_workers = 1");
     let mark = cluster.log_end();
     cluster.start();
     let mut client = cluster.connect("postgres");

@@ -4,8 +4,9 @@
 //! Each case says how many clients there are, which rows they want, whether they also
 //! update, and whether shared buffers hold the list. Each client is a pgbench, and another
 //! one after so many transactions. What counts as warm is measured at the end of each run,
-//! with all of the table prewarmed (with a list larger than shared buffers: without that). The latency of the first transaction of a session
-//! includes the time to connect, and so the time that a session is held.
+//! with all of the table prewarmed (with a list larger than shared buffers: without that).
+//! The latency of the first transaction of a session includes the time to connect, and so
+//! the time that a session is held.
 
 use std::collections::HashMap;
 use std::fs;

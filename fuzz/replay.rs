@@ -29,3 +29,8 @@ fn every_list_of_the_corpus_is_read_the_same_in_pieces_of_any_size() {
 fn every_plan_of_the_corpus_has_the_right_blocks_in_the_right_order() {
     replay("plan", checks::plan::check);
 }
+
+#[test]
+fn every_upstream_list_of_the_corpus_is_refused_or_read_the_same_again() {
+    replay("upstream", checks::upstream::check);
+}

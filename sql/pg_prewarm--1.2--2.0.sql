@@ -134,6 +134,52 @@ REVOKE ALL ON pg_stat_progress_prewarm FROM PUBLIC;
 GRANT SELECT ON pg_stat_autoprewarm TO pg_monitor;
 GRANT SELECT ON pg_stat_progress_prewarm TO pg_monitor;
 
+-- Following an upstream server, on a standby. Failover managers are often members of
+-- pg_monitor.
+
+CREATE FUNCTION autoprewarm_follow_now()
+RETURNS void
+AS 'MODULE_PATHNAME', 'autoprewarm_follow_now'
+LANGUAGE C STRICT;
+
+CREATE FUNCTION autoprewarm_failover_ready(
+    coverage double precision DEFAULT 0.9,
+    max_age interval DEFAULT '5 min')
+RETURNS boolean
+AS 'MODULE_PATHNAME', 'autoprewarm_failover_ready'
+LANGUAGE C STRICT;
+
+CREATE FUNCTION pg_stat_get_autoprewarm_follow(
+    OUT pid integer,
+    OUT state text,
+    OUT upstream_host text,
+    OUT upstream_port integer,
+    OUT list_time timestamp with time zone,
+    OUT list_blocks bigint,
+    OUT hot_blocks bigint,
+    OUT hot_cached bigint,
+    OUT blocks_loaded bigint,
+    OUT blocks_replaced bigint,
+    OUT bytes_received bigint,
+    OUT lists_served bigint,
+    OUT last_served_time timestamp with time zone,
+    OUT last_error text,
+    OUT last_error_time timestamp with time zone)
+RETURNS SETOF record
+AS 'MODULE_PATHNAME', 'pg_stat_get_autoprewarm_follow'
+LANGUAGE C STRICT ROWS 1;
+
+CREATE VIEW pg_stat_autoprewarm_follow AS
+    SELECT * FROM pg_stat_get_autoprewarm_follow();
+
+REVOKE ALL ON FUNCTION autoprewarm_follow_now() FROM PUBLIC;
+REVOKE ALL ON FUNCTION autoprewarm_failover_ready(double precision, interval) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pg_stat_get_autoprewarm_follow() FROM PUBLIC;
+REVOKE ALL ON pg_stat_autoprewarm_follow FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION autoprewarm_failover_ready(double precision, interval) TO pg_monitor;
+GRANT EXECUTE ON FUNCTION pg_stat_get_autoprewarm_follow() TO pg_monitor;
+GRANT SELECT ON pg_stat_autoprewarm_follow TO pg_monitor;
+
 -- The contents of the block dump file.
 
 CREATE FUNCTION autoprewarm_blocks()

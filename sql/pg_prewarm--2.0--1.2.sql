@@ -5,8 +5,12 @@
 
 \echo Use "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'" to load this file. \quit
 
+DROP VIEW pg_stat_autoprewarm_follow;
 DROP VIEW pg_stat_progress_prewarm;
 DROP VIEW pg_stat_autoprewarm;
+DROP FUNCTION pg_stat_get_autoprewarm_follow();
+DROP FUNCTION autoprewarm_failover_ready(double precision, interval);
+DROP FUNCTION autoprewarm_follow_now();
 DROP FUNCTION pg_stat_get_progress_prewarm();
 DROP FUNCTION pg_stat_get_autoprewarm();
 DROP FUNCTION autoprewarm_blocks();

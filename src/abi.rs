@@ -90,6 +90,21 @@ export!(
     crate::autoprewarm::views::pg_stat_get_progress_prewarm_wrapper
 );
 export!(
+    "autoprewarm_follow_now",
+    "pg_finfo_autoprewarm_follow_now",
+    crate::autoprewarm::follow::sql::autoprewarm_follow_now_wrapper
+);
+export!(
+    "autoprewarm_failover_ready",
+    "pg_finfo_autoprewarm_failover_ready",
+    crate::autoprewarm::follow::sql::autoprewarm_failover_ready_wrapper
+);
+export!(
+    "pg_stat_get_autoprewarm_follow",
+    "pg_finfo_pg_stat_get_autoprewarm_follow",
+    crate::autoprewarm::follow::sql::pg_stat_get_autoprewarm_follow_wrapper
+);
+export!(
     "autoprewarm_blocks",
     "pg_finfo_autoprewarm_blocks",
     crate::autoprewarm::list::autoprewarm_blocks_wrapper
@@ -120,6 +135,23 @@ pub unsafe extern "C-unwind" fn autoprewarm_database_main(argument: pg_sys::Datu
     #[pg_guard]
     extern "C-unwind" fn main(argument: pg_sys::Datum) {
         crate::autoprewarm::worker::main((argument.value() as u64).into());
+    }
+    // SAFETY: the server calls this function directly, and nothing in its frame needs
+    // dropping.
+    unsafe { crate::pg::process::reserve::with_reserve(|| main(argument)) };
+}
+
+/// The entry point of the worker that fetches the list of the upstream server.
+///
+/// # Safety
+/// The server calls it once, as the main function of a background worker, with the OID of
+/// the database that the worker is to be connected to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn autoprewarm_fetch_main(argument: pg_sys::Datum) {
+    #[pg_guard]
+    extern "C-unwind" fn main(argument: pg_sys::Datum) {
+        #[expect(clippy::cast_possible_truncation, reason = "it is an OID")]
+        crate::autoprewarm::follow::fetch_main(argument.value() as u32);
     }
     // SAFETY: the server calls this function directly, and nothing in its frame needs
     // dropping.

@@ -58,8 +58,22 @@ pub enum Error {
     /// Holds the process ID of the process that uses the file.
     #[error("could not load blocks because dump file is being used by PID {0}")]
     ListInUse(i32),
-    #[error("timeout must not be negative")]
-    NegativeTimeout,
+    /// Holds the argument's name.
+    #[error("{0} must not be negative")]
+    NegativeInterval(&'static str),
+    #[error("coverage must be between 0 and 1")]
+    CoverageOutOfRange,
+    #[error("this server is not a standby")]
+    NotAStandby,
+    #[error("autoprewarm does not follow the upstream server")]
+    NotFollowing,
+    #[error("autoprewarm leader is not running")]
+    NoLeader,
+    /// Holds the reason.
+    #[error("could not follow the upstream server: {0}")]
+    CouldNotFollow(String),
+    #[error("file \"{path}\" cannot be used: {reason}")]
+    DamagedList { path: &'static str, reason: String },
     #[error("could not {action} file \"{path}\": {}", file::describe(source))]
     File {
         /// As in "could not write to".
@@ -85,10 +99,17 @@ impl Error {
             | Self::MissingFork(_)
             | Self::FirstBlockOutOfRange(_)
             | Self::LastBlockOutOfRange(_)
-            | Self::NegativeTimeout => ERRCODE_INVALID_PARAMETER_VALUE,
+            | Self::NegativeInterval(_)
+            | Self::CoverageOutOfRange => ERRCODE_INVALID_PARAMETER_VALUE,
             Self::MissingSchema(_) => ERRCODE_INVALID_SCHEMA_NAME,
             Self::PrefetchWithDirectIo => ERRCODE_FEATURE_NOT_SUPPORTED,
-            Self::Disabled | Self::AlreadyRunning(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            Self::Disabled
+            | Self::AlreadyRunning(_)
+            | Self::NotAStandby
+            | Self::NotFollowing
+            | Self::NoLeader
+            | Self::CouldNotFollow(_) => ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            Self::DamagedList { .. } => ERRCODE_DATA_CORRUPTED,
             Self::LoadInProgress | Self::ListInUse(_) => ERRCODE_OBJECT_IN_USE,
             Self::NoWorkerSlot | Self::WorkerNotStarted => ERRCODE_INSUFFICIENT_RESOURCES,
             // Contrib gives this error no code, so `ereport` uses this one.
@@ -113,6 +134,9 @@ impl Error {
                 Some("Valid prewarm types are \"prefetch\", \"read\", and \"buffer\".")
             }
             Self::Disabled => Some("Set \"pg_prewarm.autoprewarm\" to on, and restart the server."),
+            Self::NotFollowing => {
+                Some("Set \"pg_prewarm.autoprewarm_follow\" to on, and reload the configuration.")
+            }
             Self::PrefetchWithDirectIo => Some("Use the prewarm type \"buffer\"."),
             Self::NoWorkerSlot => Some("You may need to increase \"max_worker_processes\"."),
             Self::LoadInProgress => Some(

@@ -39,6 +39,7 @@ pgrx::extension_sql_file!(
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     settings::define();
+    autoprewarm::follow::define_list_setting();
     if pg::process::is_preloading() {
         autoprewarm::prepare_with_server();
     }

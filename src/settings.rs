@@ -1,6 +1,7 @@
 //! The configuration parameters `pg_prewarm.*`: their definitions, and functions that
 //! return their values.
 
+use std::ffi::CString;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -13,6 +14,13 @@ static AUTOPREWARM_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(8);
 static AUTOPREWARM_MAX_RATE: GucSetting<i32> = GucSetting::<i32>::new(0);
 static AUTOPREWARM_HOLD_CONNECTIONS: GucSetting<i32> = GucSetting::<i32>::new(0);
 static AUTOPREWARM_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(300);
+
+static AUTOPREWARM_FOLLOW: GucSetting<bool> = GucSetting::<bool>::new(false);
+static AUTOPREWARM_FOLLOW_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(60);
+static AUTOPREWARM_FOLLOW_MAX_RATE: GucSetting<i32> = GucSetting::<i32>::new(32 * 1024);
+static AUTOPREWARM_FOLLOW_REPLACE: GucSetting<bool> = GucSetting::<bool>::new(true);
+static AUTOPREWARM_FOLLOW_CONNINFO: GucSetting<Option<CString>> =
+    GucSetting::<Option<CString>>::new(Some(c""));
 
 /// Whether the library is in `shared_preload_libraries`. The postmaster sets it, and all
 /// other processes inherit it.
@@ -61,6 +69,7 @@ pub fn define() {
         GucContext::Sighup,
         GucFlags::UNIT_MS,
     );
+    define_follow();
     if !process::is_preloading() {
         return;
     }
@@ -74,6 +83,54 @@ pub fn define() {
         GucFlags::default(),
     );
     process::reserve_settings(c"pg_prewarm");
+}
+
+/// Defines those about following an upstream server.
+fn define_follow() {
+    GucRegistry::define_bool_guc(
+        c"pg_prewarm.autoprewarm_follow",
+        c"Has a standby keep its shared buffers close to those of its upstream server.",
+        c"",
+        &AUTOPREWARM_FOLLOW,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"pg_prewarm.autoprewarm_follow_interval",
+        c"Sets the interval between fetches of the upstream server's block list.",
+        c"",
+        &AUTOPREWARM_FOLLOW_INTERVAL,
+        1,
+        i32::MAX / 1000,
+        GucContext::Sighup,
+        GucFlags::UNIT_S,
+    );
+    GucRegistry::define_int_guc(
+        c"pg_prewarm.autoprewarm_follow_max_rate",
+        c"Sets the maximum amount of data that a standby loads per second to follow its upstream server.",
+        c"If set to zero, the rate is not limited.",
+        &AUTOPREWARM_FOLLOW_MAX_RATE,
+        0,
+        i32::MAX,
+        GucContext::Sighup,
+        GucFlags::UNIT_KB,
+    );
+    GucRegistry::define_bool_guc(
+        c"pg_prewarm.autoprewarm_follow_replace",
+        c"Lets the upstream server's hot blocks replace clean blocks that a standby does not use.",
+        c"",
+        &AUTOPREWARM_FOLLOW_REPLACE,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_string_guc(
+        c"pg_prewarm.autoprewarm_follow_conninfo",
+        c"Sets the connection string to fetch the upstream server's block list with.",
+        c"If empty, \"primary_conninfo\" is used.",
+        &AUTOPREWARM_FOLLOW_CONNINFO,
+        GucContext::Sighup,
+        GucFlags::SUPERUSER_ONLY,
+    );
 }
 
 /// `pg_prewarm.autoprewarm`: whether a leader may run.
@@ -113,4 +170,34 @@ pub fn autoprewarm_interval() -> Option<Duration> {
 pub fn autoprewarm_hold_connections() -> Duration {
     let milliseconds = AUTOPREWARM_HOLD_CONNECTIONS.get();
     Duration::from_millis(u64::try_from(milliseconds).unwrap_or(0))
+}
+
+/// `pg_prewarm.autoprewarm_follow`: whether a standby follows its upstream server.
+pub fn autoprewarm_follow() -> bool {
+    AUTOPREWARM_FOLLOW.get()
+}
+
+/// `pg_prewarm.autoprewarm_follow_interval`: how long it is from one fetch to the next.
+pub fn autoprewarm_follow_interval() -> Duration {
+    let seconds = AUTOPREWARM_FOLLOW_INTERVAL.get();
+    Duration::from_secs(u64::try_from(seconds).unwrap_or(1))
+}
+
+/// `pg_prewarm.autoprewarm_follow_max_rate`: how many kB a standby may load per second to
+/// follow; 0 means no limit.
+pub fn autoprewarm_follow_max_rate() -> u32 {
+    u32::try_from(AUTOPREWARM_FOLLOW_MAX_RATE.get()).unwrap_or(0)
+}
+
+/// `pg_prewarm.autoprewarm_follow_replace`: whether hot blocks of the upstream server may
+/// replace blocks that the standby does not use.
+pub fn autoprewarm_follow_replace() -> bool {
+    AUTOPREWARM_FOLLOW_REPLACE.get()
+}
+
+/// `pg_prewarm.autoprewarm_follow_conninfo`. `None` if it is empty.
+pub fn autoprewarm_follow_conninfo() -> Option<String> {
+    let conninfo = AUTOPREWARM_FOLLOW_CONNINFO.get()?;
+    let conninfo = conninfo.to_string_lossy().into_owned();
+    (!conninfo.is_empty()).then_some(conninfo)
 }

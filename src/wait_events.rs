@@ -20,6 +20,9 @@ pub static RATE_LIMIT: WaitEvent = WaitEvent::new(c"AutoprewarmRateLimit");
 /// A caller waits for the start of a leader.
 pub static LEADER_START: WaitEvent = WaitEvent::new(c"AutoprewarmLeaderStart");
 
+/// A caller waits for the upstream's list to be fetched and loaded.
+pub static FOLLOW: WaitEvent = WaitEvent::new(c"AutoprewarmFollow");
+
 /// A caller waits for the start or the end of a load.
 pub static LOAD_END: WaitEvent = WaitEvent::new(c"AutoprewarmLoadEnd");
 

@@ -40,7 +40,7 @@ impl Answer {
 const ROLES: [&str; 5] = ["postgres", "monitor", "owner", "plain", "granted"];
 
 /// Each object of the extension, a query that uses it, and the answer for each role.
-const EXPECTED: [(&str, &str, [Answer; 5]); 14] = {
+const EXPECTED: [(&str, &str, [Answer; 5]); 18] = {
     use Answer::{Denied, No, Yes};
     let of_table = [Yes, Denied, Yes, Denied, Yes];
     let what_is_readable = [Yes, No, Yes, No, Yes];
@@ -105,6 +105,26 @@ const EXPECTED: [(&str, &str, [Answer; 5]); 14] = {
         (
             "pg_stat_get_progress_prewarm()",
             "SELECT count(*) >= 0 FROM pg_stat_get_progress_prewarm()",
+            monitoring,
+        ),
+        (
+            "autoprewarm_follow_now()",
+            "SELECT autoprewarm_follow_now() IS NOT NULL",
+            control,
+        ),
+        (
+            "autoprewarm_failover_ready(double precision,interval)",
+            "SELECT NOT autoprewarm_failover_ready()",
+            monitoring,
+        ),
+        (
+            "pg_stat_get_autoprewarm_follow()",
+            "SELECT count(*) = 1 FROM pg_stat_get_autoprewarm_follow()",
+            monitoring,
+        ),
+        (
+            "view pg_stat_autoprewarm_follow",
+            "SELECT count(*) = 1 FROM pg_stat_autoprewarm_follow",
             monitoring,
         ),
         (

@@ -23,6 +23,15 @@ fn shown(client: &mut Client) -> Vec<String> {
 
 const AUTOPREWARM: &str = "pg_prewarm.autoprewarm bool on postmaster on on default \
                            Customized Options {}";
+const FOLLOW: [&str; 5] = [
+    "pg_prewarm.autoprewarm_follow bool off sighup off off default Customized Options {}",
+    "pg_prewarm.autoprewarm_follow_conninfo string  sighup   default Customized Options {}",
+    "pg_prewarm.autoprewarm_follow_interval integer 60 s sighup 1..2147483 60 60 default \
+     Customized Options {}",
+    "pg_prewarm.autoprewarm_follow_max_rate integer 32768 kB sighup 0..2147483647 32768 32768 \
+     default Customized Options {}",
+    "pg_prewarm.autoprewarm_follow_replace bool on sighup on on default Customized Options {}",
+];
 const HOLD: &str = "pg_prewarm.autoprewarm_hold_connections integer 0 ms sighup 0..60000 0 0 \
                     default Customized Options {}";
 const INTERVAL: &str = "pg_prewarm.autoprewarm_interval integer 300 s sighup 0..2147483 300 300 \
@@ -36,8 +45,9 @@ const WORKERS: &str = "pg_prewarm.autoprewarm_workers integer 8 sighup 1..64 8 8
 
 #[test]
 fn each_setting_is_defined_if_it_can_have_an_effect() {
+    let only_ours = [&FOLLOW[..], &[HOLD, MAX_RATE, WORKERS]].concat();
     let installations = [
-        (Some(Installation::ours()), &[HOLD, MAX_RATE, WORKERS][..]),
+        (Some(Installation::ours()), &only_ours[..]),
         (Installation::contrib(), &[]),
     ];
     for (installation, only_ours) in installations {

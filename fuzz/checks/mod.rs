@@ -4,3 +4,4 @@
 pub mod list;
 mod memory;
 pub mod plan;
+pub mod upstream;

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use pgrx::PgLogLevel;
 
 use super::load::Prepared;
-use super::load_segment::{Cursor, Load};
+use super::load_segment::{Cursor, Load, Purpose};
 use super::state::State;
 use super::supervise::{Supervisor, reason_to_skip};
 use crate::blocks::{CHUNK_BLOCKS, Oid, OverBudget, Plan, SkipReason};
@@ -32,19 +32,22 @@ pub fn create_segment(
     let Prepared {
         mut plan,
         budget,
+        purpose,
         existing,
     } = prepared;
+    let stats = purpose.stats(state);
+    let number = stats.number();
     let planned = plan.blocks();
     let mut refusal: Option<Caught> = None;
     let (layout, segment) = loop {
         let layout = Layout::of(&plan, &existing);
         let cursors = transaction::run(|_| layout.cursors(&plan))?;
-        let load = Load::new(
-            state.load.number(),
-            layout.shared.clone(),
-            layout.databases.len(),
-            LoadRoom::new(budget),
-        );
+        let room = match purpose {
+            Purpose::List => LoadRoom::new(budget),
+            Purpose::TopUp => LoadRoom::keeping_usage_counts(budget, state.follow.raised_until()),
+        };
+        let (shared, databases) = (layout.shared.clone(), layout.databases.len());
+        let load = Load::new(number, purpose, shared, databases, room);
         // An ERROR leaves the segment's descriptor to the end of the transaction.
         let segment = transaction::run(|_| {
             let chunks = plan.chunk_sizes().len();
@@ -65,16 +68,13 @@ pub fn create_segment(
             Err(caught) => return Err(refusal.unwrap_or(caught)),
         }
     };
-    let number = state.load.number();
     if let Some(refusal) = refusal {
         report_part(state, plan.blocks(), planned, &refusal);
         let left_out = planned - plan.blocks();
-        state
-            .load
-            .skip(number, SkipReason::NoSharedMemory, left_out);
+        stats.skip(number, SkipReason::NoSharedMemory, left_out);
     }
     for &(reason, blocks) in &layout.skipped {
-        state.load.skip(number, reason, blocks);
+        stats.skip(number, reason, blocks);
     }
     let databases = layout.databases.into_iter().map(|(database, _)| database);
     let supervisor = Supervisor::new(state, segment, databases);

@@ -52,6 +52,11 @@ impl HoldState {
         }
     }
 
+    /// Holds new sessions again: another load begins for which they are to wait.
+    pub fn begin(&self) {
+        self.is_over.store(false, SeqCst);
+    }
+
     /// Lets all sessions go on, and holds none from now on.
     pub fn end(&self) {
         if !self.is_over.swap(true, SeqCst) {

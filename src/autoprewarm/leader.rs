@@ -12,6 +12,7 @@
 use std::time::{Duration, Instant};
 
 use super::dump::{self, Unlogged};
+use super::follow::follower::Follower;
 use super::later::Later;
 use super::load::{self, Outcome, Reason};
 use super::mark;
@@ -47,6 +48,7 @@ pub fn main() {
         return;
     }
 
+    let mut follower = Follower::new(state);
     let mut after = AfterLoad::default();
     match state.phase() {
         Phase::Due | Phase::NoSlot => after = load(state, after),
@@ -61,6 +63,17 @@ pub fn main() {
     let mut is_stopping = false;
     while !background::shutdown_requested() {
         let reloaded = process::reload_configuration_if_due();
+        if reloaded {
+            follower.reload();
+        }
+        if follower.was_promoted() {
+            follower.load_after_promotion();
+            last = Instant::now();
+            if !matches!(state.phase(), Phase::Failed | Phase::Suspended) {
+                try_dump(state, Unlogged::LeftOut);
+            }
+            continue;
+        }
         // While sessions go on, the end of a smart shutdown may be far away, and the server
         // be killed before.
         if !is_stopping && postmaster::is_stopping() {
@@ -82,6 +95,7 @@ pub fn main() {
             _ => false,
         };
         if retry || state.load_is_requested() {
+            follower.interrupt();
             after = load(state, after);
             last = Instant::now();
         } else if interval_is_over {
@@ -91,11 +105,17 @@ pub fn main() {
             }
         } else {
             let shutdown_poll = (!is_stopping).then_some(SHUTDOWN_POLL);
-            let wait = [wait, after.advance(state), shutdown_poll];
+            let wait = [
+                wait,
+                after.advance(state),
+                follower.advance(),
+                shutdown_poll,
+            ];
             let wait = wait.into_iter().flatten().min();
             latch::sleep_as_worker(wait, &wait_events::LEADER_MAIN);
         }
     }
+    follower.stop();
     // Most likely this is a clean shutdown, which unlogged relations survive. After
     // an incomplete load, the list is still the best one.
     if matches!(state.phase(), Phase::Ended | Phase::NoSlot) {

@@ -11,11 +11,14 @@ use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use super::create_segment::create_segment;
 use super::later::Later;
+use super::load_segment::Purpose;
 use super::mark;
 use super::state::State;
 use super::supervise::{Halt, Supervisor, reason_to_skip};
 use super::{DUMP_FILE, carry, dump, no_list};
-use crate::blocks::{BlockList, Budget, Carried, Oid, OverBudget, Plan, SkipReason, UsageCounts};
+use crate::blocks::{
+    BlockList, Budget, ByUsageCount, Carried, Oid, OverBudget, Plan, SkipReason, UsageCounts,
+};
 use crate::error::Error;
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::memory::{Infallible, fallible, infallible};
@@ -136,6 +139,7 @@ pub struct Prepared {
     pub plan: Plan,
     /// What it may replace in shared buffers.
     pub budget: Budget,
+    pub purpose: Purpose,
     /// Which databases exist, if the plan is not empty.
     pub existing: HashMap<Oid, Database>,
 }
@@ -150,20 +154,39 @@ fn prepare(
     let should_stop = || background::shutdown_requested() || state.cancel_is_requested();
     let list = read_list(list, should_stop)?;
     report_defects(&list, state);
-    let stats = &state.load;
-    stats.set_total(list.entries.len() as u64);
     let buffers = room::survey();
-    let mut budget = buffers.at_start();
+    plan_list(
+        transaction,
+        list,
+        Purpose::List,
+        state,
+        |listed| match reason {
+            Reason::Start => buffers.at_start(),
+            Reason::OnDemand => buffers.on_demand(listed),
+        },
+    )
+}
+
+/// Makes the plan of a list. `choose` gets how many blocks are not cached, by usage count,
+/// and chooses how many are loaded. Counts what is left out.
+pub fn plan_list(
+    transaction: &Transaction,
+    list: BlockList,
+    purpose: Purpose,
+    state: &State,
+    choose: impl FnOnce(&ByUsageCount) -> Budget,
+) -> Result<Prepared, Error> {
+    let stats = purpose.stats(state);
+    stats.set_total(list.entries.len() as u64);
+    let mut budget = Budget::default();
     let cached = Infallible(buffer::cached_blocks().map(|block| block.record));
     let mut tick = || infallible(check_for_interrupts);
     let plan = fallible(|| {
-        let budget = |listed: &_| {
-            if reason == Reason::OnDemand {
-                budget = buffers.on_demand(listed);
-            }
+        let choose = |listed: &_| {
+            budget = choose(listed);
             budget.blocks
         };
-        Plan::new_with_ticks(list, cached, budget, &mut tick)
+        Plan::new_with_ticks(list, cached, choose, &mut tick)
     })
     .map_err(|error| Error::ListTooLarge(error.to_string()))?;
     let number = stats.number();
@@ -179,6 +202,7 @@ fn prepare(
     Ok(Prepared {
         plan,
         budget,
+        purpose,
         existing,
     })
 }

@@ -27,6 +27,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use super::rate::RateLimit;
+use super::state::State;
+use super::stats::LoadStats;
 use crate::blocks::{Oid, PlanView, SkipReason};
 use crate::pg::shared::contents::Shared;
 use crate::pg::storage::prefault::Prefaulted;
@@ -38,9 +40,30 @@ pub const MAX_WORKERS: usize = 64;
 /// A slot's chunk if it has none.
 const NO_CHUNK: u32 = u32::MAX;
 
+/// What a load is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To load a list as fast as the settings allow.
+    List = 0,
+    /// To load what a standby lacks of its upstream's list, without disturbing it.
+    TopUp = 1,
+}
+
+impl Purpose {
+    /// Where such a load is counted.
+    pub fn stats(self, state: &State) -> &LoadStats {
+        match self {
+            Self::List => &state.load,
+            Self::TopUp => &state.follow.top_up,
+        }
+    }
+}
+
 pub struct Load {
-    /// The load's number in [`super::stats::LoadStats`].
+    /// The load's number in its [`LoadStats`].
     number: AtomicU32,
+    /// A [`Purpose`].
+    purpose: AtomicU32,
     /// The chunks of shared catalogs, which workers in any database can load.
     shared: Cursor,
     /// How many databases the plan has.
@@ -271,9 +294,16 @@ impl Load {
         clippy::cast_possible_truncation,
         reason = "databases are counted in 32 bits"
     )]
-    pub fn new(number: u32, shared: Range<u32>, databases: usize, room: LoadRoom) -> Self {
+    pub fn new(
+        number: u32,
+        purpose: Purpose,
+        shared: Range<u32>,
+        databases: usize,
+        room: LoadRoom,
+    ) -> Self {
         Self {
             number: AtomicU32::new(number),
+            purpose: AtomicU32::new(purpose as u32),
             shared: Cursor::new(shared),
             databases: AtomicU32::new(databases as u32),
             is_later_try: AtomicBool::new(false),
@@ -289,6 +319,13 @@ impl Load {
 
     pub fn number(&self) -> u32 {
         self.number.load(SeqCst)
+    }
+
+    pub fn purpose(&self) -> Purpose {
+        match self.purpose.load(SeqCst) {
+            0 => Purpose::List,
+            _ => Purpose::TopUp,
+        }
     }
 
     /// The cursor of the slot's database.

@@ -9,6 +9,7 @@
 //!
 //! - [`create_segment`] puts the plan of a load into shared memory, and [`load_segment`] is
 //!   what lies there during the load.
+//! - [`follow`] keeps a standby's shared buffers close to those of its upstream server.
 //! - [`rate`] limits how much a load reads per second.
 //! - [`hold`] has new sessions wait for the first tier of the server's first load.
 //! - [`mark`] notices loads during which the server crashes.
@@ -20,6 +21,7 @@
 mod carry;
 mod create_segment;
 mod dump;
+pub mod follow;
 mod hold;
 mod later;
 pub mod leader;

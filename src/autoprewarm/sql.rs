@@ -145,7 +145,10 @@ fn autoprewarm_wait(timeout: Option<Interval>) -> bool {
 }
 
 fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
-    let timeout = timeout.map(duration).transpose()?.flatten();
+    let timeout = timeout
+        .map(|timeout| duration(timeout, "timeout"))
+        .transpose()?
+        .flatten();
     let state = State::attach();
     let start = Instant::now();
     loop {
@@ -162,14 +165,14 @@ fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
     }
 }
 
-/// A timeout's length, with months of 30 days. `None` if it is too long to be
-/// represented, which is as good as no timeout.
-fn duration(timeout: Interval) -> Result<Option<Duration>, Error> {
+/// The length of the interval that the argument of that name has, with months of 30 days.
+/// `None` if it is too long to be represented, which is as good as no limit.
+pub(super) fn duration(interval: Interval, name: &'static str) -> Result<Option<Duration>, Error> {
     const DAY: i128 = 24 * 60 * 60 * 1_000_000;
-    let days = i128::from(timeout.months()) * 30 + i128::from(timeout.days());
-    let micros = days * DAY + i128::from(timeout.micros());
+    let days = i128::from(interval.months()) * 30 + i128::from(interval.days());
+    let micros = days * DAY + i128::from(interval.micros());
     if micros < 0 {
-        return Err(Error::NegativeTimeout);
+        return Err(Error::NegativeInterval(name));
     }
     Ok(u64::try_from(micros).ok().map(Duration::from_micros))
 }

@@ -14,8 +14,9 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32};
 use std::time::Duration;
 
 use super::carry::CarryState;
+use super::follow::state::{FollowState, Stage};
 use super::hold::HoldState;
-use super::stats::{DumpStats, LastError, LoadResult, LoadStats};
+use super::stats::{DumpStats, LoadResult, LoadStats, SharedText};
 use crate::pg::process::error::Caught;
 use crate::pg::process::{self, latch};
 use crate::pg::shared::contents::Shared;
@@ -44,7 +45,8 @@ pub struct State {
     pub hold: HoldState,
     pub load: LoadStats,
     pub dump: DumpStats,
-    pub last_error: LastError,
+    pub last_error: SharedText,
+    pub follow: FollowState,
 }
 
 // SAFETY: it consists of atomics and a condition variable, which may be shared. Every bit
@@ -65,7 +67,8 @@ impl Default for State {
             hold: HoldState::new(),
             load: LoadStats::new(),
             dump: DumpStats::new(),
-            last_error: LastError::new(),
+            last_error: SharedText::new(),
+            follow: FollowState::new(),
         }
     }
 }
@@ -150,6 +153,7 @@ impl State {
                 }
                 if state.leader() == me {
                     state.hold.end();
+                    state.follow.set_stage(Stage::Off);
                 }
                 state.hold.leave();
                 release(&state.leader);
@@ -265,6 +269,7 @@ impl State {
     pub fn load_is_pending(&self) -> bool {
         self.leader().is_some()
             && (self.load_is_requested()
+                || self.follow.promotion_is_due()
                 || self.load.has_begun()
                 || matches!(self.phase(), Phase::Due | Phase::Loading))
     }

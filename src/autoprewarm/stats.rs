@@ -221,24 +221,25 @@ impl DumpStats {
     }
 }
 
-/// The last error that the leader or a worker has logged.
+/// A text that processes share, such as the last error that the leader or a worker has
+/// logged, and when it was stored.
 ///
 /// The text is more than one word, so it has a version, which is odd while the text
 /// is being written. A reader that finds it odd or changed reads again, for a tenth of a
 /// second at most. A writer takes a second at most as well, since it does nothing else
 /// meanwhile: after that it is taken for dead, and the next one takes its place.
 #[repr(C)]
-pub struct LastError {
+pub struct SharedText {
     version: AtomicU32,
     /// When a process began to write a text.
     began: AtomicI64,
     time: AtomicI64,
     length: AtomicU32,
-    bytes: [AtomicU8; LastError::ROOM],
+    bytes: [AtomicU8; SharedText::ROOM],
 }
 
-impl LastError {
-    /// The maximum number of bytes of a message that are kept.
+impl SharedText {
+    /// The maximum number of bytes of a text that are kept.
     const ROOM: usize = 256;
 
     pub const fn new() -> Self {
@@ -258,10 +259,10 @@ impl LastError {
     /// How long a writer may take, in microseconds.
     const WRITING: Range<i64> = 0..1_000_000;
 
-    /// Stores an error's message, truncated if it is too long. If another process is
-    /// storing a message at this moment, that one is kept instead.
-    pub fn record(&self, message: &str) {
-        self.store(message, process::now());
+    /// Stores a text, truncated if it is too long. If another process is storing one at this
+    /// moment, that one is kept instead.
+    pub fn record(&self, text: &str) {
+        self.store(text, process::now());
     }
 
     fn store(&self, message: &str, now: i64) {
@@ -290,8 +291,8 @@ impl LastError {
         let _ = replace(mine, mine.wrapping_add(1));
     }
 
-    /// The message, and when it was logged. `None` if there has been none, or if it
-    /// cannot be read since its writer did not complete it.
+    /// The text, and when it was stored. `None` if there has been none, or if it cannot be
+    /// read since its writer did not complete it.
     pub fn last(&self) -> Option<(String, i64)> {
         let mut text = self.read();
         for _ in 0..Self::TRIES {
@@ -304,7 +305,7 @@ impl LastError {
         text.filter(|&(_, time)| time != 0)
     }
 
-    /// The message and its time. `None` if they are being written.
+    /// The text and its time. `None` if they are being written.
     fn read(&self) -> Option<(String, i64)> {
         let version = self.version.load(SeqCst);
         if !version.is_multiple_of(2) {
@@ -343,7 +344,7 @@ mod tests {
 
     #[test]
     fn the_last_error_is_read_back_and_truncated() {
-        let error = LastError::new();
+        let error = SharedText::new();
         assert_eq!(error.last(), None);
         error.store("one", 1);
         assert_eq!(error.last(), Some(("one".to_owned(), 1)));
@@ -356,7 +357,7 @@ mod tests {
     fn a_writer_that_died_keeps_no_reader_waiting_and_is_replaced_by_the_next() {
         // What it left at any moment, also where the version begins anew.
         for version in [1, 77, u32::MAX] {
-            let error = LastError::new();
+            let error = SharedText::new();
             error.version.store(version, SeqCst);
             error.began.store(5, SeqCst);
             error.length.store(u32::MAX, SeqCst);
@@ -371,7 +372,7 @@ mod tests {
 
     #[test]
     fn a_reader_gets_no_mixture_of_two_messages() {
-        let error = LastError::new();
+        let error = SharedText::new();
         let texts = ["a".repeat(200), "b".repeat(250)];
         std::thread::scope(|scope| {
             for text in &texts {

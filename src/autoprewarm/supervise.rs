@@ -18,7 +18,7 @@ use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use super::WORKER;
 use super::left::Settled;
-use super::load_segment::{Claim, Cursor, Load, MAX_WORKERS, Stage, WorkerArgument};
+use super::load_segment::{Claim, Cursor, Load, MAX_WORKERS, Purpose, Stage, WorkerArgument};
 use super::state::State;
 use super::stats::LoadStats;
 use crate::blocks::{Age, Oid, PlanView, Record, SkipReason, UsageCount};
@@ -30,6 +30,7 @@ use crate::pg::shared::segment::Segment;
 use crate::pg::shared::slots;
 use crate::pg::shared::worker::{Handle, Status};
 use crate::pg::storage::database::{self, Database};
+use crate::pg::storage::room::LoadRoom;
 use crate::{settings, wait_events};
 
 /// How long to wait before another worker is started after one could not be started,
@@ -159,7 +160,7 @@ impl Supervisor {
             died_at: Vec::new(),
             workers: Vec::new(),
             futile_exits: 0,
-            rest_at_last_exit: state.load.counts().rest(),
+            rest_at_last_exit: segment.header().purpose().stats(state).counts().rest(),
             next_start: Instant::now(),
             cancelled_since: None,
             start: Instant::now(),
@@ -193,6 +194,11 @@ impl Supervisor {
         self.segment.header().count_set_aside(self.segment.cells())
     }
 
+    /// What the load may fill.
+    pub fn room(&self) -> &LoadRoom {
+        &self.segment.header().room
+    }
+
     pub fn terminate_workers(&self) {
         for worker in &self.workers {
             worker.handle.terminate();
@@ -215,17 +221,19 @@ impl Supervisor {
     /// exits, when the load is cancelled, and when the configuration is reloaded. `None`
     /// if no blocks are left to be loaded.
     pub fn advance(&mut self) -> Result<Option<Duration>, Halt> {
-        self.segment.header().rate_limit.set(
-            settings::autoprewarm_max_rate(),
-            process::monotonic_micros(),
-        );
+        let rate = match self.is_top_up() {
+            true => self.state.follow.rate(),
+            false => settings::autoprewarm_max_rate(),
+        };
+        let now = process::monotonic_micros();
+        self.segment.header().rate_limit.set(rate, now);
         self.reap();
         // At shutdown, workers are terminated, which is not a failure, and their
         // chunks need not be handed out again.
         if background::shutdown_requested() {
             return Err(Halt::ShuttingDown);
         }
-        if self.state.cancel_is_requested() {
+        if !self.is_top_up() && self.state.cancel_is_requested() {
             self.end_because_cancelled();
         } else if self.futile_exits >= FUTILE_EXITS + self.max_workers() {
             return Err(Halt::NoProgress);
@@ -254,6 +262,11 @@ impl Supervisor {
             None if is_paused => self.next_start - Instant::now(),
             None => RETRY,
         }))
+    }
+
+    /// Whether this is a top-up, which must not disturb a standby.
+    fn is_top_up(&self) -> bool {
+        self.segment.header().purpose() == Purpose::TopUp
     }
 
     /// Lets new sessions go on when the first tier is done, when they have waited for long
@@ -329,9 +342,9 @@ impl Supervisor {
     }
 
     /// Notes that there is no slot for a worker. An error if that has lasted too long. A
-    /// later try does not wait: there is another one.
+    /// later try or a top-up does not wait: there is another one.
     fn wait_for_slot(&mut self) -> Result<(), Halt> {
-        if self.segment.header().is_later_try() {
+        if self.segment.header().is_later_try() || self.is_top_up() {
             return Err(Halt::NoSlot);
         }
         // Sessions need not wait for nothing.
@@ -393,9 +406,9 @@ impl Supervisor {
         slots::count_free() > FREE_SLOTS + pending
     }
 
-    /// The maximum number of workers at once. A later try needs no speed.
+    /// The maximum number of workers at once. A later try or a top-up needs no speed.
     fn max_workers(&self) -> usize {
-        match self.segment.header().is_later_try() {
+        match self.segment.header().is_later_try() || self.is_top_up() {
             true => 1,
             false => settings::autoprewarm_workers().min(MAX_WORKERS),
         }
@@ -544,15 +557,16 @@ impl Supervisor {
     /// background worker slots.
     fn start_workers(&mut self) -> bool {
         while self.workers.len() < self.max_workers() {
+            let Some((database, first)) = self.next_database() else {
+                return false;
+            };
             let load = self.segment.header();
             // An interrupt may be served meanwhile, and raise an ERROR, which must not end the
             // leader.
             if catch(|| load.room.ahead(1)).is_ok_and(|blocks| blocks == 0) {
                 load.end_for(SkipReason::NoFreeBuffer);
-            }
-            let Some((database, first)) = self.next_database() else {
                 return false;
-            };
+            }
             if self.databases[database].set_aside_until.is_some()
                 && let Some(reason) = self.reason_to_skip_now(database)
             {
@@ -657,7 +671,7 @@ impl Supervisor {
     }
 
     fn stats(&self) -> &LoadStats {
-        &self.state.load
+        self.segment.header().purpose().stats(self.state)
     }
 
     fn skip(&self, reason: SkipReason, blocks: u64) {

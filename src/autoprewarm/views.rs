@@ -143,7 +143,7 @@ fn pg_stat_get_progress_prewarm() -> TableIterator<
 }
 
 /// One of the server's timestamps. `None` if it is 0.
-fn time(timestamp: i64) -> Option<TimestampWithTimeZone> {
+pub(super) fn time(timestamp: i64) -> Option<TimestampWithTimeZone> {
     Some(timestamp)
         .filter(|&timestamp| timestamp != 0)
         .and_then(|timestamp| timestamp.try_into().ok())

@@ -18,9 +18,10 @@ use std::ops::ControlFlow::{Break, Continue};
 use std::time::{Duration, Instant};
 
 use super::left::Settled;
-use super::load_segment::{Claim, Cursor, Load, Slot, Stage, WorkerArgument};
+use super::load_segment::{Claim, Cursor, Load, Purpose, Slot, Stage, WorkerArgument};
 use super::state::State;
-use crate::blocks::{Fork, Oid, PlanView, SkipReason};
+use super::stats::LoadStats;
+use crate::blocks::{Fork, Oid, PlanView, SkipReason, UsageCount};
 use crate::pace::{Pace, TURN};
 use crate::pg::process::activity;
 use crate::pg::process::error::is_shortage;
@@ -415,6 +416,7 @@ impl Worker<'_> {
         }
         let wanted = existing.min(turn.max).min(self.pace.max_blocks());
         relation.look_up_tablespace();
+        let is_top_up = self.load.purpose() == Purpose::TopUp;
         let tally = Tally::begin(self, turn);
         let end = relation.read_as_load(
             chunk.fork,
@@ -422,7 +424,11 @@ impl Worker<'_> {
             &self.load.room,
             self.load.readers(),
             |index, buffer| {
-                buffer.restore_usage_count(blocks.usage_count(first + index));
+                buffer.restore_usage_count(match is_top_up {
+                    // What is used here is worth more, until this server is promoted.
+                    true => UsageCount::ONCE,
+                    false => blocks.usage_count(first + index),
+                });
                 self.prefaulter.prefault_after(buffer.index());
                 turn.done.set(turn.done.get() + 1);
                 if start.elapsed() < TURN && !self.is_to_end() {
@@ -446,9 +452,13 @@ impl Worker<'_> {
         self.settled.settle(chunk, done);
     }
 
+    fn stats(&self) -> &LoadStats {
+        self.load.purpose().stats(self.state)
+    }
+
     /// Counts blocks as loaded, or cached already.
     fn count(&self, loaded: u64, cached: u64) {
-        let (stats, number) = (&self.state.load, self.load.number());
+        let (stats, number) = (self.stats(), self.load.number());
         stats.count(number, loaded, cached);
         if self.load.is_later_try() {
             stats.take_back(number, SkipReason::Locked, loaded + cached);
@@ -457,7 +467,7 @@ impl Worker<'_> {
 
     /// Counts blocks as skipped.
     fn skip(&self, reason: SkipReason, blocks: usize) {
-        let (stats, number) = (&self.state.load, self.load.number());
+        let (stats, number) = (self.stats(), self.load.number());
         stats.skip(number, reason, blocks as u64);
         if self.load.is_later_try() {
             stats.take_back(number, SkipReason::Locked, blocks as u64);

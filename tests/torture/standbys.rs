@@ -1,7 +1,9 @@
 //! A standby that loads while it replays: what the primary does conflicts with the
-//! load, and the standby is promoted during it.
+//! load, and the standby is promoted during it. Or it follows its primary, while the
+//! processes of both that this needs are terminated, and is promoted at some moment.
 
 use postgres::NoTls;
+use rand::Rng;
 
 use super::arena::Arena;
 use super::check::check_log;
@@ -10,7 +12,11 @@ use super::list::List;
 use super::process;
 use crate::common::{Cluster, Fault, LIST, LoadStats, Shutdown, value, wait_until};
 
-pub const FAULTS: &[super::Kind] = &[("promotion", promotion), ("recovery-conflicts", conflicts)];
+pub const FAULTS: &[super::Kind] = &[
+    ("promotion", promotion),
+    ("recovery-conflicts", conflicts),
+    ("following", following),
+];
 
 /// A standby with the primary's list, which it loads slowly.
 fn slow_standby(arena: &mut Arena) -> Cluster {
@@ -111,5 +117,65 @@ fn conflicts(arena: &mut Arena) {
     for churn in churn {
         churn.end();
     }
+    check_standby(arena, &standby);
+}
+
+fn following(arena: &mut Arena) {
+    let round = &mut arena.round;
+    round.allowed.push("due to conflict with recovery");
+    round.allowed.push("could not follow the upstream server");
+    arena.settle();
+    let mut standby = arena.cluster.standby();
+    standby.expect_crash();
+    let rate = arena.round.choose(&["0", "1MB", "64kB"]);
+    standby.configure(&format!(
+        "pg_prewarm.autoprewarm_follow = on\n\
+         pg_prewarm.autoprewarm_follow_interval = 1\n\
+         pg_prewarm.autoprewarm_follow_max_rate = {rate}"
+    ));
+    standby.start();
+    let churn = arena
+        .round
+        .coin()
+        .then(|| Churn::begin(arena, churn::rewrites, 2));
+    arena.work();
+    for _ in 0..arena.round.rng.random_range(2..8) {
+        arena.round.pause(600);
+        let (primary, follower) = (arena.cluster.data(""), standby.data(""));
+        let victims = match arena.round.rng.random_range(0..5) {
+            0 => process::named(&follower, "autoprewarm follower"),
+            1 => process::named(&follower, "autoprewarm worker"),
+            2 => process::named(&primary, "walsender"),
+            3 => {
+                standby.reload();
+                Vec::new()
+            }
+            _ => {
+                let how = arena.round.choose(&[Shutdown::Fast, Shutdown::Immediate]);
+                standby.stop(how);
+                standby.start();
+                Vec::new()
+            }
+        };
+        for pid in victims {
+            process::signal(pid, libc::SIGTERM);
+        }
+    }
+    if let Some(churn) = churn {
+        churn.end();
+    }
+    // At any moment, once it has a list.
+    let mut client = standby.connect("postgres");
+    wait_until("a list", || {
+        let list = "SELECT list_time IS NOT NULL FROM pg_stat_autoprewarm_follow";
+        value(&mut client, list)
+    });
+    arena.round.pause(1000);
+    standby.promote();
+    wait_until("the load after the promotion", || {
+        !standby.data("autoprewarm.upstream").exists()
+            && value(&mut client, "SELECT autoprewarm_wait('0')")
+    });
+    drop(client);
     check_standby(arena, &standby);
 }

@@ -5,6 +5,8 @@
 //! them out for shared memory; [`ListWriter`] writes the next file from what is cached and
 //! what is [`Carried`], since the load has left it.
 //! [`ListReader`] returns the records one by one, without a list in memory.
+//! [`UpstreamList`] is a list that a standby has fetched from its upstream server, in a
+//! format of its own.
 //!
 //! Nothing here calls PostgreSQL, so all of it runs under plain `cargo test` and under
 //! a fuzzer.
@@ -28,6 +30,7 @@ mod room;
 mod skip;
 mod sort;
 mod trailer;
+mod upstream;
 mod writer;
 
 pub use carried::{Carried, CarriedBuilder};
@@ -41,4 +44,5 @@ pub use record::{Age, BlockNumber, CarriedCounts, Fork, Oid, Record, UsageCount}
 pub use room::{Budget, ByUsageCount, Room};
 pub use skip::{SkipCounts, SkipReason};
 pub use trailer::UsageCounts;
+pub use upstream::{Origin, UpstreamError, UpstreamList, UpstreamListBuilder};
 pub use writer::{ListWriter, WriteError};

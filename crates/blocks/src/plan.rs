@@ -31,9 +31,8 @@ use crate::{Age, BlockNumber, ByUsageCount, Fork, Oid, Record, UsageCount};
 /// chunk must be small; a worker claims one at a time, so it should not be too small.
 pub const CHUNK_BLOCKS: u32 = 512;
 
-/// The lowest usage count of the first tier: its blocks were used again after they had
-/// been read.
-const FIRST_TIER_FROM: u32 = 2;
+/// The lowest usage count of the first tier, which has the hot blocks.
+const FIRST_TIER_FROM: u32 = UsageCount::HOT.get();
 
 /// The number of tiers.
 const TIERS: usize = 2;

@@ -92,6 +92,9 @@ impl UsageCount {
     /// is not known.
     pub const ONCE: Self = Self(1);
 
+    /// From this usage count on a block is hot: it was used again after it had been read.
+    pub const HOT: Self = Self(2);
+
     /// The usage count `count`, or [`Self::MAX`] if `count` is higher.
     pub fn new(count: u32) -> Self {
         Self(u8::try_from(count).map_or(Self::MAX.0, |count| count.min(Self::MAX.0)))
@@ -112,8 +115,8 @@ impl UsageCount {
     }
 
     /// Its number.
-    pub fn get(self) -> u32 {
-        self.0.into()
+    pub const fn get(self) -> u32 {
+        self.0 as u32
     }
 }
 

@@ -15,7 +15,7 @@ pub struct Room {
 }
 
 /// How much of a list is loaded, and at what cost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Budget {
     /// How many blocks: those of the list with the highest usage counts.
     pub blocks: u64,

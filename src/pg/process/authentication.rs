@@ -11,9 +11,9 @@ use std::time::Duration;
 use pgrx::{pg_guard, pg_sys};
 
 use super::error::Caught;
-use super::now;
 use super::reserve::{self, with_reserve};
 use super::transaction::Transaction;
+use super::{is_walsender, now};
 use crate::pg::sys::authentication::{
     ClientAuthentication_hook, Hook, Port, STATUS_OK, call_hook, client_is_connected, deadline,
     leaves_reserved_connections,
@@ -73,8 +73,7 @@ pub fn call_for_each_session(callback: Callback) {
 impl NewSession<'_> {
     /// Whether it is a replication connection.
     pub fn is_walsender(&self) -> bool {
-        // SAFETY: the word is set before the client is authenticated, and does not change.
-        unsafe { pg_sys::am_walsender }
+        is_walsender()
     }
 
     /// Whether its role is a superuser, or has the privileges of `pg_monitor`, or does not

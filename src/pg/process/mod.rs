@@ -15,9 +15,12 @@ pub mod latch;
 pub mod lock_timeout;
 pub mod memory;
 pub mod postmaster;
+pub mod recovery;
 pub mod report;
 pub mod reserve;
+pub mod shown;
 pub mod transaction;
+pub mod upstream;
 
 /// This process's ID, as the log and `pg_stat_activity` show it.
 pub fn my_pid() -> i32 {
@@ -69,6 +72,12 @@ pub fn at_exit(callback: fn()) {
     // Not `on_shmem_exit`: dynamic segments are detached before those are called.
     // SAFETY: `call` takes the argument that it is registered with.
     unsafe { pg_sys::before_shmem_exit(Some(call), pg_sys::Datum::from(callback as usize)) };
+}
+
+/// Whether this process serves a replication connection.
+pub fn is_walsender() -> bool {
+    // SAFETY: the word is set before the client is authenticated, and does not change.
+    unsafe { pg_sys::am_walsender }
 }
 
 /// Whether the postmaster is loading `shared_preload_libraries`.

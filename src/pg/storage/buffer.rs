@@ -17,6 +17,8 @@ pub type Page = [u8; pg_sys::BLCKSZ as usize];
 /// A block in shared buffers.
 #[derive(Clone, Copy, Debug)]
 pub struct CachedBlock {
+    /// Which buffer it is in, counted from 0.
+    pub index: usize,
     pub record: Record,
     /// False for a block of an unlogged relation, which a crash would empty.
     pub permanent: bool,
@@ -90,6 +92,7 @@ fn cached_block(index: usize) -> Option<CachedBlock> {
         (locked, tag)
     };
     (locked & buffer_state::BM_TAG_VALID != 0).then(|| CachedBlock {
+        index,
         record: version::record(&tag),
         permanent: locked & buffer_state::BM_PERMANENT != 0,
         usage_count: usage_count(locked),
@@ -176,6 +179,37 @@ impl Drop for Pinned {
             unsafe { pg_sys::ReleaseBuffer(self.0) };
         }
     }
+}
+
+/// Gives the block in a buffer a higher usage count, unless its own is as high. The buffer
+/// may have got another block since it was looked at.
+pub fn raise_usage_count(index: usize, to: UsageCount) {
+    change_usage_count(index, |current| (current < to).then_some(to));
+}
+
+/// Has the clock hand take a buffer whose block was used once, unless it is in use.
+/// Returns whether it will.
+pub fn expose(index: usize) -> bool {
+    change_usage_count(index, |current| {
+        (current == UsageCount::ONCE).then_some(UsageCount::new(0))
+    })
+}
+
+/// Changes the usage count of a buffer that is neither empty nor pinned. Returns whether it
+/// was changed.
+fn change_usage_count(index: usize, change: impl FnOnce(UsageCount) -> Option<UsageCount>) -> bool {
+    let state = state(index);
+    let old = state.load(Relaxed);
+    let others = buffer_state::BUF_REFCOUNT_MASK | buffer_state::BM_LOCKED;
+    if old & others != 0 || old & buffer_state::BM_TAG_VALID == 0 {
+        return false;
+    }
+    let Some(count) = change(usage_count(old)) else {
+        return false;
+    };
+    let new = buffer_state::with_usage_count(old, count.get());
+    // It fails if the buffer is being used.
+    state.compare_exchange(old, new, AcqRel, Relaxed).is_ok()
 }
 
 pub(super) fn usage_count(state: Word) -> UsageCount {

@@ -14,5 +14,8 @@ pub mod segments;
 
 pub use read::ReadEnd;
 
+/// The size of a block in bytes.
+pub const BLOCK_SIZE: u32 = pgrx::pg_sys::BLCKSZ;
+
 pub use super::sys::read::{READ_BLOCKS_MAX, READS_MANY_AT_ONCE};
 pub use super::sys::version::reads_directly;

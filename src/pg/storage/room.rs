@@ -12,7 +12,10 @@
 //!   count 0, its usage count is raised to 1, which the hand takes back when it passes. A
 //!   clean block that may be replaced gets usage count 0, so that the hand takes it. The
 //!   hand goes round once for a load: then all blocks that were there have been passed, and
-//!   the load ends, unless buffers have been emptied since.
+//!   the load ends, unless buffers have been emptied since. A load for a standby that
+//!   follows its upstream server comes again and again, so it must not let the hand wear down
+//!   the usage counts of what is used here: before the hand passes a block, its usage count
+//!   is raised by one, which the hand takes back.
 //! - A **call** may evict any block but those that it has read itself
 //!   ([`count_evictable_before`]).
 
@@ -63,6 +66,10 @@ pub struct LoadRoom {
     /// Whether only empty buffers are filled: the hand goes round again, and has lowered the
     /// usage counts of blocks.
     only_empty: AtomicBool,
+    /// Whether the hand lowers no usage count in the end.
+    keeps_usage_counts: bool,
+    /// How far usage counts were raised for that, as a position of the clock hand.
+    raised_until: AtomicU64,
 }
 
 impl LoadRoom {
@@ -72,7 +79,25 @@ impl LoadRoom {
             replaced_below: budget.replaced_below,
             start: AtomicU64::new(clock_hand().0),
             only_empty: AtomicBool::new(false),
+            keeps_usage_counts: false,
+            raised_until: AtomicU64::new(0),
         }
+    }
+
+    /// The same for a load after which the usage counts of what is here are as before.
+    /// `raised_until` is what [`Self::raised_until`] of the last such load returned: what was
+    /// raised and has not been passed yet is not raised again.
+    pub fn keeping_usage_counts(budget: Budget, raised_until: u64) -> Self {
+        Self {
+            keeps_usage_counts: true,
+            raised_until: AtomicU64::new(raised_until),
+            ..Self::new(budget)
+        }
+    }
+
+    /// How far usage counts were raised, as a position of the clock hand.
+    pub fn raised_until(&self) -> u64 {
+        self.raised_until.load(Relaxed)
     }
 
     /// Lets the clock hand go round once more, from where it is now.
@@ -103,16 +128,46 @@ impl LoadRoom {
         let not_passed = count().saturating_sub(passed);
         let reserve = reserve();
         let mut found = 0;
+        // How many buffers the hand passes for the blocks that are read now.
+        let mut passes = 0;
         for (looked, index) in ahead_of(next).take(not_passed).enumerate() {
             if looked % INTERRUPT_INTERVAL == INTERRUPT_INTERVAL - 1 {
                 check_for_interrupts();
             }
-            found += usize::from(self.prepare(index));
+            if self.prepare(index) {
+                found += 1;
+                if found <= max {
+                    passes = looked + 1;
+                }
+            }
             if found >= max + reserve {
                 break;
             }
         }
-        found.saturating_sub(reserve).min(max)
+        let found = found.saturating_sub(reserve).min(max);
+        if self.keeps_usage_counts && found > 0 {
+            self.raise(turned, next, passes);
+        }
+        found
+    }
+
+    /// Raises the usage counts of the buffers that the hand is about to pass, which it lowers,
+    /// unless that was done before.
+    fn raise(&self, turned: u64, next: usize, passes: usize) {
+        const MAX: u32 = UsageCount::MAX.get();
+        let raised_until = self.raised_until.load(Relaxed);
+        for (index, position) in ahead_of(next).take(passes).zip(turned..) {
+            let word = state(index);
+            let old = word.load(Relaxed);
+            let count = usage_count(old).get();
+            let in_use = buffer_state::BUF_REFCOUNT_MASK | buffer_state::BM_LOCKED;
+            if position >= raised_until && old & in_use == 0 && (1..MAX).contains(&count) {
+                let new = buffer_state::with_usage_count(old, count + 1);
+                // It fails if the buffer is being used.
+                let _ = word.compare_exchange(old, new, AcqRel, Relaxed);
+            }
+        }
+        self.raised_until.fetch_max(turned + passes as u64, Relaxed);
     }
 
     /// Whether the hand will take this buffer, and may. If it would take it and must not,
@@ -123,10 +178,10 @@ impl LoadRoom {
         if old & (buffer_state::BUF_REFCOUNT_MASK | buffer_state::BM_LOCKED) != 0 {
             return false;
         }
-        let count = usage_count(old).get() as usize;
+        let count = usage_count(old).get();
         let may_be_taken = is_empty(old)
             || old & buffer_state::BM_DIRTY == 0
-                && (count == 0 || count < self.replaced_below)
+                && (count as usize) < self.replaced_below
                 && !self.only_empty.load(Relaxed);
         let wanted = match (may_be_taken, count) {
             (true, 0) => return true,

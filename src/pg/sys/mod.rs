@@ -11,3 +11,4 @@ pub mod read;
 pub mod shmem;
 pub mod signal;
 pub mod version;
+pub mod walreceiver;

@@ -1,0 +1,166 @@
+//! Fetching the upstream's list: a background worker that connects, fetches, checks and
+//! stores it, and ends.
+//!
+//! It is connected to a database that nobody drops, since the server's client for
+//! replication connections needs one, and for as short as possible. The upstream server
+//! has a walsender for it meanwhile, one of `max_wal_senders`.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+
+use super::state::FetchResult;
+use super::{LIST_SETTING, stored};
+use crate::autoprewarm::state::State;
+use crate::blocks::{Oid, Origin, UpstreamList};
+use crate::error::Error;
+use crate::pg::process::error::Caught;
+use crate::pg::process::memory::{fallible, or_raise};
+use crate::pg::process::transaction::{self, Transaction};
+use crate::pg::process::upstream::{Upstream, primary_conninfo};
+use crate::pg::process::{activity, background, recovery};
+use crate::pg::storage::BLOCK_SIZE;
+use crate::settings;
+
+/// Why no list was fetched.
+struct Failure {
+    result: FetchResult,
+    message: String,
+}
+
+impl Failure {
+    fn new(result: FetchResult, message: impl Into<String>) -> Self {
+        Self {
+            result,
+            message: message.into(),
+        }
+    }
+}
+
+impl From<Caught> for Failure {
+    fn from(caught: Caught) -> Self {
+        Self::new(FetchResult::Failed, caught.message)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::new(FetchResult::Failed, error.to_string())
+    }
+}
+
+/// Runs the worker, connected to that database.
+pub fn main(database: Oid) {
+    background::handle_signals_as_worker();
+    background::connect_to_database(database);
+    let state = State::attach();
+    activity::report(b"fetching the block list of the upstream server".to_vec());
+    let fetched = transaction::run(|transaction| fetch(transaction, state));
+    let result = match fetched.map_err(Failure::from).flatten() {
+        Ok(()) => FetchResult::Fetched,
+        Err(failure) => {
+            state.follow.error.record(&failure.message);
+            failure.result
+        }
+    };
+    state.follow.report_fetch(result);
+    state.wake_leader();
+}
+
+fn fetch(transaction: &Transaction, state: &State) -> Result<(), Failure> {
+    let failed = |message: String| Failure::new(FetchResult::Failed, message);
+    let conninfo = match settings::autoprewarm_follow_conninfo() {
+        Some(conninfo) => conninfo,
+        None => primary_conninfo(),
+    };
+    if conninfo.trim().is_empty() {
+        return Err(failed("\"primary_conninfo\" is not set".to_owned()));
+    }
+    let upstream = Upstream::connect(transaction, &conninfo).map_err(|message| {
+        failed(format!(
+            "could not connect to the upstream server: {message}"
+        ))
+    })?;
+    let (host, port) = upstream.host_and_port();
+    state.follow.set_upstream(&host, port);
+    let bytes = receive(&upstream, state)?;
+    drop(upstream);
+    let list =
+        fallible(|| UpstreamList::read(&bytes)).map_err(|error| refused(&error.to_string()))?;
+    check(&list.origin)?;
+    stored::write(&bytes)?;
+    Ok(())
+}
+
+/// Receives the chunks of the list.
+fn receive(upstream: &Upstream, state: &State) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    loop {
+        let text =
+            upstream
+                .show(LIST_SETTING)
+                .map_err(|refusal| match refusal.is_unknown_setting() {
+                    true => no_list("it has not preloaded this library"),
+                    false => Failure::new(
+                        FetchResult::Failed,
+                        format!(
+                            "could not fetch the block list: {}",
+                            refusal.message.trim_end()
+                        ),
+                    ),
+                })?;
+        if text.is_empty() {
+            break;
+        }
+        let chunk = STANDARD
+            .decode(&text)
+            .map_err(|error| refused(&error.to_string()))?;
+        or_raise(|| bytes.try_reserve_exact(chunk.len()));
+        bytes.extend_from_slice(&chunk);
+        state.follow.count_received(chunk.len());
+        // The upstream server may be anything.
+        let length = UpstreamList::length(&bytes).map_err(|error| refused(&error.to_string()))?;
+        if length.is_some_and(|length| bytes.len() as u64 > length) {
+            return Err(refused("it is longer than it says"));
+        }
+    }
+    match bytes.is_empty() {
+        true => Err(no_list(
+            "it follows another server, and has not fetched a list yet",
+        )),
+        false => Ok(bytes),
+    }
+}
+
+fn no_list(why: &str) -> Failure {
+    let message = format!("the upstream server has no block list: {why}");
+    Failure::new(FetchResult::NoList, message)
+}
+
+fn refused(why: &str) -> Failure {
+    let message = format!("the block list of the upstream server cannot be used: {why}");
+    Failure::new(FetchResult::Refused, message)
+}
+
+/// Whether the list is of this cluster, and of a server that this one can follow.
+fn check(origin: &Origin) -> Result<(), Failure> {
+    let (mine, timeline) = (recovery::system_identifier(), recovery::timeline());
+    if origin.system_identifier != mine {
+        return Err(refused(&format!(
+            "its system identifier is {}, and that of this server is {mine}",
+            origin.system_identifier
+        )));
+    }
+    if origin.block_size != BLOCK_SIZE {
+        return Err(refused(&format!(
+            "its block size is {}, and that of this server is {BLOCK_SIZE}",
+            origin.block_size
+        )));
+    }
+    if origin.timeline < timeline {
+        return Err(refused(&format!(
+            "its timeline is {}, and this server is on timeline {timeline}",
+            origin.timeline
+        )));
+    }
+    Ok(())
+}

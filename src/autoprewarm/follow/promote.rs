@@ -1,0 +1,118 @@
+//! After the promotion: the rest of the upstream's list is loaded at full rate, by all
+//! workers, and the usage counts that it has are restored.
+//!
+//! It is a load like those of the server's own list: `autoprewarm_wait()` waits for it,
+//! `autoprewarm_cancel()` cancels it, `pg_stat_autoprewarm` shows it, and new sessions are
+//! held for its first tier if that is set up. Nobody else needs the blocks that the standby
+//! had of its own more than clients of a primary need these, so blocks with a lower usage
+//! count are replaced.
+
+use pgrx::{PgLogLevel, PgSqlErrorCode};
+
+use super::stored;
+use crate::autoprewarm::create_segment::create_segment;
+use crate::autoprewarm::load::plan_list;
+use crate::autoprewarm::load_segment::Purpose;
+use crate::autoprewarm::state::State;
+use crate::autoprewarm::stats::LoadResult;
+use crate::autoprewarm::supervise::Halt;
+use crate::blocks::{SkipReason, UpstreamList};
+use crate::pg::process::error::{log, log_message};
+use crate::pg::process::report::Message;
+use crate::pg::process::{activity, transaction};
+use crate::pg::storage::{buffer, room};
+use crate::settings;
+
+/// Loads the rest of the list, if there is one. The list is of no use after that, and is
+/// removed.
+pub fn run(state: &'static State) {
+    let list = match transaction::run(|_| stored::read()) {
+        Ok(Ok(Some(stored))) => stored.list,
+        Ok(Ok(None)) => return,
+        Ok(Err(error)) => {
+            state.follow.error.record(&error.to_string());
+            error.warn("Nothing is loaded after the promotion.", None);
+            return;
+        }
+        Err(caught) => {
+            state.warn(caught);
+            return;
+        }
+    };
+    log("autoprewarm loads the block list of the former upstream server after the promotion");
+    if !settings::autoprewarm_hold_connections().is_zero() {
+        state.hold.begin();
+    }
+    let phase = state.phase();
+    state.begin_load();
+    activity::report(b"loading".to_vec());
+    let result = load(list, state);
+    activity::report_idle();
+    let counts = state.load.counts();
+    state.end_load(phase, result);
+    log(&format!(
+        "autoprewarm prewarmed {} of {} blocks after the promotion; {} were cached already",
+        counts.loaded, counts.total, counts.cached
+    ));
+    if let Err(caught) = transaction::run(|_| stored::remove()) {
+        state.warn(caught);
+    }
+}
+
+fn load(mut list: UpstreamList, state: &'static State) -> LoadResult {
+    let planned = transaction::run(|transaction| {
+        restore_usage_counts(&mut list);
+        let buffers = room::survey();
+        plan_list(transaction, list.into(), Purpose::List, state, |listed| {
+            buffers.on_demand(listed)
+        })
+    });
+    let created = match planned {
+        Ok(Ok(prepared)) => create_segment(prepared, state),
+        Ok(Err(error)) => {
+            state.last_error.record(&error.to_string());
+            error.warn("Nothing is loaded after the promotion.", None);
+            return LoadResult::Failed;
+        }
+        Err(caught) => Err(caught),
+    };
+    let mut supervisor = match created {
+        Ok((supervisor, _)) => supervisor,
+        Err(caught) => {
+            state.warn(caught);
+            return LoadResult::Failed;
+        }
+    };
+    let end = supervisor.keep_workers_running();
+    state.hold.end();
+    let message = match end {
+        Ok(()) => {
+            supervisor.skip_rest();
+            return match supervisor.ended_for() {
+                Some(SkipReason::Cancelled) => LoadResult::Cancelled,
+                _ => LoadResult::Completed,
+            };
+        }
+        Err(Halt::ShuttingDown) => None,
+        Err(Halt::NoSlot) => Some("no background worker slot is free"),
+        Err(Halt::NoProgress) => Some("autoprewarm workers keep exiting before loading any block"),
+    };
+    supervisor.terminate_workers();
+    if let Some(message) = message {
+        let message = format!("could not load blocks after the promotion: {message}");
+        state.last_error.record(&message);
+        let sqlstate = PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES;
+        log_message(PgLogLevel::WARNING, Message::new(sqlstate, &message));
+    }
+    LoadResult::Failed
+}
+
+/// Gives the blocks that are cached already the usage counts that they have in the list,
+/// unless their own are higher. Serves interrupts.
+fn restore_usage_counts(list: &mut UpstreamList) {
+    for block in buffer::cached_blocks() {
+        if let Some(usage_count) = list.usage_count(&block.record) {
+            buffer::raise_usage_count(block.index, usage_count);
+        }
+    }
+}

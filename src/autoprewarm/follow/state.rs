@@ -1,0 +1,335 @@
+//! What following has in shared memory: what the leader, the worker that fetches, the
+//! walsenders that serve lists, and SQL callers tell each other.
+//!
+//! | word | written by |
+//! | --- | --- |
+//! | the state, the counts of the list, the rate | the leader |
+//! | the result of a fetch, the upstream server, bytes received | the worker that fetches |
+//! | how many lists were served | walsenders |
+//! | the last error | the leader and the worker that fetches |
+//! | the request | SQL callers; the leader says how far it is |
+//!
+//! By the rule in `crate::pg::shared`, all words are `SeqCst`.
+
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32, AtomicU64};
+
+use crate::autoprewarm::stats::{LoadStats, SharedText};
+use crate::pg::process::{self, recovery};
+
+#[repr(C)]
+pub struct FollowState {
+    /// A [`Stage`].
+    stage: AtomicU32,
+    /// Whether the leader follows, so that it will load the rest at a promotion.
+    follows: AtomicBool,
+    /// A [`FetchResult`]; 0 while a fetch is under way.
+    fetch_result: AtomicU32,
+    /// How often a session has asked for a list at once, and up to which of these requests
+    /// the leader is done.
+    requested: AtomicU32,
+    fulfilled: AtomicU32,
+    /// Whether the last list was fetched and its blocks loaded.
+    has_succeeded: AtomicBool,
+    /// How many kB workers may load per second; 0 means no limit.
+    rate: AtomicU32,
+    /// How far top-ups have raised usage counts, see
+    /// [`raised_until`](crate::pg::storage::room::LoadRoom::raised_until).
+    raised_until: AtomicU64,
+    list_time: AtomicI64,
+    list_blocks: AtomicU64,
+    hot_blocks: AtomicU64,
+    hot_cached: AtomicU64,
+    blocks_loaded: AtomicU64,
+    blocks_replaced: AtomicU64,
+    bytes_received: AtomicU64,
+    lists_served: AtomicU64,
+    last_served_time: AtomicI64,
+    upstream_port: AtomicI32,
+    upstream_host: SharedText,
+    pub error: SharedText,
+    /// The blocks that are being loaded for a list.
+    pub top_up: LoadStats,
+}
+
+/// How far the leader has come with following.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// `pg_prewarm.autoprewarm_follow` is off, or there is no leader.
+    Off,
+    NotAStandby,
+    /// The last list was fetched, and what it lacks is loaded; or none was fetched yet.
+    Following,
+    /// Blocks of the list are being loaded.
+    ToppingUp,
+    /// The upstream server has no list.
+    NoList,
+    /// The list is not one for this server.
+    Refused,
+    /// The list could not be fetched.
+    Failed,
+}
+
+impl Stage {
+    const ALL: [Self; 7] = [
+        Self::Off,
+        Self::NotAStandby,
+        Self::Following,
+        Self::ToppingUp,
+        Self::NoList,
+        Self::Refused,
+        Self::Failed,
+    ];
+
+    /// Its name in `pg_stat_autoprewarm_follow`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::NotAStandby => "not a standby",
+            Self::Following => "following",
+            Self::ToppingUp => "topping up",
+            Self::NoList => "upstream has no list",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// What has come of a fetch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FetchResult {
+    Fetched = 1,
+    NoList = 2,
+    Refused = 3,
+    Failed = 4,
+}
+
+/// What is known of the list that is followed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ListCounts {
+    /// When the upstream server has looked at its buffers; 0 if there is no list.
+    pub time: i64,
+    pub blocks: u64,
+    /// How many of these are hot, and how many of those were cached here at the last look.
+    pub hot: u64,
+    pub hot_cached: u64,
+}
+
+/// Numbers since the server started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    pub blocks_loaded: u64,
+    pub blocks_replaced: u64,
+    pub bytes_received: u64,
+    pub lists_served: u64,
+    /// 0 if none was served.
+    pub last_served_time: i64,
+}
+
+impl FollowState {
+    pub const fn new() -> Self {
+        Self {
+            stage: AtomicU32::new(Stage::Off as u32),
+            follows: AtomicBool::new(false),
+            fetch_result: AtomicU32::new(0),
+            requested: AtomicU32::new(0),
+            fulfilled: AtomicU32::new(0),
+            has_succeeded: AtomicBool::new(false),
+            rate: AtomicU32::new(0),
+            raised_until: AtomicU64::new(0),
+            list_time: AtomicI64::new(0),
+            list_blocks: AtomicU64::new(0),
+            hot_blocks: AtomicU64::new(0),
+            hot_cached: AtomicU64::new(0),
+            blocks_loaded: AtomicU64::new(0),
+            blocks_replaced: AtomicU64::new(0),
+            bytes_received: AtomicU64::new(0),
+            lists_served: AtomicU64::new(0),
+            last_served_time: AtomicI64::new(0),
+            upstream_port: AtomicI32::new(0),
+            upstream_host: SharedText::new(),
+            error: SharedText::new(),
+            top_up: LoadStats::new(),
+        }
+    }
+
+    pub fn stage(&self) -> Stage {
+        let stage = self.stage.load(SeqCst) as usize;
+        Stage::ALL.get(stage).copied().unwrap_or(Stage::Off)
+    }
+
+    pub fn set_stage(&self, stage: Stage) {
+        let follows = !matches!(stage, Stage::Off | Stage::NotAStandby);
+        self.follows.store(follows, SeqCst);
+        self.stage.store(stage as u32, SeqCst);
+    }
+
+    /// Whether this server follows, and is promoted, and the leader has not noticed yet.
+    pub fn promotion_is_due(&self) -> bool {
+        self.follows.load(SeqCst) && recovery::has_ended_or_will()
+    }
+
+    /// Records that a fetch begins.
+    pub fn begin_fetch(&self) {
+        self.fetch_result.store(0, SeqCst);
+    }
+
+    pub fn report_fetch(&self, result: FetchResult) {
+        self.fetch_result.store(result as u32, SeqCst);
+    }
+
+    /// What has come of the fetch. `None` if it has not ended, or its worker has died.
+    pub fn fetch_result(&self) -> Option<FetchResult> {
+        match self.fetch_result.load(SeqCst) {
+            1 => Some(FetchResult::Fetched),
+            2 => Some(FetchResult::NoList),
+            3 => Some(FetchResult::Refused),
+            4 => Some(FetchResult::Failed),
+            _ => None,
+        }
+    }
+
+    /// Asks for a list to be fetched and loaded at once. Returns the request's number.
+    pub fn request(&self) -> u32 {
+        self.requested.fetch_add(1, SeqCst).wrapping_add(1)
+    }
+
+    /// The number of the last request.
+    pub fn last_request(&self) -> u32 {
+        self.requested.load(SeqCst)
+    }
+
+    /// Whether there are requests that were not fulfilled.
+    pub fn is_requested(&self) -> bool {
+        !self.is_fulfilled(self.last_request())
+    }
+
+    /// Whether that request was fulfilled.
+    pub fn is_fulfilled(&self, request: u32) -> bool {
+        request
+            .wrapping_sub(self.fulfilled.load(SeqCst))
+            .cast_signed()
+            <= 0
+    }
+
+    /// Records that the requests up to that one are fulfilled, and whether it was possible.
+    pub fn fulfil(&self, request: u32, has_succeeded: bool) {
+        self.has_succeeded.store(has_succeeded, SeqCst);
+        self.fulfilled.store(request, SeqCst);
+    }
+
+    pub fn has_succeeded(&self) -> bool {
+        self.has_succeeded.load(SeqCst)
+    }
+
+    /// How many kB workers may load per second for the list; 0 means no limit.
+    pub fn rate(&self) -> u32 {
+        self.rate.load(SeqCst)
+    }
+
+    pub fn set_rate(&self, rate: u32) {
+        self.rate.store(rate, SeqCst);
+    }
+
+    pub fn raised_until(&self) -> u64 {
+        self.raised_until.load(SeqCst)
+    }
+
+    pub fn set_raised_until(&self, position: u64) {
+        self.raised_until.store(position, SeqCst);
+    }
+
+    pub fn list(&self) -> ListCounts {
+        ListCounts {
+            time: self.list_time.load(SeqCst),
+            blocks: self.list_blocks.load(SeqCst),
+            hot: self.hot_blocks.load(SeqCst),
+            hot_cached: self.hot_cached.load(SeqCst),
+        }
+    }
+
+    pub fn set_list(&self, list: ListCounts) {
+        self.list_blocks.store(list.blocks, SeqCst);
+        // Never as many as are hot before they are.
+        self.hot_cached.store(0, SeqCst);
+        self.hot_blocks.store(list.hot, SeqCst);
+        self.hot_cached.store(list.hot_cached, SeqCst);
+        self.list_time.store(list.time, SeqCst);
+    }
+
+    pub fn totals(&self) -> Totals {
+        Totals {
+            blocks_loaded: self.blocks_loaded.load(SeqCst),
+            blocks_replaced: self.blocks_replaced.load(SeqCst),
+            bytes_received: self.bytes_received.load(SeqCst),
+            lists_served: self.lists_served.load(SeqCst),
+            last_served_time: self.last_served_time.load(SeqCst),
+        }
+    }
+
+    /// Counts blocks that were loaded for a list, and how many others they have replaced.
+    pub fn count_loaded(&self, loaded: u64, replaced: u64) {
+        self.blocks_loaded.fetch_add(loaded, SeqCst);
+        self.blocks_replaced.fetch_add(replaced, SeqCst);
+    }
+
+    pub fn count_received(&self, bytes: usize) {
+        self.bytes_received.fetch_add(bytes as u64, SeqCst);
+    }
+
+    /// Counts a list that was served to its end.
+    pub fn count_served(&self) {
+        self.lists_served.fetch_add(1, SeqCst);
+        self.last_served_time.store(process::now(), SeqCst);
+    }
+
+    /// Records which server lists come from.
+    pub fn set_upstream(&self, host: &str, port: i32) {
+        self.upstream_host.record(host);
+        self.upstream_port.store(port, SeqCst);
+    }
+
+    /// Which server lists come from: host and port. `None` if there was no connection.
+    pub fn upstream(&self) -> Option<(String, i32)> {
+        let (host, _) = self.upstream_host.last()?;
+        Some((host, self.upstream_port.load(SeqCst)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_stage_and_result_is_read_back_as_itself() {
+        let state = FollowState::new();
+        for stage in Stage::ALL {
+            state.set_stage(stage);
+            assert_eq!(state.stage(), stage);
+        }
+        state.begin_fetch();
+        assert_eq!(state.fetch_result(), None);
+        for result in [
+            FetchResult::Fetched,
+            FetchResult::NoList,
+            FetchResult::Refused,
+            FetchResult::Failed,
+        ] {
+            state.report_fetch(result);
+            assert_eq!(state.fetch_result(), Some(result));
+        }
+    }
+
+    #[test]
+    fn a_request_is_fulfilled_by_a_round_that_began_after_it() {
+        let state = FollowState::new();
+        assert!(!state.is_requested());
+        let first = state.request();
+        assert!(state.is_requested());
+        let second = state.request();
+        state.fulfil(first, true);
+        assert!(state.is_fulfilled(first) && !state.is_fulfilled(second));
+        state.fulfil(second, false);
+        assert!(state.is_fulfilled(second) && !state.is_requested());
+    }
+}

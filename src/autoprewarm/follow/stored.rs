@@ -1,0 +1,91 @@
+//! The list of the upstream server on disk, in the standby's data directory. It is kept
+//! apart from the standby's own list.
+
+use std::fs;
+use std::io::{self, Read, Write};
+
+use crate::blocks::{UpstreamError, UpstreamList};
+use crate::error::Error;
+use crate::pg::process::check_for_interrupts;
+use crate::pg::process::memory::fallible;
+use crate::pg::storage::file;
+
+/// The file, in the data directory.
+pub const FILE: &str = "autoprewarm.upstream";
+const FILE_BEING_WRITTEN: &str = "autoprewarm.upstream.tmp";
+
+/// How much is read or written at once.
+const PIECE: usize = 256 * 1024;
+
+/// A list that was read, and its bytes.
+pub struct Stored {
+    pub bytes: Vec<u8>,
+    pub list: UpstreamList,
+}
+
+/// Reads the list. `None` if there is none.
+pub fn read() -> Result<Option<Stored>, Error> {
+    let fail = |action| {
+        move |source| Error::File {
+            action,
+            path: FILE,
+            source,
+        }
+    };
+    let (mut reader, size) = match file::open(FILE) {
+        Ok(opened) => opened,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(fail("open")(error)),
+    };
+    let out_of_memory = || fail("read")(io::ErrorKind::OutOfMemory.into());
+    let size = usize::try_from(size).map_err(|_| out_of_memory())?;
+    let mut bytes: Vec<u8> = Vec::new();
+    fallible(|| bytes.try_reserve_exact(size)).map_err(|_| out_of_memory())?;
+    bytes.resize(size, 0);
+    let mut length = 0;
+    while length < size {
+        check_for_interrupts();
+        let end = size.min(length + PIECE);
+        match reader.read(&mut bytes[length..end]).map_err(fail("read"))? {
+            0 => break,
+            read => length += read,
+        }
+    }
+    bytes.truncate(length);
+    match fallible(|| UpstreamList::read(&bytes)) {
+        Ok(list) => Ok(Some(Stored { bytes, list })),
+        Err(UpstreamError::OutOfMemory(_)) => Err(out_of_memory()),
+        Err(error) => Err(Error::DamagedList {
+            path: FILE,
+            reason: error.to_string(),
+        }),
+    }
+}
+
+/// Replaces the list durably. Raises an ERROR if the new file cannot be renamed.
+pub fn write(bytes: &[u8]) -> Result<(), Error> {
+    let fail = |action| {
+        move |source| {
+            // What is there of it is of no use. If it could not be created, it cannot be
+            // removed either.
+            let _ = fs::remove_file(FILE_BEING_WRITTEN);
+            Error::File {
+                action,
+                path: FILE_BEING_WRITTEN,
+                source,
+            }
+        }
+    };
+    let mut file = file::create(FILE_BEING_WRITTEN).map_err(fail("open"))?;
+    for piece in bytes.chunks(PIECE) {
+        file.write_all(piece).map_err(fail("write to"))?;
+    }
+    file::close(file).map_err(fail("close"))?;
+    file::rename_durably(FILE_BEING_WRITTEN, FILE);
+    Ok(())
+}
+
+/// Removes the list. Raises an ERROR if it cannot be removed.
+pub fn remove() {
+    file::remove_durably(FILE);
+}

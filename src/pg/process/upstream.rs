@@ -1,0 +1,131 @@
+//! A connection to the upstream server, as physical replication makes one.
+
+use std::ffi::{CStr, CString};
+
+use pgrx::{PgSqlErrorCode, pg_sys};
+
+use super::transaction::Transaction;
+use crate::pg::sys::walreceiver::{self, Executed};
+
+/// The name that the connection has on the upstream server, in `pg_stat_replication` and
+/// elsewhere.
+const NAME: &CStr = c"pg_prewarm";
+
+/// A connection to the upstream server.
+pub struct Upstream<'t> {
+    connection: *mut pg_sys::WalReceiverConn,
+    _transaction: &'t Transaction,
+}
+
+/// Why a setting was not shown.
+pub struct Refusal {
+    /// 0 if the connection was lost.
+    sqlstate: i32,
+    pub message: String,
+}
+
+impl Refusal {
+    /// Whether the upstream server does not know the setting.
+    pub fn is_unknown_setting(&self) -> bool {
+        self.sqlstate == PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT as i32
+    }
+}
+
+impl<'t> Upstream<'t> {
+    /// Connects as `conninfo` says, but by a name of its own: otherwise the upstream server
+    /// would seem to have this standby twice. `Err` is why that failed. May raise an ERROR.
+    /// This process is connected to a database.
+    pub fn connect(transaction: &'t Transaction, conninfo: &str) -> Result<Self, String> {
+        let conninfo = CString::new(with_name(conninfo)).map_err(|error| error.to_string())?;
+        Ok(Self {
+            connection: walreceiver::connect(&conninfo, NAME)?,
+            _transaction: transaction,
+        })
+    }
+
+    /// The upstream server's host, or the directory of its socket, and its port.
+    pub fn host_and_port(&self) -> (String, i32) {
+        // SAFETY: the connection is open while `self` lives.
+        unsafe { walreceiver::sender(self.connection) }
+    }
+
+    /// The value of a setting on the upstream server. May raise an ERROR.
+    pub fn show(&self, setting: &CStr) -> Result<Vec<u8>, Refusal> {
+        let command = [b"SHOW ", setting.to_bytes()].concat();
+        let command = CString::new(command).expect("a name has no NUL");
+        // SAFETY: the connection is open while `self` lives, and the transaction outlives it.
+        match unsafe { walreceiver::execute(self.connection, &command) } {
+            Executed::Text(text) => Ok(text.unwrap_or_default()),
+            Executed::Failed(sqlstate, message) => Err(Refusal { sqlstate, message }),
+        }
+    }
+}
+
+impl Drop for Upstream<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: the connection is open, and nothing uses it any more.
+            unsafe { walreceiver::disconnect(self.connection) };
+        }
+    }
+}
+
+/// The connection string with [`NAME`] as `application_name`, whatever it has itself.
+fn with_name(conninfo: &str) -> String {
+    let name = NAME.to_string_lossy();
+    let is_uri = ["postgresql://", "postgres://"]
+        .iter()
+        .any(|scheme| conninfo.trim_start().starts_with(scheme));
+    match (is_uri, conninfo.contains('?')) {
+        (false, _) => format!("{conninfo} application_name={name}"),
+        (true, false) => format!("{conninfo}?application_name={name}"),
+        (true, true) => format!("{conninfo}&application_name={name}"),
+    }
+}
+
+/// `primary_conninfo`: how this standby connects to its upstream server. Empty if it does
+/// not.
+pub fn primary_conninfo() -> String {
+    // SAFETY: a setting that is null or a C string, and changes only while this process
+    // serves a reload.
+    unsafe {
+        let conninfo = (&raw const pg_sys::PrimaryConnInfo).read();
+        match conninfo.is_null() {
+            true => String::new(),
+            false => CStr::from_ptr(conninfo).to_string_lossy().into_owned(),
+        }
+    }
+}
+
+/// `wal_receiver_timeout` in milliseconds; 0 means none.
+pub fn wal_receiver_timeout() -> u64 {
+    // SAFETY: a setting, which changes only while this process serves a reload.
+    let timeout = unsafe { (&raw const pg_sys::wal_receiver_timeout).read() };
+    u64::try_from(timeout).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_connection_string_is_overridden() {
+        for (conninfo, expected) in [
+            ("", " application_name=pg_prewarm"),
+            (
+                "host=a application_name=b",
+                "host=a application_name=b application_name=pg_prewarm",
+            ),
+            (
+                "postgresql://r@a:1/",
+                "postgresql://r@a:1/?application_name=pg_prewarm",
+            ),
+            (
+                "postgres://a?application_name=b",
+                "postgres://a?application_name=b&application_name=pg_prewarm",
+            ),
+        ] {
+            assert_eq!(with_name(conninfo), expected);
+        }
+    }
+}

@@ -1,0 +1,631 @@
+//! A standby that follows its upstream server, and its promotion.
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use postgres::Client;
+
+use crate::common::{Block, Cluster, Shutdown, SqlError, error, signal, value, wait_until};
+
+/// The list of the upstream server, in the standby's data directory.
+const UPSTREAM: &str = "autoprewarm.upstream";
+
+/// A primary with the extensions that the tests need.
+fn primary(settings: &[&str]) -> Cluster {
+    let mut builder = Cluster::build();
+    for setting in settings {
+        builder = builder.setting(setting);
+    }
+    let primary = builder.start();
+    primary.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
+    primary
+}
+
+/// A standby that follows: when it starts, and after that only once an hour by itself.
+fn follower_of(upstream: &Cluster) -> Cluster {
+    let standby = upstream.standby();
+    standby.configure(
+        "pg_prewarm.autoprewarm_follow = on\n\
+         pg_prewarm.autoprewarm_follow_interval = 3600\n\
+         pg_prewarm.autoprewarm_follow_max_rate = 0",
+    );
+    standby
+}
+
+/// A pair whose standby has replayed all that the primary has written, and has fetched the
+/// first list. The tables are hot.
+fn pair(tables: &[(&str, u32)]) -> (Cluster, Cluster) {
+    let primary = primary(&[]);
+    for (table, blocks) in tables {
+        primary.table(table, *blocks);
+        heat(&primary, table);
+    }
+    let standby = follower_of(&primary);
+    standby.start();
+    wait_for_replay(&primary, &standby);
+    follow_now(&standby);
+    (primary, standby)
+}
+
+/// The same with a standby that begins to load a hot table of 400 blocks, and is slow: at so
+/// many kB a second.
+fn slow_pair(rate: u32) -> (Cluster, Cluster, Block) {
+    let primary = primary(&[]);
+    let table = primary.table("t", 400);
+    heat(&primary, "t");
+    let standby = follower_of(&primary);
+    standby.configure(&format!("pg_prewarm.autoprewarm_follow_max_rate = {rate}"));
+    standby.start();
+    wait_for_state(&standby, "topping up");
+    wait_for_replay(&primary, &standby);
+    assert!(cached(&standby, table).0 < 300);
+    (primary, standby, table)
+}
+
+/// Lets a slow standby load as fast as it can.
+fn hurry(standby: &Cluster) {
+    standby.configure("pg_prewarm.autoprewarm_follow_max_rate = 0");
+    standby.reload();
+}
+
+fn wait_for_replay(upstream: &Cluster, standby: &Cluster) {
+    let position: String = upstream.value(
+        "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() \
+                     ELSE pg_current_wal_lsn() END::text",
+    );
+    wait_until("replay", || {
+        standby.value(&format!("SELECT pg_last_wal_replay_lsn() >= '{position}'"))
+    });
+}
+
+/// Makes all blocks of a table hot.
+fn heat(cluster: &Cluster, table: &str) {
+    let mut client = cluster.connect("postgres");
+    for _ in 0..6 {
+        let _: i64 = value(&mut client, &format!("SELECT pg_prewarm('{table}')"));
+    }
+}
+
+fn follow_now(standby: &Cluster) {
+    standby.sql("SELECT autoprewarm_follow_now()");
+}
+
+/// How many blocks of a relation are cached, and the sum of their usage counts.
+fn cached(cluster: &Cluster, table: Block) -> (i64, i64) {
+    let row = cluster
+        .connect("postgres")
+        .query_one(
+            "SELECT count(*), COALESCE(sum(usagecount), 0)::int8 FROM pg_buffercache \
+             WHERE relfilenode = $1 AND relforknumber = 0",
+            &[&table.filenumber],
+        )
+        .unwrap();
+    (row.get(0), row.get(1))
+}
+
+/// What `pg_stat_autoprewarm_follow` shows: state and last error.
+fn shown(client: &mut Client) -> (String, Option<String>) {
+    let row = client
+        .query_one(
+            "SELECT state, last_error FROM pg_stat_autoprewarm_follow",
+            &[],
+        )
+        .unwrap();
+    (row.get(0), row.get(1))
+}
+
+fn wait_for_state(standby: &Cluster, state: &str) {
+    let mut client = standby.connect("postgres");
+    wait_until(state, || shown(&mut client).0 == state);
+}
+
+/// The error of `autoprewarm_follow_now()`.
+fn refusal(standby: &Cluster) -> SqlError {
+    error(
+        &mut standby.connect("postgres"),
+        "SELECT autoprewarm_follow_now()",
+    )
+}
+
+/// Promotes a standby and waits until it has loaded the rest of the list.
+fn promote(standby: &Cluster) {
+    let mark = standby.log_end();
+    standby.promote();
+    standby.wait_for_log(mark, "blocks after the promotion;");
+    assert!(standby.value::<bool>("SELECT autoprewarm_wait('1 min')"));
+}
+
+#[test]
+fn a_standby_is_as_warm_as_its_primary_before_and_after_its_promotion() {
+    let primary = primary(&[]);
+    let (hot, cold) = (primary.table("t", 100), primary.table("cold", 50));
+    heat(&primary, "t");
+    let standby = follower_of(&primary);
+    standby.start();
+    wait_for_replay(&primary, &standby);
+    follow_now(&standby);
+    assert_eq!(cached(&standby, hot).0, 100);
+    assert_eq!(cached(&standby, cold).0, 50);
+    // Until the promotion they are worth no more than other blocks.
+    assert!(
+        cached(&standby, hot).1 <= 200,
+        "{:?}",
+        cached(&standby, hot)
+    );
+    let row = standby
+        .connect("postgres")
+        .query_one("SELECT * FROM pg_stat_autoprewarm_follow", &[])
+        .unwrap();
+    assert_eq!(row.get::<_, &str>("state"), "following");
+    assert_eq!(row.get::<_, Option<i32>>("pid"), standby.leader());
+    assert!(row.get::<_, &str>("upstream_host").contains("cluster"));
+    assert_eq!(row.get::<_, i32>("upstream_port"), 5432);
+    let [blocks, hot_blocks, hot_cached] =
+        ["list_blocks", "hot_blocks", "hot_cached"].map(|name| row.get::<_, i64>(name));
+    assert!(blocks >= 150 && hot_blocks >= 100, "{row:?}");
+    assert!(hot_cached * 100 >= hot_blocks * 95, "{row:?}");
+    assert!(row.get::<_, i64>("blocks_loaded") >= 100, "{row:?}");
+    assert!(row.get::<_, i64>("bytes_received") > 500, "{row:?}");
+    assert_eq!(row.get::<_, Option<&str>>("last_error"), None);
+    assert!(standby.value::<bool>("SELECT autoprewarm_failover_ready()"));
+    assert_eq!(
+        primary.value::<i64>("SELECT lists_served FROM pg_stat_autoprewarm_follow"),
+        2
+    );
+
+    promote(&standby);
+    assert_eq!(cached(&standby, hot), (100, 500));
+    assert_eq!(shown(&mut standby.connect("postgres")).0, "not a standby");
+    assert!(!standby.value::<bool>("SELECT autoprewarm_failover_ready()"));
+    assert!(standby.lists(hot), "it has dumped its list");
+    assert!(!standby.data(UPSTREAM).exists());
+}
+
+#[test]
+fn what_a_slow_standby_lacks_is_loaded_at_its_promotion() {
+    let (_primary, standby, table) = slow_pair(64);
+    let mark = standby.log_end();
+    let mut client = standby.connect("postgres");
+    let request =
+        std::thread::spawn(move || client.batch_execute("SELECT autoprewarm_follow_now()"));
+    std::thread::sleep(Duration::from_millis(200));
+    standby.promote();
+    standby.wait_for_log(mark, "blocks after the promotion;");
+    assert_eq!(cached(&standby, table), (400, 2000));
+    assert!(request.join().unwrap().is_err());
+}
+
+#[test]
+fn hot_blocks_replace_those_that_nobody_uses_and_no_others() {
+    let primary = primary(&["shared_buffers = 16MB"]);
+    for table in ["first", "second", "mine"] {
+        primary.table(table, 500);
+    }
+    primary.table("filler", 3000);
+    primary.sql("VACUUM");
+    primary.sql("CHECKPOINT");
+    let standby = follower_of(&primary);
+    standby.start();
+    wait_for_replay(&primary, &standby);
+    let file = |table| primary.file_of("postgres", table);
+    let (first, second, mine) = (file("first"), file("second"), file("mine"));
+    let rounds = |hot: &str, cold: &str| {
+        // Out of the primary's buffers, except for what is hot.
+        primary.sql("SELECT pg_prewarm('filler', first_block => 0, last_block => 1999)");
+        for _ in 0..3 {
+            heat(&primary, hot);
+            follow_now(&standby);
+            // Each minute, for a follower that fetches each minute.
+            standby.sql("SELECT pg_prewarm('mine')");
+            assert_eq!(cached(&standby, mine).0, 500, "{hot} after {cold}");
+        }
+    };
+    let dirty_before = standby.value::<i64>(DIRTY);
+    heat(&standby, "mine");
+    // A few buffers are left to others.
+    let is_cached = |table| {
+        assert!(
+            cached(&standby, table).0 >= 450,
+            "{:?}",
+            cached(&standby, table)
+        )
+    };
+    rounds("first", "second");
+    is_cached(first);
+    rounds("second", "first");
+    is_cached(second);
+    rounds("first", "second");
+    is_cached(first);
+    assert!(
+        standby.value::<i64>(DIRTY) >= dirty_before,
+        "no dirty block is evicted"
+    );
+    assert!(standby.value::<i64>("SELECT blocks_replaced FROM pg_stat_autoprewarm_follow") > 0);
+
+    // Without replacing there is no room for others.
+    standby.configure("pg_prewarm.autoprewarm_follow_replace = off");
+    standby.reload();
+    let before = cached(&standby, second).0;
+    rounds("second", "first");
+    assert!(cached(&standby, second).0 <= before.max(20));
+}
+
+const DIRTY: &str = "SELECT count(*) FROM pg_buffercache WHERE isdirty";
+
+#[test]
+fn a_cascaded_standby_gets_the_list_of_the_primary() {
+    let (primary, first) = pair(&[("t", 100)]);
+    let table = primary.file_of("postgres", "t");
+    let second = follower_of(&first);
+    second.start();
+    wait_for_replay(&first, &second);
+    follow_now(&second);
+    assert_eq!(cached(&second, table).0, 100);
+    let time = "SELECT list_time::text FROM pg_stat_autoprewarm_follow";
+    assert_eq!(second.value::<String>(time), first.value::<String>(time));
+    // On its upstream server the blocks of the list are not hot.
+    let hot = "SELECT hot_blocks FROM pg_stat_autoprewarm_follow";
+    assert_eq!(second.value::<i64>(hot), first.value::<i64>(hot));
+
+    // When its upstream server is promoted, it follows that one.
+    primary.stop(Shutdown::Immediate);
+    promote(&first);
+    follow_now(&second);
+    assert!(second.value::<bool>("SELECT list_time IS NOT NULL FROM pg_stat_autoprewarm_follow"));
+    promote(&second);
+    assert_eq!(cached(&second, table), (100, 500));
+}
+
+#[test]
+fn a_standby_without_an_upstream_list_has_none_to_pass_on() {
+    let primary = primary(&[]);
+    let first = follower_of(&primary);
+    // It connects to nobody.
+    first.configure("pg_prewarm.autoprewarm_follow_conninfo = 'host=/nowhere'");
+    first.start();
+    let second = follower_of(&first);
+    second.configure("pg_prewarm.autoprewarm_follow_conninfo = ''");
+    second.start();
+    assert_eq!(
+        refusal(&second).message,
+        "could not follow the upstream server: the upstream server has no block list: it follows \
+         another server, and has not fetched a list yet"
+    );
+    assert_eq!(
+        shown(&mut second.connect("postgres")).0,
+        "upstream has no list"
+    );
+}
+
+#[test]
+fn only_replication_connections_are_shown_the_list() {
+    let primary = primary(&[]);
+    primary.sql("CREATE ROLE plain LOGIN; CREATE ROLE replicator LOGIN REPLICATION");
+    for user in ["plain", "replicator", "postgres"] {
+        let mut client = primary.connect_as(user, "postgres");
+        let list = "SELECT current_setting('pg_prewarm.autoprewarm_list')";
+        assert_eq!(value::<String>(&mut client, list), "", "{user}");
+        let rows = "SELECT count(*) FROM pg_settings WHERE name = 'pg_prewarm.autoprewarm_list'";
+        assert_eq!(value::<i64>(&mut client, rows), 0, "{user}");
+        let all = client.query("SHOW ALL", &[]).unwrap();
+        let is_list = |row: &postgres::Row| row.get::<_, &str>(0).contains("autoprewarm_list");
+        assert!(!all.iter().any(is_list), "{user}");
+        assert!(
+            client
+                .batch_execute("SET pg_prewarm.autoprewarm_list = 'x'")
+                .is_err()
+        );
+    }
+    let psql = |user: &str| {
+        let conninfo = format!("user={user} dbname=postgres replication=true");
+        primary.run_client(
+            "psql",
+            &["-d", &conninfo, "-Atc", "SHOW pg_prewarm.autoprewarm_list"],
+        )
+    };
+    let list = psql("replicator");
+    assert!(list.trim().len() > 200, "{list}");
+    // The connection string may have a password.
+    primary.configure("pg_prewarm.autoprewarm_follow_conninfo = 'password=secret'");
+    primary.reload();
+    let mut client = primary.connect_as("plain", "postgres");
+    let conninfo = "SHOW pg_prewarm.autoprewarm_follow_conninfo";
+    wait_until("the reload", || {
+        primary.value::<String>(conninfo) == "password=secret"
+    });
+    assert_eq!(error(&mut client, conninfo).sqlstate, "42501");
+}
+
+#[test]
+fn following_writes_no_wal_and_is_not_taken_for_a_synchronous_standby() {
+    let (primary, standby) = pair(&[("t", 100)]);
+    primary.configure("synchronous_standby_names = 'ANY 1 (*)'");
+    primary.reload();
+    primary.sql("CREATE TABLE committed ()");
+    primary.sql("CHECKPOINT");
+    // Nothing writes WAL without a reason: autovacuum is off, and the snapshots that the
+    // background writer logs come after changes.
+    let position = "SELECT pg_current_wal_insert_lsn()::text";
+    std::thread::sleep(Duration::from_millis(500));
+    let before = primary.value::<String>(position);
+    for _ in 0..3 {
+        follow_now(&standby);
+    }
+    let names = "SELECT string_agg(application_name, ',') FROM pg_stat_replication";
+    assert_eq!(primary.value::<String>(names), "walreceiver");
+    assert_eq!(primary.value::<String>(position), before);
+}
+
+#[test]
+fn each_reason_for_having_no_list_is_one_clear_line() {
+    let (primary, standby) = pair(&[]);
+    // Clusters of one kind are copies of one, with its system identifier.
+    let other = Cluster::build().checksums().start();
+    let unloaded = Cluster::build().not_preloaded().start();
+    let mut client = standby.connect("postgres");
+    primary.sql("CREATE ROLE plain LOGIN");
+    let host = |cluster: &Cluster| {
+        let directory = cluster.path("");
+        format!("host={} user=postgres", directory.display())
+    };
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let swallowed = format!("host=127.0.0.1 port={port} user=postgres");
+    for (conninfo, state, message) in [
+        (
+            host(&unloaded),
+            "upstream has no list",
+            "it has not preloaded this library",
+        ),
+        (host(&other), "refused", "its system identifier is"),
+        (
+            "host=/nowhere".to_owned(),
+            "failed",
+            "could not connect to the upstream server",
+        ),
+        (
+            format!("{} user=plain", host(&primary)),
+            "failed",
+            "permission denied",
+        ),
+        (
+            "nonsense".to_owned(),
+            "failed",
+            "missing \"=\" after \"nonsense\"",
+        ),
+        (
+            swallowed,
+            "failed",
+            "the upstream server has not answered in time",
+        ),
+    ] {
+        standby.configure(&format!(
+            "pg_prewarm.autoprewarm_follow_conninfo = '{conninfo}'\nwal_receiver_timeout = 2s"
+        ));
+        let mark = standby.log_end();
+        standby.reload();
+        let mut shown_conninfo = standby.connect("postgres");
+        wait_until("the reload", || {
+            let setting = "SHOW pg_prewarm.autoprewarm_follow_conninfo";
+            value::<String>(&mut shown_conninfo, setting) == conninfo
+        });
+        let refused = refusal(&standby);
+        // That of the last connection string may have been tried just before the reload.
+        let refused = match refused.message.contains(message) {
+            true => refused,
+            false => refusal(&standby),
+        };
+        assert!(refused.message.contains(message), "{conninfo}: {refused:?}");
+        let (shown_state, last_error) = shown(&mut client);
+        assert_eq!(shown_state, state, "{conninfo}");
+        assert!(last_error.unwrap().contains(message));
+        let _ = refusal(&standby);
+        let log = standby.log_since(mark);
+        let lines = log
+            .lines()
+            .filter(|line| line.contains("WARNING") && line.contains(message));
+        assert_eq!(lines.count(), 1, "{conninfo}:\n{log}");
+    }
+    // It goes on as soon as it can.
+    standby.configure("pg_prewarm.autoprewarm_follow_conninfo = ''");
+    standby.reload();
+    wait_for_state(&standby, "following");
+    follow_now(&standby);
+}
+
+#[test]
+fn no_slot_for_a_walsender_is_not_fatal_for_replication() {
+    let (primary, standby) = pair(&[]);
+    primary.configure("max_wal_senders = 1");
+    primary.restart();
+    wait_until("replication", || {
+        primary.value("SELECT count(*) = 1 FROM pg_stat_replication")
+    });
+    let refused = refusal(&standby);
+    assert!(
+        refused
+            .message
+            .contains("number of requested standby connections exceeds"),
+        "{refused:?}"
+    );
+    primary.sql("CREATE TABLE t ()");
+    wait_for_replay(&primary, &standby);
+}
+
+#[test]
+fn a_damaged_file_is_ignored_and_replaced() {
+    let (primary, standby) = pair(&[("t", 100)]);
+    let good = std::fs::read(standby.data(UPSTREAM)).unwrap();
+    let mut altered = good.clone();
+    *altered.last_mut().unwrap() ^= 1;
+    for damaged in [
+        &b""[..],
+        b"<<1>>\n1,2,3,0,4\n",
+        &good[..good.len() / 2],
+        &altered,
+    ] {
+        std::fs::write(standby.data(UPSTREAM), damaged).unwrap();
+        standby.restart();
+        follow_now(&standby);
+        assert!(std::fs::read(standby.data(UPSTREAM)).unwrap().len() > good.len() / 2);
+    }
+    // At the promotion it is no worse than none.
+    std::fs::write(standby.data(UPSTREAM), &altered).unwrap();
+    let mark = standby.log_end();
+    standby.promote();
+    standby.wait_for_log(
+        mark,
+        "file \"autoprewarm.upstream\" cannot be used: its checksum does not match",
+    );
+    assert_eq!(cached(&standby, primary.file_of("postgres", "t")).0, 100);
+}
+
+#[test]
+fn the_functions_say_why_they_cannot_do_it() {
+    let (primary, standby) = pair(&[]);
+    assert_eq!(
+        refusal(&primary),
+        SqlError::new("55000", "this server is not a standby")
+    );
+    standby.configure("pg_prewarm.autoprewarm_follow = off");
+    standby.reload();
+    wait_for_state(&standby, "off");
+    assert_eq!(
+        refusal(&standby),
+        SqlError::new("55000", "autoprewarm does not follow the upstream server")
+            .hint("Set \"pg_prewarm.autoprewarm_follow\" to on, and reload the configuration.")
+    );
+    assert!(!standby.value::<bool>("SELECT autoprewarm_failover_ready(0, '100 years')"));
+    let mut client = standby.connect("postgres");
+    assert_eq!(
+        error(&mut client, "SELECT autoprewarm_failover_ready(1.1)"),
+        SqlError::new("22023", "coverage must be between 0 and 1")
+    );
+    assert_eq!(
+        error(&mut client, "SELECT autoprewarm_failover_ready(1, '-1 s')"),
+        SqlError::new("22023", "max_age must not be negative")
+    );
+    // A promotion without following loads nothing.
+    standby.promote();
+    wait_until("the promotion", || {
+        !standby.value::<bool>("SELECT pg_is_in_recovery()")
+    });
+    wait_for_state(&standby, "not a standby");
+    assert!(!standby.log().contains("after the promotion"));
+}
+
+#[test]
+fn readiness_is_a_matter_of_coverage_and_age() {
+    let (_primary, standby, _) = slow_pair(8);
+    let ready = |arguments: &str| {
+        standby.value::<bool>(&format!("SELECT autoprewarm_failover_ready({arguments})"))
+    };
+    assert!(!ready(""));
+    assert!(ready("0"));
+    hurry(&standby);
+    wait_for_state(&standby, "following");
+    assert!(ready(""));
+    assert!(ready("max_age => '1 min'"));
+    assert!(!ready("max_age => '0 s'"));
+}
+
+#[test]
+fn following_goes_on_after_its_processes_were_killed() {
+    let (_primary, mut standby, table) = slow_pair(64);
+    // The leader ends; the next one follows.
+    let leader = standby.leader().unwrap();
+    let mut client = standby.connect("postgres");
+    let request =
+        std::thread::spawn(move || client.batch_execute("SELECT autoprewarm_follow_now()"));
+    std::thread::sleep(Duration::from_millis(200));
+    signal(leader, libc::SIGTERM);
+    assert!(request.join().unwrap().is_err());
+    hurry(&standby);
+    wait_until("the next leader", || {
+        let mut client = standby.connect("postgres");
+        let started = client.batch_execute("SELECT autoprewarm_start_worker()");
+        started.is_ok()
+    });
+    follow_now(&standby);
+    assert_eq!(cached(&standby, table).0, 400);
+    // The whole server crashes.
+    standby.expect_crash();
+    let leader = standby.leader().unwrap();
+    signal(leader, libc::SIGKILL);
+    wait_until("the restart", || {
+        standby
+            .log()
+            .contains("terminating any other active server processes")
+    });
+    standby.wait_for_leader();
+    follow_now(&standby);
+    assert_eq!(cached(&standby, table).0, 400);
+    promote(&standby);
+    assert_eq!(cached(&standby, table), (400, 2000));
+}
+
+#[test]
+fn new_sessions_can_be_held_after_a_promotion() {
+    let (primary, standby, table) = slow_pair(8);
+    primary.sql("CREATE ROLE app LOGIN");
+    wait_for_replay(&primary, &standby);
+    standby.configure(
+        "pg_prewarm.autoprewarm_max_rate = 1MB\n\
+         pg_prewarm.autoprewarm_hold_connections = 30s",
+    );
+    standby.reload();
+    // Nobody waits on the standby.
+    drop(standby.connect_as("app", "postgres"));
+    let mark = standby.log_end();
+    standby.promote();
+    standby.wait_for_log(mark, "autoprewarm loads the block list");
+    let start = Instant::now();
+    drop(standby.connect_as("app", "postgres"));
+    // It waited for at least a second's worth of blocks.
+    let took = start.elapsed();
+    assert!(took > Duration::from_millis(500), "{took:?}");
+    assert_eq!(cached(&standby, table).0, 400);
+}
+
+#[test]
+fn a_former_primary_that_comes_back_as_a_standby_follows() {
+    let (primary, standby) = pair(&[("t", 100)]);
+    primary.stop(Shutdown::Fast);
+    promote(&standby);
+    // A switchover leaves nothing to rewind.
+    std::fs::write(primary.data("standby.signal"), "").unwrap();
+    crate::common::give_to_server(&primary.data("standby.signal"));
+    primary.configure(&format!(
+        "primary_conninfo = 'host={} user=postgres'\npg_prewarm.autoprewarm_follow = on",
+        standby.path("").display()
+    ));
+    primary.start();
+    wait_for_replay(&standby, &primary);
+    follow_now(&primary);
+    let table = standby.file_of("postgres", "t");
+    assert_eq!(cached(&primary, table).0, 100);
+    // And back.
+    standby.stop(Shutdown::Fast);
+    promote(&primary);
+    assert_eq!(cached(&primary, table).0, 100);
+}
+
+#[test]
+fn commands_that_replay_needs_the_relation_for_are_not_kept_waiting() {
+    let (primary, standby, _) = slow_pair(64);
+    primary.sql("CREATE DATABASE doomed");
+    primary.table_of_blocks("doomed", "d", 400);
+    for command in [
+        "TRUNCATE t",
+        "DROP DATABASE doomed",
+        "VACUUM FULL t",
+        "DROP TABLE t",
+    ] {
+        primary.sql(command);
+        let start = Instant::now();
+        wait_for_replay(&primary, &standby);
+        assert!(start.elapsed() < Duration::from_secs(5), "{command}");
+    }
+    hurry(&standby);
+    follow_now(&standby);
+}

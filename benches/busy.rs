@@ -9,22 +9,13 @@
 //! the time that a session is held.
 
 use std::collections::HashMap;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
-use std::time::{Duration, SystemTime};
-
-use postgres::config::Host;
+use std::time::Duration;
 
 use crate::Options;
+use crate::clients::{Clients, STEP, curve, logged_time, now};
 use crate::common::{Cluster, Shutdown, value};
 use crate::report::{Curve, Report, Samples, median};
 use crate::side::{self, Side, SystemCache};
-
-/// The steps of the curve, in seconds.
-const STEP: f64 = 0.25;
 
 /// How long the throughput has to stay warm, in seconds.
 const WARM_FOR: f64 = 2.0;
@@ -32,11 +23,11 @@ const WARM_FOR: f64 = 2.0;
 /// How long transactions are counted, in seconds.
 const COUNTED: f64 = 10.0;
 
+/// How long clients are watched after the end of the load, in seconds.
+const WATCHED_AFTER_LOAD: f64 = 5.0;
+
 /// How long the warm throughput is measured.
 const WARM_MEASURED: Duration = Duration::from_secs(3);
-
-/// After so many transactions a client connects again.
-const TRANSACTIONS_OF_A_SESSION: usize = 10_000;
 
 /// How long sessions are held at most where they are.
 const HOLD: &str = "5s";
@@ -121,17 +112,8 @@ impl Way {
     }
 }
 
-/// A transaction: when it ended, in seconds since 1970, and how long it took, in seconds.
-type Transaction = (f64, f64);
-
 pub fn run(options: &Options, report: &mut Report) {
     let size = options.size;
-    let chosen = std::env::var("CASES").unwrap_or_default();
-    let chosen: Vec<&str> = chosen.split(',').filter(|name| !name.is_empty()).collect();
-    let cases = || {
-        let is_chosen = |case: &&Case| chosen.is_empty() || chosen.contains(&case.name);
-        CASES.iter().filter(is_chosen)
-    };
     let blocks = size.dense_blocks;
     let mut cluster = side::cluster(size.buffers, &["max_connections = 100"]);
     side::table(&cluster, "postgres", "t", blocks);
@@ -142,14 +124,14 @@ pub fn run(options: &Options, report: &mut Report) {
     cluster.sql("CREATE ROLE app LOGIN; GRANT SELECT, UPDATE ON t TO app; CHECKPOINT");
     cluster.stop(Shutdown::Fast);
 
-    for case in cases() {
+    for case in CASES.iter().filter(|case| options.includes(case.name)) {
         measure(case, &mut cluster, options, report);
     }
 }
 
 fn measure(case: &Case, cluster: &mut Cluster, options: &Options, report: &mut Report) {
     let size = options.size;
-    let seconds = Duration::from_secs(size.busy_seconds);
+    let seconds = size.busy_seconds as f64;
     eprintln!("   {}: the list", case.name);
     cluster.switch_to(Side::Ours.installation());
     cluster.configure("pg_prewarm.autoprewarm_hold_connections = 0");
@@ -157,8 +139,8 @@ fn measure(case: &Case, cluster: &mut Cluster, options: &Options, report: &mut R
     cluster.configure(&format!("shared_buffers = {all}MB"));
     cluster.start();
     cluster.sql(PREWARM);
-    let clients = Clients::begin(case, cluster, size.dense_blocks);
-    std::thread::sleep(seconds / 3);
+    let clients = begin_clients(case, cluster, size.dense_blocks);
+    std::thread::sleep(Duration::from_secs_f64(seconds / 5.0));
     clients.end();
     // Both sides get the same list, of the same length; contrib's reads its own part.
     let _: i64 = value(
@@ -175,6 +157,8 @@ fn measure(case: &Case, cluster: &mut Cluster, options: &Options, report: &mut R
         false => &[Way::Contrib, Way::Ours],
     };
     let mut results: HashMap<Way, Vec<Result>> = HashMap::new();
+    // How long the same load takes without clients.
+    let mut idle: Vec<f64> = Vec::new();
     for run in 0..options.runs {
         for &way in ways {
             let limit = if way == Way::Held { HOLD } else { "0" };
@@ -193,6 +177,13 @@ fn measure(case: &Case, cluster: &mut Cluster, options: &Options, report: &mut R
             );
             results.entry(way).or_default().push(result);
         }
+        if case.is_held {
+            let cold = SystemCache::Cold;
+            let load = side::start_and_load(cluster, Side::Ours, &list, cold, buffers);
+            side::stop(cluster);
+            eprintln!("   {}, run {}, idle: {load:.2?}", case.name, run + 1);
+            idle.push(load.as_secs_f64());
+        }
     }
     for (what, unit, is_better, pick) in FIGURES {
         for &way in &ways[1..] {
@@ -210,6 +201,18 @@ fn measure(case: &Case, cluster: &mut Cluster, options: &Options, report: &mut R
                 Better::Higher => report.compare_rates(&what, unit, &samples),
             }
         }
+    }
+    if case.is_held {
+        let times: Vec<f64> = results[&Way::Held].iter().map(|r| r.warm_after).collect();
+        let name = case.name;
+        report.figure(
+            &format!("busy: {name}: load without clients"),
+            median(&idle),
+            "s",
+        );
+        let relative = median(&times) / median(&idle);
+        let what = format!("busy: {name}, held: time to 90 % of warm, relative to that");
+        report.figure(&what, relative, "");
     }
     let curves: Vec<Curve> = ways
         .iter()
@@ -301,14 +304,23 @@ impl std::fmt::Display for Result {
     }
 }
 
-fn one_run(case: &Case, cluster: &Cluster, blocks: u32, seconds: Duration) -> Result {
+/// Restarts the server, and watches the clients for at most so many seconds.
+fn one_run(case: &Case, cluster: &Cluster, blocks: u32, most: f64) -> Result {
     let mark = cluster.log_end();
-    let clients = Clients::begin(case, cluster, blocks);
+    let clients = begin_clients(case, cluster, blocks);
     cluster.start();
     let start = logged_time(&cluster.log_since(mark), "ready to accept connections")
         .expect("the server has said so");
-    std::thread::sleep(seconds.saturating_sub(Duration::from_secs_f64(now() - start)));
-    let load_end = logged_time(&cluster.log_since(mark), "successfully prewarmed");
+    let counted = COUNTED.min(most);
+    let (watched, load_end) = loop {
+        let load_end = logged_time(&cluster.log_since(mark), "successfully prewarmed");
+        let watched = now() - start;
+        let is_over = load_end.is_some_and(|end| now() - end >= WATCHED_AFTER_LOAD);
+        if watched >= most || (is_over && watched > counted + STEP) {
+            break (watched, load_end);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
     clients.end_sampling();
     if !case.is_larger {
         cluster.sql(PREWARM);
@@ -327,7 +339,7 @@ fn one_run(case: &Case, cluster: &Cluster, blocks: u32, seconds: Duration) -> Re
         .count() as f64
         / (warm_until - warm_from);
     assert!(warm > 0.0, "the clients have done nothing");
-    let curve = curve(&transactions, start, seconds);
+    let curve = curve(&transactions, start, watched);
     let steps = (WARM_FOR / STEP) as usize;
     let is_warm = |steps: &[(f64, f64)]| {
         let sum: f64 = steps.iter().map(|step| step.1).sum();
@@ -336,7 +348,7 @@ fn one_run(case: &Case, cluster: &Cluster, blocks: u32, seconds: Duration) -> Re
     let warm_after = curve
         .windows(steps)
         .find(|steps| is_warm(steps))
-        .map_or(seconds.as_secs_f64(), |steps| steps[0].0 - STEP);
+        .map_or(watched, |steps| steps[0].0 - STEP);
     let until = |time: f64| {
         let before = transactions
             .iter()
@@ -351,7 +363,7 @@ fn one_run(case: &Case, cluster: &Cluster, blocks: u32, seconds: Duration) -> Re
         latencies.get(at).copied().unwrap_or(f64::NAN)
     };
     Result {
-        transactions: until(COUNTED.min(seconds.as_secs_f64())).count() as f64,
+        transactions: until(counted).count() as f64,
         warm,
         warm_after,
         latencies: [0.5, 0.99, 1.0].map(percentile),
@@ -362,271 +374,30 @@ fn one_run(case: &Case, cluster: &Cluster, blocks: u32, seconds: Duration) -> Re
     }
 }
 
-/// Seconds since 1970.
-fn now() -> f64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since.expect("1970 is over").as_secs_f64()
-}
-
-/// The time of a line of the log, in seconds since 1970.
-fn logged_time(log: &str, text: &str) -> Option<f64> {
-    let line = log.lines().find(|line| line.contains(text))?;
-    line.split_whitespace().next()?.parse().ok()
+/// The clients of a case, which want the rows of a table with so many of them.
+fn begin_clients(case: &Case, cluster: &Cluster, rows: u32) -> Clients {
+    let row = match case.rows {
+        Rows::Uniform => format!("random(1, {rows})"),
+        // The most wanted rows are the same for all, and scattered over the table.
+        Rows::Skewed => format!("1 + permute(random_zipfian(1, {rows}, 1.001) - 1, {rows}, 1)"),
+    };
+    let script = |statement: &str| format!("\\set id {row}\n{statement} WHERE id = :id;\n");
+    let read = script("SELECT octet_length(filler) FROM t");
+    let update = script("UPDATE t SET filler = filler");
+    let scripts = [(&*read, 9), (&*update, 1)];
+    let scripts = match case.updates {
+        true => &scripts[..],
+        false => &scripts[..1],
+    };
+    Clients::begin(cluster, case.clients, "app", scripts)
 }
 
 const PREWARM: &str = "SELECT pg_prewarm('t'), pg_prewarm('t_id_idx')";
 
-/// Clients at work, each in a thread that runs one pgbench after another, and the processor
-/// time of the server's processes.
-struct Clients {
-    stop: Arc<AtomicBool>,
-    clients: Vec<Client>,
-    sampled: Arc<AtomicBool>,
-    sampler: std::thread::JoinHandle<ProcessorTimes>,
-    /// Where the scripts and the logs of transactions are.
-    directory: PathBuf,
-}
-
-struct Client {
-    /// The pgbench that runs; 0 if none does.
-    process: Arc<AtomicI32>,
-    /// Returns when each pgbench was started, in seconds since 1970, by process ID.
-    thread: std::thread::JoinHandle<HashMap<u32, f64>>,
-}
-
-impl Clients {
-    /// They connect as soon as the server lets them.
-    fn begin(case: &Case, cluster: &Cluster, blocks: u32) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        // In memory, if there is a file system for that: the disk is what is measured.
-        let memory = Path::new("/dev/shm");
-        let parent = match memory.is_dir() {
-            true => memory.to_owned(),
-            false => std::env::temp_dir(),
-        };
-        let directory = parent.join(format!("pg_prewarm-busy-{}", std::process::id()));
-        fs::create_dir_all(&directory).unwrap();
-        let row = match case.rows {
-            Rows::Uniform => format!("random(1, {blocks})"),
-            // The most wanted rows are the same for all, and scattered over the table.
-            Rows::Skewed => {
-                format!("1 + permute(random_zipfian(1, {blocks}, 1.001) - 1, {blocks}, 1)")
-            }
-        };
-        let script = |name: &str, statement: &str| {
-            let file = directory.join(name);
-            fs::write(
-                &file,
-                format!("\\set id {row}\n{statement} WHERE id = :id;\n"),
-            )
-            .unwrap();
-            file
-        };
-        let mut scripts = vec![(script("read", "SELECT octet_length(filler) FROM t"), 9)];
-        if case.updates {
-            scripts.push((script("update", "UPDATE t SET filler = filler"), 1));
-        }
-        let config = cluster.config();
-        let [Host::Unix(socket)] = config.get_hosts() else {
-            unreachable!("clusters listen on a socket only");
-        };
-        let pgbench = Side::Ours.installation().bin().join("pgbench");
-        let clients = (0..case.clients)
-            .map(|number| {
-                let mut command = Command::new(&pgbench);
-                command
-                    .args(["--no-vacuum", "--protocol=prepared", "--log"])
-                    .arg(format!("--transactions={TRANSACTIONS_OF_A_SESSION}"))
-                    .arg(format!("--log-prefix={}", directory.join("log").display()))
-                    .arg(format!("--host={}", socket.display()))
-                    .args(["--username=app", "postgres"])
-                    .stdout(Stdio::null())
-                    .stderr(Stdio::null());
-                for (script, weight) in &scripts {
-                    command.arg(format!("--file={}@{weight}", script.display()));
-                }
-                let process = Arc::new(AtomicI32::new(0));
-                let (stop, running) = (stop.clone(), process.clone());
-                let thread = std::thread::spawn(move || client(number, command, &running, &stop));
-                Client { process, thread }
-            })
-            .collect();
-        let data = cluster.data("");
-        let sampled = Arc::new(AtomicBool::new(false));
-        let end = sampled.clone();
-        let sampler = std::thread::spawn(move || ProcessorTimes::sample(&data, &end));
-        Self {
-            stop,
-            clients,
-            sampled,
-            sampler,
-            directory,
-        }
-    }
-
-    /// Ends the measurement of processor time.
-    fn end_sampling(&self) {
-        self.sampled.store(true, SeqCst);
-    }
-
-    /// Stops them. Their transactions are in the order in which they ended.
-    fn end(self) -> (Vec<Transaction>, ProcessorTimes) {
-        self.end_sampling();
-        self.stop.store(true, SeqCst);
-        let mut begins = HashMap::new();
-        for client in self.clients {
-            let process = client.process.load(SeqCst);
-            if process != 0 {
-                // SAFETY: a signal to a child. It fails if that has just ended.
-                unsafe { libc::kill(process, libc::SIGTERM) };
-            }
-            begins.extend(client.thread.join().unwrap());
-        }
-        let mut all = Vec::new();
-        for (process, begin) in begins {
-            // The log of a pgbench that could not connect does not exist.
-            let log = self.directory.join(format!("log.{process}"));
-            let log = fs::read_to_string(log).unwrap_or_default();
-            // The last line may not have been written to its end.
-            let mut transactions = log.lines().map_while(transaction);
-            if let Some((end, _)) = transactions.next() {
-                all.push((end, end - begin));
-            }
-            all.extend(transactions);
-        }
-        fs::remove_dir_all(&self.directory).expect("the clients' logs can be removed");
-        all.sort_by(|one, other| one.0.total_cmp(&other.0));
-        (all, self.sampler.join().unwrap())
-    }
-}
-
-/// Runs one pgbench after another until it is told to stop. Each wants other rows, and the
-/// same ones in each run.
-fn client(
-    number: usize,
-    mut command: Command,
-    running: &AtomicI32,
-    stop: &AtomicBool,
-) -> HashMap<u32, f64> {
-    let mut begins = HashMap::new();
-    let mut sessions = 0;
-    while !stop.load(SeqCst) {
-        command.env(
-            "PGBENCH_RANDOM_SEED",
-            (number * 1_000_000 + sessions).to_string(),
-        );
-        let begin = now();
-        let mut pgbench = command.spawn().expect("pgbench cannot be started");
-        running.store(pgbench.id().cast_signed(), SeqCst);
-        if stop.load(SeqCst) {
-            let _ = pgbench.kill();
-        }
-        begins.insert(pgbench.id(), begin);
-        if pgbench.wait().unwrap().success() {
-            sessions += 1;
-        } else {
-            // The server does not accept connections yet.
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-    begins
-}
-
-/// A line of pgbench's log: client, transaction, microseconds, script, and when it ended, in
-/// seconds and microseconds.
-fn transaction(line: &str) -> Option<Transaction> {
-    let fields: Vec<f64> = line
-        .split(' ')
-        .map_while(|field| field.parse().ok())
-        .collect();
-    let &[_, _, took, _, seconds, micros] = &fields[..] else {
-        return None;
-    };
-    Some((seconds + micros / 1e6, took / 1e6))
-}
-
-/// Seconds of processor time that processes of the server have used.
-#[derive(Clone, Copy, Debug, Default)]
-struct ProcessorTimes {
-    /// Autoprewarm's processes, and the server's I/O workers.
-    load: f64,
-    /// The clients' sessions.
-    clients: f64,
-}
-
-impl ProcessorTimes {
-    /// Looks at the processes of a cluster until it is told to stop. What a process uses
-    /// between the last look and its end is missed.
-    fn sample(data: &std::path::Path, stop: &AtomicBool) -> Self {
-        let mut seen: HashMap<i32, (bool, f64)> = HashMap::new();
-        while !stop.load(SeqCst) {
-            for (pid, title, time) in processes(data) {
-                let is_load = ["autoprewarm", "io worker"]
-                    .iter()
-                    .any(|text| title.contains(text));
-                if is_load || title.contains(" app ") {
-                    seen.insert(pid, (is_load, time));
-                }
-            }
-            std::thread::sleep(Duration::from_millis(200));
-        }
-        let mut times = Self::default();
-        for (is_load, time) in seen.into_values() {
-            *(if is_load {
-                &mut times.load
-            } else {
-                &mut times.clients
-            }) += time;
-        }
-        times
-    }
-}
-
-/// The processes of a cluster: process ID, title, and seconds of processor time.
-fn processes(data: &std::path::Path) -> Vec<(i32, String, f64)> {
-    let Some(postmaster) = fs::read_to_string(data.join("postmaster.pid"))
-        .ok()
-        .and_then(|text| text.lines().next()?.parse::<i32>().ok())
-    else {
-        return Vec::new();
-    };
-    let children = format!("/proc/{postmaster}/task/{postmaster}/children");
-    let children = fs::read_to_string(children).unwrap_or_default();
-    let ticks = rustix::param::clock_ticks_per_second() as f64;
-    children
-        .split_whitespace()
-        .filter_map(|pid| {
-            let title = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-            let mut fields = stat.rsplit_once(") ")?.1.split(' ');
-            let user: f64 = fields.nth(11)?.parse().ok()?;
-            let system: f64 = fields.next()?.parse().ok()?;
-            Some((
-                pid.parse().ok()?,
-                String::from_utf8_lossy(&title).into_owned(),
-                (user + system) / ticks,
-            ))
-        })
-        .collect()
-}
-
-/// Transactions per second in each step, at the end of the step.
-fn curve(transactions: &[Transaction], start: f64, time: Duration) -> Vec<(f64, f64)> {
-    let mut counts = vec![0u32; (time.as_secs_f64() / STEP) as usize];
-    for (end, _) in transactions {
-        if let Some(count) = counts.get_mut(((end - start).max(0.0) / STEP) as usize) {
-            *count += 1;
-        }
-    }
-    (1..)
-        .zip(counts)
-        .map(|(step, count)| (f64::from(step) * STEP, f64::from(count) / STEP))
-        .collect()
-}
-
-/// The median of each step.
+/// The median of each step that all have.
 fn median_curve(results: &[Result]) -> Vec<(f64, f64)> {
-    (0..results[0].curve.len())
+    let steps = results.iter().map(|result| result.curve.len()).min();
+    (0..steps.unwrap_or(0))
         .map(|step| {
             let rates: Vec<f64> = results.iter().map(|result| result.curve[step].1).collect();
             (results[0].curve[step].0, median(&rates))

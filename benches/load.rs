@@ -79,7 +79,7 @@ pub fn run(options: &Options, report: &mut Report) {
         eprintln!("   the operating system's cache cannot be dropped here: warm only");
         vec![SystemCache::Warm]
     };
-    for (name, list) in &lists {
+    for (name, list) in lists.iter().filter(|(name, _)| options.includes(name)) {
         for &cache in &caches {
             let mut samples = Samples::default();
             for run in 0..options.runs {

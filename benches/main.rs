@@ -4,7 +4,7 @@
 //! …), on the same machine in the same run; what matters is the ratio of the medians.
 //! The arguments name the scenarios to run; without any, all are run. The environment
 //! variables are `SIZE` (`smoke` or `full`), `RUNS` (how many times), `HUGE_PAGES`
-//! (`on` or `off`), `CASES` (names of cases with busy clients, with commas), `SETTINGS` (lines for
+//! (`on` or `off`), `CASES` (names of cases of `load` and `busy`, with commas), `SETTINGS` (lines for
 //! `postgresql.conf`, with semicolons), and `OUT`, the directory for the results as JSON and SVG. They are also
 //! printed as tables.
 
@@ -15,8 +15,10 @@
 mod common;
 
 mod busy;
+mod clients;
 mod counters;
 mod dump;
+mod failover;
 mod lists;
 mod load;
 mod machine;
@@ -43,7 +45,7 @@ pub struct Size {
     /// The records of the generated lists.
     long_list: u64,
     longer_list: u64,
-    /// Seconds of each run with busy clients.
+    /// Seconds of each run with busy clients, at most.
     busy_seconds: u64,
 }
 
@@ -55,7 +57,7 @@ const FULL: Size = Size {
     database_blocks: 20_000,
     long_list: 16_000_000,
     longer_list: 134_000_000,
-    busy_seconds: 15,
+    busy_seconds: 25,
 };
 
 const SMOKE: Size = Size {
@@ -74,6 +76,15 @@ pub struct Options {
     size: Size,
     runs: usize,
     out: PathBuf,
+    /// The names of the cases to be measured, in the scenarios that have such; all, if there
+    /// are none.
+    cases: Vec<String>,
+}
+
+impl Options {
+    fn includes(&self, case: &str) -> bool {
+        self.cases.is_empty() || self.cases.iter().any(|chosen| chosen == case)
+    }
 }
 
 type Scenario = fn(&Options, &mut Report);
@@ -93,10 +104,13 @@ fn main() {
         size,
         runs: variable("RUNS").map_or(5, |runs| runs.parse().expect("RUNS is a number")),
         out: variable("OUT").map_or("target/bench".into(), PathBuf::from),
+        cases: variable("CASES")
+            .map(|cases| cases.split(',').map(str::to_owned).collect())
+            .unwrap_or_default(),
     };
     let huge_pages = machine::reserved_huge_pages();
     let mut report = Report::new(&options);
-    let scenarios: [(&str, Scenario); 7] = [
+    let scenarios: [(&str, Scenario); 8] = [
         // First, since it measures the memory of this process.
         ("lists", lists::run),
         ("load", load::run),
@@ -105,6 +119,7 @@ fn main() {
         ("shrunk", shrunk::run),
         ("counters", counters::run),
         ("modes", modes::run),
+        ("failover", failover::run),
     ];
     for (name, run) in scenarios {
         if chosen.is_empty() || chosen.iter().any(|chosen| chosen == name) {

@@ -1,0 +1,280 @@
+//! Failover: the primary is killed while clients read and write, its standby is promoted,
+//! and the clients go on there.
+//!
+//! Three ways in turn: contrib's module on both servers, this one without following, and
+//! this one with it. Most of what the clients want is in shared buffers, not all of it. The
+//! standby's files are not in the operating system's cache when the primary is killed.
+
+use std::time::{Duration, Instant};
+
+use crate::clients::{Clients, STEP, Transaction, curve, logged_time, now};
+use crate::common::{Cluster, signal, value, wait_until};
+use crate::report::{Curve, Report, median};
+use crate::side::{self, Side};
+use crate::{Options, machine};
+
+/// How many clients there are.
+const CLIENTS: usize = 8;
+
+/// How long clients work before the primary is killed, and how long of that counts.
+const BEFORE: Duration = Duration::from_secs(25);
+const COUNTED_BEFORE: f64 = 10.0;
+
+/// How long they are watched afterwards, and for how much of that hits and latencies count.
+const AFTER: Duration = Duration::from_secs(20);
+const COUNTED_AFTER: f64 = 5.0;
+
+/// How long the throughput has to stay at nine tenths, in seconds.
+const WARM_FOR: f64 = 2.0;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Contrib,
+    NotFollowing,
+    Following,
+}
+
+impl Way {
+    const ALL: [Self; 3] = [Self::Contrib, Self::NotFollowing, Self::Following];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Contrib => "contrib",
+            Self::NotFollowing => "not following",
+            Self::Following => "following",
+        }
+    }
+
+    fn side(self) -> Side {
+        match self {
+            Self::Contrib => Side::Contrib,
+            Self::NotFollowing | Self::Following => Side::Ours,
+        }
+    }
+}
+
+/// What one run has shown.
+struct Result {
+    /// The old primary's: transactions per second, hit ratio, 99th percentile of the latency
+    /// in milliseconds.
+    before: Figures,
+    /// The new primary's, in the first seconds.
+    after: Figures,
+    /// From the promotion to nine tenths of the old primary's throughput, in seconds.
+    warm_after: f64,
+    curve: Vec<(f64, f64)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Figures {
+    throughput: f64,
+    hit_ratio: f64,
+    p99: f64,
+}
+
+pub fn run(options: &Options, report: &mut Report) {
+    let size = options.size;
+    let buffers = size.buffers / 8;
+    let mut primary = side::cluster(
+        buffers,
+        &[
+            "wal_level = replica",
+            "max_wal_senders = 10",
+            "max_connections = 100",
+            "wal_keep_size = 4GB",
+        ],
+    );
+    side::table(&primary, "postgres", "t", size.dense_blocks);
+    primary.sql("CREATE INDEX ON t (id)");
+    primary.sql("VACUUM ANALYZE t");
+    primary.sql("CREATE EXTENSION pg_prewarm VERSION '1.2'");
+    primary.sql("CREATE ROLE app LOGIN; GRANT SELECT, UPDATE ON t TO app; CHECKPOINT");
+    primary.stop(crate::common::Shutdown::Fast);
+    // It is killed again and again.
+    primary.expect_crash();
+
+    let mut results: Vec<(Way, Result)> = Vec::new();
+    for run in 0..options.runs {
+        for way in Way::ALL {
+            let result = one_run(way, &mut primary, size.dense_blocks, buffers);
+            eprintln!(
+                "   failover, run {}, {}: before {:.0?}, after {:.3?}, nine tenths after {:.2} s",
+                run + 1,
+                way.name(),
+                result.before,
+                result.after,
+                result.warm_after
+            );
+            results.push((way, result));
+        }
+    }
+    let of = |way: Way, pick: &dyn Fn(&Result) -> f64| {
+        let results = results.iter().filter(|(of, _)| *of == way);
+        median(&results.map(|(_, result)| pick(result)).collect::<Vec<_>>())
+    };
+    let mut curves: Vec<Curve> = Vec::new();
+    for way in Way::ALL {
+        let mut figure = |what: &str, unit: &str, pick: &dyn Fn(&Result) -> f64| {
+            report.figure(
+                &format!("failover: {}: {what}", way.name()),
+                of(way, pick),
+                unit,
+            );
+        };
+        figure("throughput of the old primary", "/s", &|result| {
+            result.before.throughput
+        });
+        figure("nine tenths of that after", "s", &|result| {
+            result.warm_after
+        });
+        figure(
+            "hit ratio in the first 5 s, of the old one's",
+            "",
+            &|result| result.after.hit_ratio / result.before.hit_ratio,
+        );
+        figure("p99 latency in the first 5 s", "ms", &|result| {
+            result.after.p99
+        });
+        figure("the same, of the old one's", "times", &|result| {
+            result.after.p99 / result.before.p99
+        });
+        let steps = (AFTER.as_secs_f64() / STEP) as usize;
+        let curve = (0..steps)
+            .map(|step| {
+                let rate = |result: &Result| result.curve.get(step).map_or(0.0, |at| at.1);
+                ((step + 1) as f64 * STEP, of(way, &rate))
+            })
+            .collect();
+        curves.push((way.name().to_owned(), curve));
+    }
+    report.plot(
+        "failover",
+        "Throughput after a promotion",
+        "seconds",
+        "transactions a second",
+        &curves,
+    );
+}
+
+fn one_run(way: Way, primary: &mut Cluster, rows: u32, buffers: u32) -> Result {
+    primary.switch_to(way.side().installation());
+    machine::touch_memory(2 * (buffers + buffers / 4));
+    primary.start();
+    let standby = primary.standby();
+    if way.side() == Side::Ours {
+        let follow = if way == Way::Following { "on" } else { "off" };
+        standby.configure(&format!(
+            "pg_prewarm.autoprewarm_follow = {follow}\n\
+             pg_prewarm.autoprewarm_follow_interval = 5"
+        ));
+    }
+    standby.start();
+
+    let clients = begin_clients(primary, rows);
+    std::thread::sleep(BEFORE);
+    let hits = Hits::of(primary);
+    std::thread::sleep(Duration::from_secs_f64(COUNTED_BEFORE));
+    let before_ratio = Hits::of(primary).ratio_since(&hits);
+    let killed = now();
+    signal(primary.postmaster(), libc::SIGKILL);
+    let (transactions, _) = clients.end();
+    let before = figures(&transactions, killed - COUNTED_BEFORE, killed, before_ratio);
+
+    // What is cached in memory of the system is lost where a machine fails, and other files
+    // have taken its place on a standby that is up for long.
+    machine::drop_caches();
+    let mark = standby.log_end();
+    let hits = Hits::of(&standby);
+    let clients = begin_clients(&standby, rows);
+    standby.promote();
+    let promoted = logged_time(
+        &standby.log_since(mark),
+        "database system is ready to accept connections",
+    )
+    .unwrap_or_else(now);
+    let start = Instant::now();
+    std::thread::sleep(Duration::from_secs_f64(COUNTED_AFTER));
+    let after_ratio = Hits::of(&standby).ratio_since(&hits);
+    std::thread::sleep(AFTER.saturating_sub(start.elapsed()));
+    let (transactions, _) = clients.end();
+    let after = figures(
+        &transactions,
+        promoted,
+        promoted + COUNTED_AFTER,
+        after_ratio,
+    );
+    drop(standby);
+    // Its processes notice that it is gone; the next start recovers.
+    let pid_file = primary.data("postmaster.pid");
+    wait_until("the end of the old primary", || {
+        let _ = std::fs::remove_file(&pid_file);
+        primary.try_start()
+    });
+    side::stop(primary);
+
+    let curve = curve(&transactions, promoted, AFTER.as_secs_f64());
+    let steps = (WARM_FOR / STEP) as usize;
+    let is_warm = |steps: &[(f64, f64)]| {
+        let sum: f64 = steps.iter().map(|step| step.1).sum();
+        sum / steps.len() as f64 >= before.throughput * 0.9
+    };
+    let warm_after = curve
+        .windows(steps)
+        .find(|steps| is_warm(steps))
+        .map_or(AFTER.as_secs_f64(), |steps| steps[0].0 - STEP);
+    Result {
+        before,
+        after,
+        warm_after,
+        curve,
+    }
+}
+
+/// Most clients' rows are few: they fit into shared buffers. One transaction in ten is an
+/// update. On the standby, those fail until it is promoted.
+fn begin_clients(cluster: &Cluster, rows: u32) -> Clients {
+    let row = format!("1 + permute(random_zipfian(1, {rows}, 1.2) - 1, {rows}, 1)");
+    let script = |statement: &str| format!("\\set id {row}\n{statement} WHERE id = :id;\n");
+    let read = script("SELECT octet_length(filler) FROM t");
+    let update = script("UPDATE t SET filler = filler");
+    Clients::begin(cluster, CLIENTS, "app", &[(&read, 9), (&update, 1)])
+}
+
+/// How often blocks were found in shared buffers, and read.
+struct Hits {
+    hits: f64,
+    reads: f64,
+}
+
+impl Hits {
+    fn of(cluster: &Cluster) -> Self {
+        let mut client = cluster.connect("postgres");
+        let mut sum = |column: &str| -> f64 {
+            let sql = format!("SELECT sum({column})::float8 FROM pg_stat_database");
+            value(&mut client, &sql)
+        };
+        Self {
+            hits: sum("blks_hit"),
+            reads: sum("blks_read"),
+        }
+    }
+
+    fn ratio_since(&self, before: &Self) -> f64 {
+        let (hits, reads) = (self.hits - before.hits, self.reads - before.reads);
+        hits / (hits + reads).max(1.0)
+    }
+}
+
+fn figures(transactions: &[Transaction], from: f64, until: f64, hit_ratio: f64) -> Figures {
+    let counted = transactions
+        .iter()
+        .filter(|(end, _)| (from..until).contains(end));
+    let mut latencies: Vec<f64> = counted.map(|(_, took)| took * 1000.0).collect();
+    latencies.sort_by(f64::total_cmp);
+    let at = (latencies.len().saturating_sub(1) as f64 * 0.99) as usize;
+    Figures {
+        throughput: latencies.len() as f64 / (until - from),
+        hit_ratio,
+        p99: latencies.get(at).copied().unwrap_or(f64::NAN),
+    }
+}

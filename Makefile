@@ -2,6 +2,7 @@
 # work on a fresh machine.
 #
 #   make demo              restart a server with a warm cache
+#   make demo-failover     promote a standby without and with a warm cache
 #   make test [PG=16]      all tests, on one major version (default 15)
 #   make test-all          all tests, on every supported version
 #   make torture [PG=18]   faults, with a check after each: 100 rounds (ROUNDS=n), or
@@ -23,10 +24,13 @@
 PG ?= 15
 PG_CONFIG ?= pg_config
 
-.PHONY: demo test test-all test-scripts torture restarts bench check fuzz valgrind install clean
+.PHONY: demo demo-failover test test-all test-scripts torture restarts bench check fuzz valgrind install clean
 
 demo:
 	@scripts/demo
+
+demo-failover:
+	@scripts/demo-failover
 
 test:
 	@scripts/test $(PG)

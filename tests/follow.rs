@@ -386,7 +386,7 @@ fn each_reason_for_having_no_list_is_one_clear_line() {
         (
             format!("{} user=plain", host(&primary)),
             "failed",
-            "permission denied",
+            "to start",
         ),
         (
             "nonsense".to_owned(),

@@ -83,6 +83,8 @@ fn a_load_on_demand_of_blocks_with_the_same_usage_count_as_all_others_replaces_n
     let cluster = start();
     let listed = cluster.table("listed", 300);
     let mut client = fill(&cluster);
+    // The catalogs that a load needs are read now. Later they would need buffers, too.
+    load_now(&cluster, &mut client, list_of([]));
     // All that the clock hand would take at once is used once more.
     client
         .batch_execute(

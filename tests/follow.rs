@@ -629,3 +629,37 @@ fn commands_that_replay_needs_the_relation_for_are_not_kept_waiting() {
     hurry(&standby);
     follow_now(&standby);
 }
+
+#[test]
+fn loading_slows_down_while_replay_lags() {
+    let primary = primary(&["shared_buffers = 64MB", "max_wal_size = 1GB"]);
+    let table = primary.table("t", 3000);
+    heat(&primary, "t");
+    let standby = follower_of(&primary);
+    standby.configure("pg_prewarm.autoprewarm_follow = off");
+    standby.start();
+    wait_for_replay(&primary, &standby);
+    let before = cached(&standby, table).0;
+    standby.sql("SELECT pg_wal_replay_pause()");
+    primary.sql(
+        "SELECT pg_logical_emit_message(false, 'test', repeat('x', 1000000)) \
+         FROM generate_series(1, 80)",
+    );
+    let position: String = primary.value("SELECT pg_current_wal_flush_lsn()::text");
+    wait_until("the WAL", || {
+        standby.value(&format!("SELECT pg_last_wal_receive_lsn() >= '{position}'"))
+    });
+    // Without the lag it would take six seconds.
+    standby.configure(
+        "pg_prewarm.autoprewarm_follow_max_rate = 4MB\npg_prewarm.autoprewarm_follow = on",
+    );
+    standby.reload();
+    wait_for_state(&standby, "topping up");
+    std::thread::sleep(Duration::from_secs(8));
+    let loaded = cached(&standby, table).0 - before;
+    assert!(loaded < 1500, "{loaded}");
+    standby.sql("SELECT pg_wal_replay_resume()");
+    hurry(&standby);
+    follow_now(&standby);
+    assert_eq!(cached(&standby, table).0, 3000);
+}

@@ -170,6 +170,25 @@ fn a_session_waits_less_than_authentication_timeout() {
 }
 
 #[test]
+fn a_raised_authentication_timeout_is_not_that_of_a_session_that_waits() {
+    let (cluster, _) = cluster(
+        Cluster::build().setting("authentication_timeout = 3s"),
+        LONG,
+    );
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    for statement in [
+        "ALTER SYSTEM SET authentication_timeout = '5min'",
+        "SELECT pg_reload_conf()",
+    ] {
+        client.batch_execute(statement).unwrap();
+    }
+    // The server still ends it after three seconds.
+    assert_let_in(&mut client, waiting);
+    assert!(!cluster.log().contains("canceling authentication"));
+}
+
+#[test]
 fn a_wait_ends_when_the_load_is_cancelled_or_its_leader_terminated_or_the_limit_lowered() {
     for how in [
         "SELECT autoprewarm_cancel()",

@@ -144,14 +144,13 @@ pub unsafe extern "C-unwind" fn autoprewarm_database_main(argument: pg_sys::Datu
 /// The entry point of the worker that fetches the list of the upstream server.
 ///
 /// # Safety
-/// The server calls it once, as the main function of a background worker, with the OID of
-/// the database that the worker is to be connected to.
+/// The server calls it once, as the main function of a background worker, with the
+/// argument that the worker was registered with.
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn autoprewarm_fetch_main(argument: pg_sys::Datum) {
     #[pg_guard]
     extern "C-unwind" fn main(argument: pg_sys::Datum) {
-        #[expect(clippy::cast_possible_truncation, reason = "it is an OID")]
-        crate::autoprewarm::follow::fetch_main(argument.value() as u32);
+        crate::autoprewarm::follow::fetch_main((argument.value() as u64).into());
     }
     // SAFETY: the server calls this function directly, and nothing in its frame needs
     // dropping.

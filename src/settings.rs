@@ -89,7 +89,7 @@ pub fn define() {
 fn define_follow() {
     GucRegistry::define_bool_guc(
         c"pg_prewarm.autoprewarm_follow",
-        c"Has a standby keep its shared buffers close to those of its upstream server.",
+        c"Keeps a standby's shared buffers close to those of its upstream server.",
         c"",
         &AUTOPREWARM_FOLLOW,
         GucContext::Sighup,

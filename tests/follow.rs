@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 
 use postgres::Client;
 
-use crate::common::{Block, Cluster, Shutdown, SqlError, error, signal, value, wait_until};
+use crate::common::{
+    Block, Cluster, Installation, Shutdown, SqlError, error, give_to_server, run, signal, value,
+    wait_until,
+};
 
 /// The list of the upstream server, in the standby's data directory.
 const UPSTREAM: &str = "autoprewarm.upstream";
@@ -578,6 +581,7 @@ fn new_sessions_can_be_held_after_a_promotion() {
     drop(standby.connect_as("app", "postgres"));
     let mark = standby.log_end();
     standby.promote();
+    // It is held as soon as the load is pending, and this comes after that.
     standby.wait_for_log(mark, "autoprewarm loads the block list");
     let start = Instant::now();
     drop(standby.connect_as("app", "postgres"));
@@ -594,7 +598,7 @@ fn a_former_primary_that_comes_back_as_a_standby_follows() {
     promote(&standby);
     // A switchover leaves nothing to rewind.
     std::fs::write(primary.data("standby.signal"), "").unwrap();
-    crate::common::give_to_server(&primary.data("standby.signal"));
+    give_to_server(&primary.data("standby.signal"));
     primary.configure(&format!(
         "primary_conninfo = 'host={} user=postgres'\npg_prewarm.autoprewarm_follow = on",
         standby.path("").display()
@@ -662,4 +666,142 @@ fn loading_slows_down_while_replay_lags() {
     hurry(&standby);
     follow_now(&standby);
     assert_eq!(cached(&standby, table).0, 3000);
+}
+
+#[test]
+fn a_promotion_during_the_standbys_own_load_is_noticed_at_once() {
+    let primary = primary(&[]);
+    let table = primary.table("t", 400);
+    heat(&primary, "t");
+    let standby = follower_of(&primary);
+    standby.start();
+    wait_for_replay(&primary, &standby);
+    follow_now(&standby);
+    // Its own list takes minutes.
+    standby.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    standby.restart();
+    let mark = standby.log_end();
+    let mut client = standby.connect("postgres");
+    wait_until("the load", || {
+        let state = "SELECT state FROM pg_stat_autoprewarm";
+        value::<String>(&mut client, state) == "loading"
+    });
+    standby.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    standby.promote();
+    // A reload comes after the promotion, so that the own load is not what ends soon.
+    let start = Instant::now();
+    standby.wait_for_log(mark, "autoprewarm loads the block list");
+    assert!(start.elapsed() < Duration::from_secs(10));
+    standby.reload();
+    standby.wait_for_log(mark, "blocks after the promotion;");
+    assert_eq!(cached(&standby, table), (400, 2000));
+}
+
+#[test]
+fn a_load_after_a_promotion_that_is_interrupted_is_done_after_the_next_start() {
+    for how in [Shutdown::Fast, Shutdown::Immediate] {
+        let (_primary, standby, table) = slow_pair(8);
+        standby.configure("pg_prewarm.autoprewarm_max_rate = 8");
+        standby.reload();
+        let mark = standby.log_end();
+        standby.promote();
+        standby.wait_for_log(mark, "autoprewarm loads the block list");
+        // Until it has ended, it is pending.
+        assert!(!standby.value::<bool>("SELECT autoprewarm_wait('0')"));
+        standby.stop(how);
+        assert!(standby.data(UPSTREAM).exists());
+        standby.configure("pg_prewarm.autoprewarm_max_rate = 0");
+        let mark = standby.log_end();
+        standby.start();
+        standby.wait_for_log(mark, "blocks after the promotion;");
+        assert_eq!(cached(&standby, table), (400, 2000), "{how:?}");
+        wait_until("the end of the list", || !standby.data(UPSTREAM).exists());
+    }
+}
+
+#[test]
+fn a_top_up_that_takes_longer_than_the_interval_is_replaced_quietly() {
+    let primary = primary(&[]);
+    let table = primary.table("t", 400);
+    heat(&primary, "t");
+    let standby = follower_of(&primary);
+    // It takes five seconds.
+    standby.configure(
+        "pg_prewarm.autoprewarm_follow_interval = 1\n\
+         pg_prewarm.autoprewarm_follow_max_rate = 640",
+    );
+    standby.start();
+    wait_until("all blocks", || cached(&standby, table).0 == 400);
+    let log = standby.log();
+    let fetches = log.matches("starting background worker process \"autoprewarm follower\"");
+    assert!(fetches.count() >= 3, "{log}");
+    for sign in ["FATAL", "WARNING", "exited with exit code 1"] {
+        assert!(!log.contains(sign), "{log}");
+    }
+}
+
+#[test]
+fn a_standby_that_crashes_while_it_loads_for_the_list_gives_that_up() {
+    let (_primary, mut standby, table) = slow_pair(8);
+    standby.expect_crash();
+    let mark_file = standby.data("pg_stat_tmp/autoprewarm.following");
+    for _ in 0..3 {
+        wait_for_state(&standby, "topping up");
+        wait_until("the mark", || mark_file.exists());
+        standby.stop(Shutdown::Immediate);
+        standby.start();
+    }
+    wait_for_state(&standby, "failed");
+    let (_, why) = shown(&mut standby.connect("postgres"));
+    assert_eq!(
+        why.as_deref(),
+        Some("the server crashed during the last 3 loads for the upstream server's list")
+    );
+    // A session that asks for it gets it.
+    hurry(&standby);
+    follow_now(&standby);
+    assert_eq!(cached(&standby, table).0, 400);
+    assert!(!mark_file.exists());
+}
+
+#[test]
+fn a_former_primary_that_was_rewound_and_a_new_standby_follow() {
+    let primary = primary(&["wal_log_hints = on", "wal_keep_size = 1GB"]);
+    primary.table("t", 100);
+    heat(&primary, "t");
+    let standby = follower_of(&primary);
+    standby.start();
+    wait_for_replay(&primary, &standby);
+    follow_now(&standby);
+    promote(&standby);
+    standby.sql("CHECKPOINT");
+    primary.sql("CREATE TABLE diverged ()");
+    primary.stop(Shutdown::Fast);
+    let source = format!(
+        "host={} user=postgres dbname=postgres",
+        standby.path("").display()
+    );
+    let mut rewind = Installation::ours().program("pg_rewind");
+    rewind.arg("--target-pgdata").arg(primary.data(""));
+    run(rewind.args(["--source-server", &source]));
+    // It has copied the configuration, too.
+    let signal = primary.data("standby.signal");
+    std::fs::write(&signal, "").unwrap();
+    give_to_server(&signal);
+    primary.configure(&format!(
+        "unix_socket_directories = '{}'\nprimary_conninfo = '{source}'\n\
+         pg_prewarm.autoprewarm_follow = on",
+        primary.path("").display()
+    ));
+    primary.start();
+    wait_for_replay(&standby, &primary);
+    let table = standby.file_of("postgres", "t");
+    let new = follower_of(&standby);
+    new.start();
+    for server in [&primary, &new] {
+        follow_now(server);
+        assert_eq!(cached(server, table).0, 100);
+    }
+    promote(&primary);
+    assert_eq!(cached(&primary, table), (100, 500));
 }

@@ -69,7 +69,7 @@ pub fn create_segment(
         }
     };
     if let Some(refusal) = refusal {
-        report_part(state, plan.blocks(), planned, &refusal);
+        report_part(purpose, state, plan.blocks(), planned, &refusal);
         let left_out = planned - plan.blocks();
         stats.skip(number, SkipReason::NoSharedMemory, left_out);
     }
@@ -124,11 +124,19 @@ impl Layout {
 }
 
 /// Says that only a part of the plan is loaded, and what the system has refused.
-fn report_part(state: &State, part: u64, planned: u64, refusal: &Caught) {
+fn report_part(purpose: Purpose, state: &State, part: u64, planned: u64, refusal: &Caught) {
     let message = format!(
         "loading only {part} of {planned} blocks because of insufficient dynamic shared memory"
     );
-    state.last_error.record(&message);
+    match purpose {
+        Purpose::List => state.last_error.record(&message),
+        Purpose::TopUp => {
+            state.follow.error.record(&message);
+            if !state.follow.may_warn() {
+                return;
+            }
+        }
+    }
     let detail = format!(
         "Shared memory for all blocks was refused: {}. The blocks with the highest usage counts \
          are loaded.",

@@ -53,7 +53,7 @@ pub fn main() {
     match state.phase() {
         Phase::Due | Phase::NoSlot => after = load(state, after),
         // Its former leader has ended, and the server has not crashed.
-        Phase::Failed => mark::remove(state),
+        Phase::Failed => mark::remove(&mark::LOADS, state),
         _ => {}
     }
     // A dump right after the load would be pointless, so the interval begins here.
@@ -67,9 +67,12 @@ pub fn main() {
             follower.reload();
         }
         if follower.was_promoted() {
+            after.end();
             follower.load_after_promotion();
             last = Instant::now();
-            if !matches!(state.phase(), Phase::Failed | Phase::Suspended) {
+            if !background::shutdown_requested()
+                && matches!(state.phase(), Phase::Ended | Phase::NoSlot)
+            {
                 try_dump(state, Unlogged::LeftOut);
             }
             continue;
@@ -147,6 +150,13 @@ impl AfterLoad {
                 let now = slots::count_free();
                 now > then || interval_is_over && now > 0
             }
+        }
+    }
+
+    /// Ends what was left for later, since another load begins.
+    fn end(&mut self) {
+        if let Some(later) = self.later.take() {
+            later.end();
         }
     }
 

@@ -84,12 +84,12 @@ pub fn run(state: &'static State, reason: Reason) -> (Outcome, Option<Later>) {
     let list = file::open(DUMP_FILE);
     if no_list::is_missing(&list) {
         no_list::report();
-        mark::remove(state);
+        mark::remove(&mark::LOADS, state);
         state.carry.settle(0);
         return (Outcome::NoList, None);
     }
     state.carry.begin_load();
-    match mark::begin(state, reason == Reason::OnDemand) {
+    match mark::begin(&mark::LOADS, state, reason == Reason::OnDemand) {
         Ok(mark) => {
             let result = read_and_load(state, reason, list);
             mark.end();

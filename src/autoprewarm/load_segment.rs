@@ -30,6 +30,7 @@ use super::rate::RateLimit;
 use super::state::State;
 use super::stats::LoadStats;
 use crate::blocks::{Oid, PlanView, SkipReason};
+use crate::pg::process::error::Caught;
 use crate::pg::shared::contents::Shared;
 use crate::pg::storage::prefault::Prefaulted;
 use crate::pg::storage::room::LoadRoom;
@@ -55,6 +56,20 @@ impl Purpose {
         match self {
             Self::List => &state.load,
             Self::TopUp => &state.follow.top_up,
+        }
+    }
+
+    /// Logs an ERROR that the load has survived as a WARNING, and keeps it as the last error.
+    /// Top-ups come again and again, so only the first of their errors is logged.
+    pub fn warn(self, state: &State, caught: Caught) {
+        match self {
+            Self::List => state.warn(caught),
+            Self::TopUp => {
+                state.follow.error.record(&caught.message);
+                if state.follow.may_warn() {
+                    caught.warn();
+                }
+            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The mark of a load on disk, by which loads that crash the server are noticed.
 //!
-//! The file [`MARK`] exists from the beginning of a load to its end, however it ends,
+//! A mark's file exists from the beginning of a load to its end, however it ends,
 //! unless the server crashes. It holds the number of loads in a row that have begun and
 //! not ended. So at the beginning of a load, that is how many crashes came before it; what
 //! crashed the server cannot be told. After [`CRASHES`] of them the next load is not
@@ -22,10 +22,30 @@ use crate::pg::process::report::{Message, SUCCESS};
 use crate::pg::process::transaction;
 use crate::pg::storage::file;
 
-/// In a directory that base backups and `pg_rewind` leave out, and that the server does
-/// not empty: a standby that was made during a load has not crashed.
-const MARK: &str = "pg_stat_tmp/autoprewarm.loading";
-const MARK_BEING_WRITTEN: &str = "pg_stat_tmp/autoprewarm.loading.tmp";
+/// A mark's file, and the one in which it is written. They are in a directory that base
+/// backups and `pg_rewind` leave out, and that the server does not empty: a standby that was
+/// made during a load has not crashed.
+pub struct Files {
+    mark: &'static str,
+    being_written: &'static str,
+    /// What was marked.
+    what: &'static str,
+}
+
+/// Of loads of the list.
+pub static LOADS: Files = Files {
+    mark: "pg_stat_tmp/autoprewarm.loading",
+    being_written: "pg_stat_tmp/autoprewarm.loading.tmp",
+    what: "loads",
+};
+
+/// Of top-ups of a standby. The server's first load, which comes before them, may end well
+/// each time.
+pub static TOP_UPS: Files = Files {
+    mark: "pg_stat_tmp/autoprewarm.following",
+    being_written: "pg_stat_tmp/autoprewarm.following.tmp",
+    what: "loads for the upstream server's list",
+};
 
 /// After how many crashes in a row the next load is not begun. Two more loads are tried,
 /// since the first crashes may have had another cause.
@@ -33,6 +53,7 @@ const CRASHES: u32 = 3;
 
 /// The mark of the load that has begun.
 pub struct Mark {
+    files: &'static Files,
     state: &'static State,
     is_written: bool,
 }
@@ -40,17 +61,32 @@ pub struct Mark {
 /// The server has crashed during that many loads in a row.
 pub struct Crashes(pub u32);
 
+impl Crashes {
+    /// Says so.
+    pub fn describe(&self, files: &Files) -> String {
+        format!(
+            "the server crashed during the last {} {}",
+            self.0, files.what
+        )
+    }
+}
+
 /// Marks that a load begins. `Err` if it must not begin, because the server has crashed
 /// during the last ones. A load that was requested begins all the same, and former crashes
 /// are forgotten.
-pub fn begin(state: &'static State, was_requested: bool) -> Result<Mark, Crashes> {
-    let crashes = if was_requested { 0 } else { read() };
+pub fn begin(
+    files: &'static Files,
+    state: &'static State,
+    was_requested: bool,
+) -> Result<Mark, Crashes> {
+    let crashes = if was_requested { 0 } else { read(files) };
     if crashes >= CRASHES {
         return Err(Crashes(crashes));
     }
     Ok(Mark {
+        files,
         state,
-        is_written: write(state, crashes + 1),
+        is_written: write(files, state, crashes + 1),
     })
 }
 
@@ -58,27 +94,27 @@ impl Mark {
     /// Records that the load has ended.
     pub fn end(self) {
         if self.is_written {
-            remove(self.state);
+            remove(self.files, self.state);
         }
     }
 }
 
 /// Forgets crashes, as a background worker.
-pub fn remove(state: &State) {
-    if let Err(caught) = transaction::run(|_| forget()) {
+pub fn remove(files: &'static Files, state: &State) {
+    if let Err(caught) = transaction::run(|_| forget(files)) {
         state.warn(caught);
     }
 }
 
 /// Forgets crashes. Raises an ERROR if the mark cannot be removed.
-pub fn forget() {
-    file::remove_durably(MARK);
+pub fn forget(files: &'static Files) {
+    file::remove_durably(files.mark);
 }
 
 /// How many loads in a row have begun and not ended.
-fn read() -> u32 {
+fn read(files: &'static Files) -> u32 {
     let read = || {
-        let (mut file, _) = file::open(MARK)?;
+        let (mut file, _) = file::open(files.mark)?;
         // More than any number that a mark has.
         let mut bytes = [0; 16];
         let length = file.read(&mut bytes)?;
@@ -90,36 +126,40 @@ fn read() -> u32 {
         Ok(number) => number,
         Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
         Err(error) => {
-            let message = format!("ignoring file \"{MARK}\": {}", file::describe(&error));
+            let message = format!(
+                "ignoring file \"{}\": {}",
+                files.mark,
+                file::describe(&error)
+            );
             let detail = "Crashes of the server during former loads are not counted.";
             log_message(
                 PgLogLevel::LOG,
                 Message::new(SUCCESS, &message).detail(detail),
             );
             // `durable_rename` opens the old file first, and would fail.
-            let _ = fs::remove_file(MARK);
+            let _ = fs::remove_file(files.mark);
             0
         }
     }
 }
 
 /// Writes the mark durably. False if that failed, which is logged.
-fn write(state: &State, loads: u32) -> bool {
+fn write(files: &'static Files, state: &State, loads: u32) -> bool {
     const UNCOUNTED: &str = "The load proceeds, but a crash of the server during it will not be \
                              counted.";
     let write = || -> Result<(), Error> {
         let fail = |action| {
             move |source| Error::File {
                 action,
-                path: MARK_BEING_WRITTEN,
+                path: files.being_written,
                 source,
             }
         };
-        let mut file = file::create(MARK_BEING_WRITTEN).map_err(fail("open"))?;
+        let mut file = file::create(files.being_written).map_err(fail("open"))?;
         let text = format!("{loads}\n");
         file.write_all(text.as_bytes()).map_err(fail("write to"))?;
         file::close(file).map_err(fail("close"))?;
-        file::rename_durably(MARK_BEING_WRITTEN, MARK);
+        file::rename_durably(files.being_written, files.mark);
         Ok(())
     };
     match transaction::run(|_| write()) {
@@ -133,16 +173,13 @@ fn write(state: &State, loads: u32) -> bool {
         }
     }
     // Where it could not be created, there is nothing to remove.
-    let _ = fs::remove_file(MARK_BEING_WRITTEN);
+    let _ = fs::remove_file(files.being_written);
     false
 }
 
 /// Says that a load is not begun, and how to go on.
 pub fn report(state: &State, crashes: &Crashes) {
-    let message = format!(
-        "skipping prewarm because the server crashed during the last {} loads",
-        crashes.0
-    );
+    let message = format!("skipping prewarm because {}", crashes.describe(&LOADS));
     state.last_error.record(&message);
     log_message(
         PgLogLevel::WARNING,

@@ -77,7 +77,7 @@ fn dump_now() -> Result<i64, Error> {
     let _in_use = state.use_dump_file().map_err(Error::DumpFileInUse)?;
     let written = dump::write(dump::Unlogged::Included, state)?;
     // Former crashes do not count against a new list.
-    mark::forget();
+    mark::forget(&mark::LOADS);
     let message = dump::describe(written);
     report(PgLogLevel::DEBUG1, Message::new(SUCCESS, &message));
     // The number of buffers fits into 31 bits.

@@ -16,14 +16,15 @@ use std::time::Duration;
 use super::carry::CarryState;
 use super::follow::state::{FollowState, Stage};
 use super::hold::HoldState;
-use super::stats::{DumpStats, LoadResult, LoadStats, SharedText};
+use super::mark;
+use super::stats::{DumpStats, LastError, LoadResult, LoadStats};
 use crate::pg::process::error::Caught;
 use crate::pg::process::{self, latch};
 use crate::pg::shared::contents::Shared;
 use crate::pg::shared::named::NamedStruct;
 
 /// In place of a process ID: no process has the role.
-const NO_PID: i32 = -1;
+pub(super) const NO_PID: i32 = -1;
 
 #[repr(C)]
 pub struct State {
@@ -45,7 +46,7 @@ pub struct State {
     pub hold: HoldState,
     pub load: LoadStats,
     pub dump: DumpStats,
-    pub last_error: SharedText,
+    pub last_error: LastError,
     pub follow: FollowState,
 }
 
@@ -67,7 +68,7 @@ impl Default for State {
             hold: HoldState::new(),
             load: LoadStats::new(),
             dump: DumpStats::new(),
-            last_error: SharedText::new(),
+            last_error: LastError::new(),
             follow: FollowState::new(),
         }
     }
@@ -158,6 +159,7 @@ impl State {
                 state.hold.leave();
                 release(&state.leader);
                 release(&state.load_requester);
+                state.follow.release_fetch();
             }
         });
         state
@@ -200,6 +202,10 @@ impl State {
         // A load that a former leader had begun has ended with that leader.
         if self.phase() == Phase::Loading {
             self.end_load(Phase::Failed, LoadResult::Failed);
+        }
+        if self.follow.top_up.has_begun() {
+            self.follow.top_up.end(LoadResult::Failed);
+            mark::remove(&mark::TOP_UPS, self);
         }
         Ok(())
     }
@@ -344,17 +350,17 @@ impl Drop for LoadRequest<'_> {
     }
 }
 
-fn holder(role: &AtomicI32) -> Option<i32> {
+pub(super) fn holder(role: &AtomicI32) -> Option<i32> {
     Some(role.load(SeqCst)).filter(|&pid| pid != NO_PID)
 }
 
 /// Acquires a role for this process. `Err` is the process ID of its holder.
-fn acquire(role: &AtomicI32) -> Result<(), i32> {
+pub(super) fn acquire(role: &AtomicI32) -> Result<(), i32> {
     role.compare_exchange(NO_PID, process::my_pid(), SeqCst, SeqCst)
         .map(|_| ())
 }
 
 /// Releases a role, if this process has it.
-fn release(role: &AtomicI32) {
+pub(super) fn release(role: &AtomicI32) {
     let _ = role.compare_exchange(process::my_pid(), NO_PID, SeqCst, SeqCst);
 }

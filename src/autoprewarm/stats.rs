@@ -229,26 +229,27 @@ impl DumpStats {
 /// second at most. A writer takes a second at most as well, since it does nothing else
 /// meanwhile: after that it is taken for dead, and the next one takes its place.
 #[repr(C)]
-pub struct SharedText {
+pub struct SharedText<const ROOM: usize> {
     version: AtomicU32,
     /// When a process began to write a text.
     began: AtomicI64,
     time: AtomicI64,
     length: AtomicU32,
-    bytes: [AtomicU8; SharedText::ROOM],
+    /// The first bytes of the text, as many as are kept.
+    bytes: [AtomicU8; ROOM],
 }
 
-impl SharedText {
-    /// The maximum number of bytes of a text that are kept.
-    const ROOM: usize = 256;
+/// An error's message.
+pub type LastError = SharedText<256>;
 
+impl<const ROOM: usize> SharedText<ROOM> {
     pub const fn new() -> Self {
         Self {
             version: AtomicU32::new(0),
             began: AtomicI64::new(0),
             time: AtomicI64::new(0),
             length: AtomicU32::new(0),
-            bytes: [const { AtomicU8::new(0) }; Self::ROOM],
+            bytes: [const { AtomicU8::new(0) }; ROOM],
         }
     }
 
@@ -278,7 +279,7 @@ impl SharedText {
         if replace(version, mine).is_err() {
             return;
         }
-        let length = message.floor_char_boundary(Self::ROOM);
+        let length = message.floor_char_boundary(ROOM);
         for (to, from) in self.bytes.iter().zip(&message.as_bytes()[..length]) {
             to.store(*from, SeqCst);
         }
@@ -312,7 +313,7 @@ impl SharedText {
             return None;
         }
         let length = self.length.load(SeqCst) as usize;
-        let bytes: Vec<u8> = self.bytes[..length.min(Self::ROOM)]
+        let bytes: Vec<u8> = self.bytes[..length.min(ROOM)]
             .iter()
             .map(|byte| byte.load(SeqCst))
             .collect();
@@ -344,7 +345,7 @@ mod tests {
 
     #[test]
     fn the_last_error_is_read_back_and_truncated() {
-        let error = SharedText::new();
+        let error = LastError::new();
         assert_eq!(error.last(), None);
         error.store("one", 1);
         assert_eq!(error.last(), Some(("one".to_owned(), 1)));
@@ -357,7 +358,7 @@ mod tests {
     fn a_writer_that_died_keeps_no_reader_waiting_and_is_replaced_by_the_next() {
         // What it left at any moment, also where the version begins anew.
         for version in [1, 77, u32::MAX] {
-            let error = SharedText::new();
+            let error = LastError::new();
             error.version.store(version, SeqCst);
             error.began.store(5, SeqCst);
             error.length.store(u32::MAX, SeqCst);
@@ -372,7 +373,7 @@ mod tests {
 
     #[test]
     fn a_reader_gets_no_mixture_of_two_messages() {
-        let error = SharedText::new();
+        let error = LastError::new();
         let texts = ["a".repeat(200), "b".repeat(250)];
         std::thread::scope(|scope| {
             for text in &texts {

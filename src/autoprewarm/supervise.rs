@@ -199,6 +199,12 @@ impl Supervisor {
         &self.segment.header().room
     }
 
+    /// Has the workers finish within a moment, and skips what is left, unless the load was
+    /// ended before.
+    pub fn interrupt(&self) {
+        self.segment.header().end_for(SkipReason::Interrupted);
+    }
+
     pub fn terminate_workers(&self) {
         for worker in &self.workers {
             worker.handle.terminate();
@@ -232,6 +238,10 @@ impl Supervisor {
         // chunks need not be handed out again.
         if background::shutdown_requested() {
             return Err(Halt::ShuttingDown);
+        }
+        if !self.is_top_up() && self.state.follow.promotion_is_due() {
+            // What the upstream server has used is worth more now.
+            self.interrupt();
         }
         if !self.is_top_up() && self.state.cancel_is_requested() {
             self.end_because_cancelled();

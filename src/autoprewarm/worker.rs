@@ -359,14 +359,14 @@ impl Worker<'_> {
                 // Memory, locks or files are short, perhaps only for a moment.
                 Err(caught) if is_shortage(caught.sqlstate) => {
                     if !self.shortage_was_logged.replace(true) {
-                        self.state.warn(caught);
+                        self.load.purpose().warn(self.state, caught);
                     }
                     return set_aside(SkipReason::Unreadable);
                 }
                 Err(caught) => {
                     // One line per chunk is enough: the counts tell how many blocks failed.
                     if !std::mem::replace(&mut warned, true) {
-                        self.state.warn(caught);
+                        self.load.purpose().warn(self.state, caught);
                     }
                     if !turn.opened.get() {
                         self.skip(SkipReason::Unreadable, total - done.get());

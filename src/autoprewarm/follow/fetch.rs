@@ -48,13 +48,54 @@ impl From<Error> for Failure {
     }
 }
 
-/// Runs the worker, connected to that database.
-pub fn main(database: Oid) {
+/// The worker's argument, which has to fit into one number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FetchArgument {
+    /// The number of the fetch.
+    pub fetch: u32,
+    /// The database that the worker is connected to.
+    pub database: Oid,
+}
+
+impl From<FetchArgument> for u64 {
+    fn from(argument: FetchArgument) -> Self {
+        u64::from(argument.fetch) << 32 | u64::from(argument.database)
+    }
+}
+
+impl From<u64> for FetchArgument {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the lower 32 bits are the database, the upper ones the fetch"
+    )]
+    fn from(number: u64) -> Self {
+        Self {
+            fetch: (number >> 32) as u32,
+            database: number as u32,
+        }
+    }
+}
+
+/// Runs the worker.
+pub fn main(argument: FetchArgument) {
+    let FetchArgument {
+        fetch: number,
+        database,
+    } = argument;
     background::handle_signals_as_worker();
     background::connect_to_database(database);
     let state = State::attach();
-    activity::report(b"fetching the block list of the upstream server".to_vec());
-    let fetched = transaction::run(|transaction| fetch(transaction, state));
+    // The worker of a former leader writes the same file.
+    let fetched = match state.follow.become_fetcher() {
+        true => {
+            activity::report(b"fetching the block list of the upstream server".to_vec());
+            transaction::run(|transaction| fetch(transaction, number, state))
+        }
+        false => Ok(Err(Failure::new(
+            FetchResult::Failed,
+            "another fetch is still under way",
+        ))),
+    };
     let result = match fetched.map_err(Failure::from).flatten() {
         Ok(()) => FetchResult::Fetched,
         Err(failure) => {
@@ -62,11 +103,11 @@ pub fn main(database: Oid) {
             failure.result
         }
     };
-    state.follow.report_fetch(result);
+    state.follow.report_fetch(number, result);
     state.wake_leader();
 }
 
-fn fetch(transaction: &Transaction, state: &State) -> Result<(), Failure> {
+fn fetch(transaction: &Transaction, number: u32, state: &State) -> Result<(), Failure> {
     let failed = |message: String| Failure::new(FetchResult::Failed, message);
     let conninfo = match settings::autoprewarm_follow_conninfo() {
         Some(conninfo) => conninfo,
@@ -87,7 +128,11 @@ fn fetch(transaction: &Transaction, state: &State) -> Result<(), Failure> {
     let list =
         fallible(|| UpstreamList::read(&bytes)).map_err(|error| refused(&error.to_string()))?;
     check(&list.origin)?;
-    stored::write(&bytes)?;
+    drop(list);
+    // The leader may have given this fetch up.
+    if state.follow.is_wanted(number) {
+        stored::write(&bytes)?;
+    }
     Ok(())
 }
 

@@ -3,24 +3,30 @@
 //!
 //! A round fetches a list and then loads what is missing of it. The next one begins an
 //! interval later, even if blocks of the last list are still missing: the next list knows
-//! better which. If a fetch fails, the pause grows, and a reload of the configuration ends
-//! it.
+//! better which. Only a round that a session waits for is not cut short. If a fetch fails,
+//! the pause grows, and a reload of the configuration ends it.
+//!
+//! The list stays on disk until its blocks are loaded after a promotion. So if that load is
+//! interrupted, by a shutdown or a crash, the next leader of a server that is not a standby
+//! finds the list, and loads it after the server's own.
 
 use std::time::{Duration, Instant};
 
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
+use super::fetch::FetchArgument;
 use super::state::{FetchResult, Stage};
 use super::top_up::{self, Memory, TopUp};
 use super::{FETCHER, promote, stored};
-use crate::autoprewarm::state::State;
+use crate::autoprewarm::mark::{self, Mark};
+use crate::autoprewarm::state::{Phase, State};
 use crate::autoprewarm::stats::LoadResult;
 use crate::autoprewarm::supervise::Halt;
 use crate::blocks::{Oid, UpstreamList};
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::report::Message;
 use crate::pg::process::upstream::wal_receiver_timeout;
-use crate::pg::process::{recovery, transaction};
+use crate::pg::process::{background, recovery, transaction};
 use crate::pg::shared::worker::{Handle, Status};
 use crate::pg::storage::database::Database;
 use crate::settings;
@@ -35,10 +41,13 @@ const FETCH_POLL: Duration = Duration::from_millis(100);
 /// How long a fetch may make no progress if `wal_receiver_timeout` does not say it.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often the pause after a failure is doubled at most, and how long it is at most,
+/// How often the pause after a failed fetch is doubled at most, and how long it is at most,
 /// unless the interval is longer.
 const MOST_DOUBLINGS: u32 = 6;
 const LONGEST_PAUSE: Duration = Duration::from_secs(15 * 60);
+
+/// When a load after a promotion is tried again if there are no dumps at intervals.
+const RETRY_WITHOUT_INTERVAL: Duration = Duration::from_secs(300);
 
 /// Loading slows down while so many bytes of WAL have been received and not replayed.
 const MOST_REPLAY_LAG: u64 = 64 << 20;
@@ -54,15 +63,26 @@ const RATE_IF_UNLIMITED: u32 = 1 << 20;
 
 pub struct Follower {
     state: &'static State,
-    /// Whether this server is a standby, as far as was noticed.
-    is_standby: bool,
+    role: Role,
     round: Round,
     memory: Memory,
     lag: Lag,
-    /// How many fetches in a row have failed, and the error that was logged last.
+    /// How many fetches in a row have failed, and the failure that was logged last.
     failures: u32,
     logged: Option<String>,
     upstream: Option<(String, i32)>,
+}
+
+/// What this server is, as far as was noticed.
+enum Role {
+    Standby,
+    /// It is not a standby, and the list of its former upstream server is to be loaded at
+    /// this time, if there is one.
+    Promoted {
+        when: Instant,
+        is_retry: bool,
+    },
+    Primary,
 }
 
 /// How far the current round is.
@@ -72,23 +92,36 @@ enum Round {
     /// The next round begins at this time.
     Waiting(Instant),
     Fetching(Fetch),
-    ToppingUp {
-        top_up: TopUp,
-        /// When the next round begins.
-        next: Instant,
-        /// The last request that this round fulfils.
-        request: u32,
-    },
+    ToppingUp(Box<Running>),
 }
 
 struct Fetch {
     worker: Handle,
+    number: u32,
+    /// The last request that this round fulfils.
     request: u32,
     began: Instant,
     /// How much had been received, and since when it has not been more.
     received: u64,
     last_progress: Instant,
     is_terminated: bool,
+}
+
+struct Running {
+    top_up: TopUp,
+    /// That it is under way, on disk; `None` if it has nothing to load.
+    mark: Option<Mark>,
+    /// When the next round begins.
+    next: Instant,
+    request: u32,
+}
+
+/// Why a round has ended without success.
+enum Failure {
+    /// No list was fetched, or it cannot be used.
+    Fetch(Stage, String),
+    /// Its blocks could not be loaded.
+    TopUp(String),
 }
 
 /// The pace of a top-up by how far replay is behind.
@@ -118,9 +151,24 @@ impl Lag {
 impl Follower {
     /// The leader's, which has just started.
     pub fn new(state: &'static State) -> Self {
+        let role = match recovery::is_in_progress() {
+            true => Role::Standby,
+            false => Role::Promoted {
+                when: Instant::now(),
+                is_retry: true,
+            },
+        };
+        // From now on a promotion counts as a pending load.
+        if matches!(role, Role::Standby) && settings::autoprewarm_follow() {
+            state.follow.set_stage(Stage::Following);
+        }
+        // That of a former leader, which nobody else would end.
+        if let Some(pid) = state.follow.fetcher() {
+            background::terminate(pid);
+        }
         Self {
             state,
-            is_standby: recovery::is_in_progress(),
+            role,
             round: Round::None,
             memory: Memory::default(),
             lag: Lag {
@@ -135,58 +183,100 @@ impl Follower {
 
     /// Goes on after a reload of the configuration.
     pub fn reload(&mut self) {
-        if let Round::Waiting(next) = &mut self.round
-            && self.failures > 0
-        {
-            *next = Instant::now();
+        if let Round::Waiting(next) = &mut self.round {
+            *next = match self.failures {
+                0 => (*next).min(Instant::now() + settings::autoprewarm_follow_interval()),
+                _ => Instant::now(),
+            };
         }
     }
 
-    /// Whether this standby was promoted since the last call. It does not follow any more
-    /// then.
+    /// Whether the rest of the last list is to be loaded now, since this standby was promoted.
     pub fn was_promoted(&mut self) -> bool {
-        if !self.is_standby || !recovery::has_ended_or_will() {
-            return false;
+        if matches!(self.role, Role::Standby) && recovery::has_ended_or_will() {
+            self.end_round("this server was promoted");
+            self.round = Round::None;
+            self.role = Role::Promoted {
+                when: Instant::now(),
+                is_retry: false,
+            };
         }
-        self.is_standby = false;
-        let followed = settings::autoprewarm_follow();
-        self.stop();
-        followed
+        match self.role {
+            Role::Promoted { when, .. } if Instant::now() >= when => {
+                let has_list = stored::exists();
+                let loads = has_list && settings::autoprewarm_follow();
+                if !loads {
+                    self.role = Role::Primary;
+                    self.state.follow.set_stage(Stage::NotAStandby);
+                }
+                if has_list && !loads {
+                    self.remove_list();
+                }
+                loads
+            }
+            _ => false,
+        }
     }
 
-    /// Loads the rest of the last list after the promotion.
+    /// Loads the rest of the last list.
     pub fn load_after_promotion(&mut self) {
         self.memory = Memory::default();
-        promote::run(self.state);
+        let is_retry = !matches!(
+            self.role,
+            Role::Promoted {
+                is_retry: false,
+                ..
+            }
+        );
+        self.role = match promote::run(self.state, is_retry) {
+            true => Role::Primary,
+            false => Role::Promoted {
+                when: Instant::now()
+                    + settings::autoprewarm_interval().unwrap_or(RETRY_WITHOUT_INTERVAL),
+                is_retry: true,
+            },
+        };
+    }
+
+    fn remove_list(&self) {
+        if let Err(caught) = transaction::run(|_| stored::remove()) {
+            self.state.warn(caught);
+        }
     }
 
     /// Ends what is under way, since the leader is about to do something else. The next
     /// round begins anew.
     pub fn interrupt(&mut self) {
         if !matches!(self.round, Round::None) {
-            self.end_round(false, "another load has begun");
+            self.end_round("another load has begun");
+            self.state.follow.set_stage(Stage::Following);
             self.round = Round::Waiting(Instant::now());
         }
     }
 
     /// Does not follow any more, until [`Self::advance`] begins again.
     pub fn stop(&mut self) {
-        let (stage, why) = match self.is_standby {
-            true => (Stage::Off, "it was switched off"),
-            false => (Stage::NotAStandby, "this server is not a standby"),
-        };
-        self.end_round(false, why);
+        self.end_round("it was switched off");
         self.round = Round::None;
-        self.state.follow.set_stage(stage);
+        self.state.follow.set_stage(match self.role {
+            Role::Standby => Stage::Off,
+            Role::Promoted { .. } | Role::Primary => Stage::NotAStandby,
+        });
     }
 
     /// Begins a round if one is due, and continues the one that is under way. Returns how
-    /// long to wait before the next call, or until the latch is set. `None` if this server
-    /// does not follow.
+    /// long to wait before the next call, or until the latch is set. `None` if nothing is to
+    /// be done.
     pub fn advance(&mut self) -> Option<Duration> {
-        if !self.is_standby || !settings::autoprewarm_follow() {
-            self.stop();
-            return None;
+        match self.role {
+            Role::Standby if settings::autoprewarm_follow() => {}
+            Role::Promoted { when, .. } => {
+                return Some(when.saturating_duration_since(Instant::now()));
+            }
+            Role::Standby | Role::Primary => {
+                self.stop();
+                return None;
+            }
         }
         let wait = match std::mem::replace(&mut self.round, Round::None) {
             Round::None => {
@@ -205,11 +295,7 @@ impl Follower {
                 self.continue_fetch(fetch);
                 FETCH_POLL
             }
-            Round::ToppingUp {
-                top_up,
-                next,
-                request,
-            } => self.continue_top_up(top_up, next, request),
+            Round::ToppingUp(running) => self.continue_top_up(running),
         };
         Some(wait.min(PROMOTION_POLL))
     }
@@ -218,21 +304,32 @@ impl Follower {
     fn begin(&mut self) {
         self.failures = 0;
         self.logged = None;
+        self.state.follow.forget_warning();
         self.state.follow.set_stage(Stage::Following);
         self.round = Round::Waiting(Instant::now());
     }
 
     fn begin_fetch(&mut self) {
         let request = self.state.follow.last_request();
-        self.state.follow.begin_fetch();
-        let Some(database) = self.database() else {
-            return self.fail(request, Stage::Failed, "no database accepts connections");
+        let number = self.state.follow.begin_fetch();
+        let failed = |message: &str| Failure::Fetch(Stage::Failed, message.to_owned());
+        let database = match transaction::run(Database::all) {
+            Ok(databases) => database_of(databases.into_iter()),
+            Err(caught) => return self.fail(request, failed(&caught.message)),
         };
-        let Some(worker) = FETCHER.start(database.into()) else {
-            return self.fail(request, Stage::Failed, "no background worker slot is free");
+        let Some(database) = database else {
+            return self.fail(request, failed("no database accepts connections"));
+        };
+        let argument = FetchArgument {
+            fetch: number,
+            database,
+        };
+        let Some(worker) = FETCHER.start(argument.into()) else {
+            return self.fail(request, failed("no background worker slot is free"));
         };
         self.round = Round::Fetching(Fetch {
             worker,
+            number,
             request,
             began: Instant::now(),
             received: self.state.follow.totals().bytes_received,
@@ -241,42 +338,24 @@ impl Follower {
         });
     }
 
-    /// The database to which the worker that fetches is connected: `template1`, since
-    /// nobody drops that.
-    fn database(&self) -> Option<Oid> {
-        const TEMPLATE1: Oid = 1;
-        match transaction::run(Database::all) {
-            Ok(databases) => {
-                let accept = databases
-                    .into_iter()
-                    .filter(|(_, database)| database.accepts_connections);
-                accept
-                    .map(|(oid, _)| oid)
-                    .min_by_key(|&oid| (oid != TEMPLATE1, oid))
-            }
-            Err(caught) => {
-                self.state.warn(caught);
-                None
-            }
-        }
-    }
-
     fn continue_fetch(&mut self, mut fetch: Fetch) {
         // The status is read before the result, which comes first.
         let has_stopped = fetch.worker.status() == Status::Stopped;
-        let result = self.state.follow.fetch_result();
-        let (stage, message) = match result {
+        let reason = || {
+            let error = self.state.follow.error.last();
+            error.map_or_else(String::new, |(message, _)| message)
+        };
+        let (stage, message) = match self.state.follow.fetch_result(fetch.number) {
             Some(FetchResult::Fetched) => return self.begin_top_up(&fetch),
-            Some(FetchResult::NoList) => (Stage::NoList, None),
-            Some(FetchResult::Refused) => (Stage::Refused, None),
-            Some(FetchResult::Failed) => (Stage::Failed, None),
-            None if has_stopped && fetch.is_terminated => (
-                Stage::Failed,
-                Some("the upstream server has not answered in time"),
-            ),
+            Some(FetchResult::NoList) => (Stage::NoList, reason()),
+            Some(FetchResult::Refused) => (Stage::Refused, reason()),
+            Some(FetchResult::Failed) => (Stage::Failed, reason()),
             None if has_stopped => (
                 Stage::Failed,
-                Some("the autoprewarm follower has exited unexpectedly"),
+                match fetch.is_terminated {
+                    true => "the upstream server has not answered in time".to_owned(),
+                    false => "the autoprewarm follower has exited unexpectedly".to_owned(),
+                },
             ),
             None => {
                 self.limit(&mut fetch);
@@ -284,11 +363,7 @@ impl Follower {
                 return;
             }
         };
-        let message = message.map(str::to_owned).or_else(|| {
-            let (message, _) = self.state.follow.error.last()?;
-            Some(message)
-        });
-        self.fail(fetch.request, stage, &message.unwrap_or_default());
+        self.fail(fetch.request, Failure::Fetch(stage, message));
     }
 
     /// Ends a fetch that makes no progress.
@@ -311,49 +386,67 @@ impl Follower {
     fn begin_top_up(&mut self, fetch: &Fetch) {
         let list = match read_list() {
             Ok(list) => list,
-            Err(message) => return self.fail(fetch.request, Stage::Failed, &message),
+            Err(message) => {
+                return self.fail(fetch.request, Failure::Fetch(Stage::Failed, message));
+            }
         };
-        match top_up::begin(list, &mut self.memory, self.state) {
-            Ok(top_up) => {
-                self.report_success();
+        self.report_success();
+        let marked = match top_up::begin(list, &mut self.memory, self.state) {
+            Ok(top_up) => self.mark(fetch).map(|mark| (top_up, mark)),
+            Err(error) => Err(error.to_string()),
+        };
+        match marked {
+            Ok((top_up, mark)) => {
                 self.state.follow.set_stage(Stage::ToppingUp);
-                self.round = Round::ToppingUp {
+                self.round = Round::ToppingUp(Box::new(Running {
                     top_up,
+                    mark,
                     next: fetch.began + settings::autoprewarm_follow_interval(),
                     request: fetch.request,
-                };
+                }));
             }
-            Err(error) => {
+            Err(message) => {
                 self.state.follow.top_up.end(LoadResult::Failed);
-                self.fail(fetch.request, Stage::Failed, &error.to_string());
+                self.fail(fetch.request, Failure::TopUp(message));
             }
         }
     }
 
-    fn continue_top_up(&mut self, mut top_up: TopUp, next: Instant, request: u32) -> Duration {
+    /// Marks that blocks are about to be loaded, if there are any. `Err` is why they are not:
+    /// the server has crashed during the last loads, and no session has asked for this one.
+    fn mark(&self, fetch: &Fetch) -> Result<Option<Mark>, String> {
+        if self.state.follow.top_up.counts().rest() == 0 {
+            return Ok(None);
+        }
+        let was_requested = !self.state.follow.is_fulfilled(fetch.request);
+        if self.state.phase() == Phase::Suspended && !was_requested {
+            return Err("the server crashed during the last loads".to_owned());
+        }
+        match mark::begin(&mark::TOP_UPS, self.state, was_requested) {
+            Ok(mark) => Ok(Some(mark)),
+            Err(crashes) => Err(crashes.describe(&mark::TOP_UPS)),
+        }
+    }
+
+    fn continue_top_up(&mut self, mut running: Box<Running>) -> Duration {
         self.state.follow.set_rate(self.lag.rate());
-        let advanced = top_up.supervisor.advance();
-        let failure = match advanced {
-            Ok(Some(timeout)) if Instant::now() < next => {
-                self.round = Round::ToppingUp {
-                    top_up,
-                    next,
-                    request,
-                };
-                return timeout.min(next - Instant::now());
+        let is_over = Instant::now() >= running.next;
+        if is_over && self.state.follow.is_fulfilled(running.request) {
+            running.top_up.supervisor.interrupt();
+        }
+        let failure = match running.top_up.supervisor.advance() {
+            Ok(Some(timeout)) => {
+                self.round = Round::ToppingUp(running);
+                return timeout;
             }
-            Ok(_) | Err(Halt::ShuttingDown) => None,
-            Err(Halt::NoSlot) => Some("no background worker slot is free"),
-            Err(Halt::NoProgress) => Some("autoprewarm workers keep exiting"),
+            Ok(None) | Err(Halt::ShuttingDown) => None,
+            Err(Halt::NoSlot) => Some("no background worker slot is free".to_owned()),
+            Err(Halt::NoProgress) => Some("autoprewarm workers keep exiting".to_owned()),
         };
-        self.end_top_up(top_up, LoadResult::Completed);
-        let remembered = read_list().and_then(|list| {
-            transaction::run(|_| top_up::remember(list, &mut self.memory, self.state))
-                .map_err(|caught| caught.message)
-        });
-        let failure = failure.map(str::to_owned).or(remembered.err());
-        match failure {
-            Some(message) => self.fail(request, Stage::Failed, &message),
+        let (next, request) = (running.next, running.request);
+        self.end_top_up(*running, LoadResult::Completed);
+        match failure.or(self.remember().err()) {
+            Some(message) => self.fail(request, Failure::TopUp(message)),
             None => {
                 self.state.follow.set_stage(Stage::Following);
                 self.state.follow.fulfil(request, true);
@@ -363,49 +456,80 @@ impl Follower {
         Duration::ZERO
     }
 
-    fn end_top_up(&mut self, top_up: TopUp, result: LoadResult) {
-        top_up.end(&mut self.memory, self.state);
-        self.state.follow.top_up.end(result);
+    /// Looks at what is cached of the last list. `Err` is why that is not possible.
+    fn remember(&mut self) -> Result<(), String> {
+        let list = read_list()?;
+        transaction::run(|_| top_up::remember(list, &mut self.memory, self.state))
+            .map_err(|caught| caught.message)
     }
 
-    /// Ends the round that is under way.
-    fn end_round(&mut self, has_succeeded: bool, why: &str) {
+    fn end_top_up(&mut self, running: Running, result: LoadResult) {
+        running.top_up.end(&mut self.memory, self.state);
+        self.state.follow.top_up.end(result);
+        if let Some(mark) = running.mark {
+            mark.end();
+        }
+    }
+
+    /// Ends the round that is under way, if there is one.
+    fn end_round(&mut self, why: &str) {
         match std::mem::replace(&mut self.round, Round::None) {
             Round::None | Round::Waiting(_) => {}
             Round::Fetching(fetch) => fetch.worker.terminate(),
-            Round::ToppingUp { top_up, .. } => self.end_top_up(top_up, LoadResult::Failed),
+            Round::ToppingUp(running) => self.end_top_up(*running, LoadResult::Failed),
         }
         let follow = &self.state.follow;
         if follow.is_requested() {
             follow.error.record(why);
-            follow.fulfil(follow.last_request(), has_succeeded);
+            follow.fulfil(follow.last_request(), false);
         }
     }
 
-    /// Logs a failure, unless it is the same as the last one, and waits for longer than
-    /// after that.
-    fn fail(&mut self, request: u32, stage: Stage, message: &str) {
+    /// Logs a failure, unless it is the same as the last one. The next round begins after an
+    /// interval; after failed fetches in a row, after longer and longer ones.
+    fn fail(&mut self, request: u32, failure: Failure) {
+        let interval = settings::autoprewarm_follow_interval();
+        let (stage, primary, message, sqlstate, pause) = match &failure {
+            Failure::Fetch(stage, message) => {
+                let pause = interval * (1 << self.failures.min(MOST_DOUBLINGS));
+                self.failures += 1;
+                // What is cached of the old list may have changed meanwhile.
+                let _ = self.remember();
+                (
+                    *stage,
+                    "autoprewarm could not follow the upstream server",
+                    message,
+                    match stage {
+                        Stage::Failed => PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
+                        _ => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                    },
+                    pause.min(LONGEST_PAUSE.max(interval)),
+                )
+            }
+            Failure::TopUp(message) => (
+                Stage::Failed,
+                "autoprewarm could not load blocks of the upstream server's list",
+                message,
+                PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+                interval,
+            ),
+        };
         let follow = &self.state.follow;
         follow.error.record(message);
         follow.set_stage(stage);
         follow.fulfil(request, false);
-        let interval = settings::autoprewarm_follow_interval();
-        let pause = interval * (1 << self.failures.min(MOST_DOUBLINGS));
-        let pause = pause.min(LONGEST_PAUSE.max(interval));
-        self.failures += 1;
         self.round = Round::Waiting(Instant::now() + pause);
-        if self.logged.as_deref() == Some(message) {
+        if self.logged.as_ref() == Some(message) {
             return;
         }
-        let sqlstate = match stage {
-            Stage::Failed => PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
-            _ => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-        };
-        let primary = format!("autoprewarm could not follow the upstream server: {message}");
-        let mut report = Message::new(sqlstate, &primary).detail(
-            "It is tried again, after longer and longer pauses, and when the configuration is \
-             reloaded.",
-        );
+        let primary = format!("{primary}: {message}");
+        let mut report = Message::new(sqlstate, &primary);
+        if let Failure::Fetch(..) = failure {
+            report = report.detail(
+                "The fetch is retried after increasing pauses, and when the configuration is \
+                 reloaded.",
+            );
+        }
         if stage == Stage::NoList {
             report = report.hint(
                 "The upstream server needs pg_prewarm 2.0 in \"shared_preload_libraries\". To \
@@ -419,15 +543,26 @@ impl Follower {
     /// Logs which server is followed if that has changed.
     fn report_success(&mut self) {
         let upstream = self.state.follow.upstream();
-        if self.logged.take().is_some() || self.failures > 0 || upstream != self.upstream {
+        if self.failures > 0 || upstream != self.upstream {
             let (host, port) = upstream.clone().unwrap_or_default();
             log(&format!(
                 "autoprewarm follows the upstream server at host \"{host}\", port {port}"
             ));
+            self.logged = None;
         }
         self.failures = 0;
         self.upstream = upstream;
     }
+}
+
+/// The database to which the worker that fetches is connected: `template1`, since nobody
+/// drops that.
+fn database_of(databases: impl Iterator<Item = (Oid, Database)>) -> Option<Oid> {
+    const TEMPLATE1: Oid = 1;
+    databases
+        .filter(|(_, database)| database.accepts_connections)
+        .map(|(oid, _)| oid)
+        .min_by_key(|&oid| (oid != TEMPLATE1, oid))
 }
 
 /// The list that was fetched last. `Err` is why it cannot be read.

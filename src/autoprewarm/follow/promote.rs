@@ -9,6 +9,7 @@
 
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
+use super::state::Stage;
 use super::stored;
 use crate::autoprewarm::create_segment::create_segment;
 use crate::autoprewarm::load::plan_list;
@@ -17,46 +18,72 @@ use crate::autoprewarm::state::State;
 use crate::autoprewarm::stats::LoadResult;
 use crate::autoprewarm::supervise::Halt;
 use crate::blocks::{SkipReason, UpstreamList};
+use crate::error::Error;
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::report::Message;
 use crate::pg::process::{activity, transaction};
 use crate::pg::storage::{buffer, room};
 use crate::settings;
 
-/// Loads the rest of the list, if there is one. The list is of no use after that, and is
-/// removed.
-pub fn run(state: &'static State) {
-    let list = match transaction::run(|_| stored::read()) {
-        Ok(Ok(Some(stored))) => stored.list,
-        Ok(Ok(None)) => return,
-        Ok(Err(error)) => {
-            state.follow.error.record(&error.to_string());
-            error.warn("Nothing is loaded after the promotion.", None);
-            return;
-        }
-        Err(caught) => {
-            state.warn(caught);
-            return;
-        }
-    };
-    log("autoprewarm loads the block list of the former upstream server after the promotion");
-    if !settings::autoprewarm_hold_connections().is_zero() {
+/// Loads the rest of the list, if there is one. The caller has noticed a promotion, which
+/// counts as a pending load until this has begun one. Returns false if the list is to be
+/// tried again. Otherwise it is of no use any more, and removed. A retry holds no session.
+pub fn run(state: &'static State, is_retry: bool) -> bool {
+    if !is_retry && !settings::autoprewarm_hold_connections().is_zero() {
         state.hold.begin();
     }
     let phase = state.phase();
     state.begin_load();
+    state.follow.set_stage(Stage::NotAStandby);
     activity::report(b"loading".to_vec());
-    let result = load(list, state);
+    let result = match transaction::run(|_| stored::read()) {
+        Ok(Ok(Some(stored))) => {
+            log(
+                "autoprewarm loads the block list of the former upstream server after the \
+                 promotion",
+            );
+            load(stored.list, state)
+        }
+        Ok(Ok(None)) => LoadResult::NoList,
+        // A damaged list does not get better.
+        Ok(Err(error @ Error::DamagedList { .. })) => {
+            give_up(error, state);
+            LoadResult::NoList
+        }
+        Ok(Err(error)) => {
+            give_up(error, state);
+            LoadResult::Failed
+        }
+        Err(caught) => {
+            state.warn(caught);
+            LoadResult::Failed
+        }
+    };
     activity::report_idle();
     let counts = state.load.counts();
     state.end_load(phase, result);
-    log(&format!(
-        "autoprewarm prewarmed {} of {} blocks after the promotion; {} were cached already",
-        counts.loaded, counts.total, counts.cached
-    ));
-    if let Err(caught) = transaction::run(|_| stored::remove()) {
+    if matches!(result, LoadResult::Completed | LoadResult::Cancelled) {
+        log(&format!(
+            "autoprewarm prewarmed {} of {} blocks after the promotion; {} were cached already",
+            counts.loaded, counts.total, counts.cached
+        ));
+        if counts.skipped.total() > 0 {
+            log(&format!("autoprewarm skipped {}", counts.skipped));
+        }
+    }
+    let is_done = result != LoadResult::Failed;
+    if is_done && let Err(caught) = transaction::run(|_| stored::remove()) {
         state.warn(caught);
     }
+    is_done
+}
+
+fn give_up(error: Error, state: &State) {
+    state.last_error.record(&error.to_string());
+    error.warn(
+        "The blocks of the former upstream server are not loaded.",
+        None,
+    );
 }
 
 fn load(mut list: UpstreamList, state: &'static State) -> LoadResult {
@@ -70,8 +97,7 @@ fn load(mut list: UpstreamList, state: &'static State) -> LoadResult {
     let created = match planned {
         Ok(Ok(prepared)) => create_segment(prepared, state),
         Ok(Err(error)) => {
-            state.last_error.record(&error.to_string());
-            error.warn("Nothing is loaded after the promotion.", None);
+            give_up(error, state);
             return LoadResult::Failed;
         }
         Err(caught) => Err(caught),
@@ -85,7 +111,7 @@ fn load(mut list: UpstreamList, state: &'static State) -> LoadResult {
     };
     let end = supervisor.keep_workers_running();
     state.hold.end();
-    let message = match end {
+    let why = match end {
         Ok(()) => {
             supervisor.skip_rest();
             return match supervisor.ended_for() {
@@ -98,11 +124,14 @@ fn load(mut list: UpstreamList, state: &'static State) -> LoadResult {
         Err(Halt::NoProgress) => Some("autoprewarm workers keep exiting before loading any block"),
     };
     supervisor.terminate_workers();
-    if let Some(message) = message {
-        let message = format!("could not load blocks after the promotion: {message}");
+    if let Some(why) = why {
+        let message = format!("could not load blocks after the promotion: {why}");
         state.last_error.record(&message);
-        let sqlstate = PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES;
-        log_message(PgLogLevel::WARNING, Message::new(sqlstate, &message));
+        log_message(
+            PgLogLevel::WARNING,
+            Message::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES, &message)
+                .detail("The load is retried after \"pg_prewarm.autoprewarm_interval\"."),
+        );
     }
     LoadResult::Failed
 }

@@ -14,6 +14,7 @@
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32, AtomicU64};
 
+use crate::autoprewarm::state::{NO_PID, acquire, holder, release};
 use crate::autoprewarm::stats::{LoadStats, SharedText};
 use crate::pg::process::{self, recovery};
 
@@ -23,8 +24,14 @@ pub struct FollowState {
     stage: AtomicU32,
     /// Whether the leader follows, so that it will load the rest at a promotion.
     follows: AtomicBool,
-    /// A [`FetchResult`]; 0 while a fetch is under way.
-    fetch_result: AtomicU32,
+    /// The process that fetches.
+    fetcher: AtomicI32,
+    /// The number of the fetch that is under way, or was the last.
+    fetch: AtomicU32,
+    /// The number of a fetch, and above it a [`FetchResult`].
+    fetch_result: AtomicU64,
+    /// Whether a worker has logged an error since this server follows.
+    has_warned: AtomicBool,
     /// How often a session has asked for a list at once, and up to which of these requests
     /// the leader is done.
     requested: AtomicU32,
@@ -46,8 +53,8 @@ pub struct FollowState {
     lists_served: AtomicU64,
     last_served_time: AtomicI64,
     upstream_port: AtomicI32,
-    upstream_host: SharedText,
-    pub error: SharedText,
+    upstream_host: SharedText<256>,
+    pub error: SharedText<1024>,
     /// The blocks that are being loaded for a list.
     pub top_up: LoadStats,
 }
@@ -131,7 +138,10 @@ impl FollowState {
         Self {
             stage: AtomicU32::new(Stage::Off as u32),
             follows: AtomicBool::new(false),
-            fetch_result: AtomicU32::new(0),
+            fetcher: AtomicI32::new(NO_PID),
+            fetch: AtomicU32::new(0),
+            fetch_result: AtomicU64::new(0),
+            has_warned: AtomicBool::new(false),
             requested: AtomicU32::new(0),
             fulfilled: AtomicU32::new(0),
             has_succeeded: AtomicBool::new(false),
@@ -169,24 +179,59 @@ impl FollowState {
         self.follows.load(SeqCst) && recovery::has_ended_or_will()
     }
 
-    /// Records that a fetch begins.
-    pub fn begin_fetch(&self) {
-        self.fetch_result.store(0, SeqCst);
+    /// Records that a fetch begins, and returns its number.
+    pub fn begin_fetch(&self) -> u32 {
+        self.fetch.fetch_add(1, SeqCst).wrapping_add(1)
     }
 
-    pub fn report_fetch(&self, result: FetchResult) {
-        self.fetch_result.store(result as u32, SeqCst);
+    /// Makes this process the one that fetches, until it exits. Returns false if there is
+    /// another one.
+    pub fn become_fetcher(&self) -> bool {
+        acquire(&self.fetcher).is_ok()
     }
 
-    /// What has come of the fetch. `None` if it has not ended, or its worker has died.
-    pub fn fetch_result(&self) -> Option<FetchResult> {
-        match self.fetch_result.load(SeqCst) {
+    /// The process that fetches, if one does.
+    pub fn fetcher(&self) -> Option<i32> {
+        holder(&self.fetcher)
+    }
+
+    /// Fetches no more, if this process does.
+    pub fn release_fetch(&self) {
+        release(&self.fetcher);
+    }
+
+    /// Whether that is the number of the last fetch, so that its list is still wanted.
+    pub fn is_wanted(&self, fetch: u32) -> bool {
+        self.fetch.load(SeqCst) == fetch
+    }
+
+    pub fn report_fetch(&self, fetch: u32, result: FetchResult) {
+        let result = (result as u64) << 32 | u64::from(fetch);
+        self.fetch_result.store(result, SeqCst);
+    }
+
+    /// What has come of that fetch. `None` if it has not ended, or its worker has died.
+    pub fn fetch_result(&self, fetch: u32) -> Option<FetchResult> {
+        let result = self.fetch_result.load(SeqCst);
+        match result >> 32 {
+            _ if result & u64::from(u32::MAX) != u64::from(fetch) => None,
             1 => Some(FetchResult::Fetched),
             2 => Some(FetchResult::NoList),
             3 => Some(FetchResult::Refused),
             4 => Some(FetchResult::Failed),
             _ => None,
         }
+    }
+
+    /// Whether a worker is to log its error: the first one does, since the others are likely to
+    /// be the same, again and again.
+    pub fn may_warn(&self) -> bool {
+        !self.has_warned.swap(true, SeqCst)
+    }
+
+    /// Has the next error be logged.
+    pub fn forget_warning(&self) {
+        self.has_warned.store(false, SeqCst);
     }
 
     /// Asks for a list to be fetched and loaded at once. Returns the request's number.
@@ -307,17 +352,22 @@ mod tests {
             state.set_stage(stage);
             assert_eq!(state.stage(), stage);
         }
-        state.begin_fetch();
-        assert_eq!(state.fetch_result(), None);
+        let fetch = state.begin_fetch();
+        assert!(state.is_wanted(fetch));
+        assert_eq!(state.fetch_result(fetch), None);
         for result in [
             FetchResult::Fetched,
             FetchResult::NoList,
             FetchResult::Refused,
             FetchResult::Failed,
         ] {
-            state.report_fetch(result);
-            assert_eq!(state.fetch_result(), Some(result));
+            state.report_fetch(fetch, result);
+            assert_eq!(state.fetch_result(fetch), Some(result));
         }
+        // What another fetch reports is not taken for the result of this one.
+        let next = state.begin_fetch();
+        assert!(!state.is_wanted(fetch));
+        assert_eq!(state.fetch_result(next), None);
     }
 
     #[test]

@@ -23,6 +23,11 @@ pub struct Stored {
     pub list: UpstreamList,
 }
 
+/// Whether there is a list.
+pub fn exists() -> bool {
+    fs::symlink_metadata(FILE).is_ok()
+}
+
 /// Reads the list. `None` if there is none.
 pub fn read() -> Result<Option<Stored>, Error> {
     let fail = |action| {

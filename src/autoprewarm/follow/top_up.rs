@@ -25,8 +25,8 @@ use crate::autoprewarm::supervise::Supervisor;
 use crate::blocks::{Budget, UpstreamList, UsageCount};
 use crate::error::Error;
 use crate::pg::process::error::Caught;
-use crate::pg::process::memory;
 use crate::pg::process::transaction::{self, Transaction};
+use crate::pg::process::{self, memory};
 use crate::pg::storage::buffer::{self, CachedBlock};
 use crate::pg::storage::room;
 use crate::settings;
@@ -102,7 +102,8 @@ impl Memory {
     /// Whether a block was not used since the last top-up, by all that is known.
     fn is_unused(&self, block: &CachedBlock) -> bool {
         let seen = self.seen(block);
-        block.usage_count == UsageCount::ONCE && seen.is_unused && seen.is_same(block)
+        let is_now = block.usage_count == UsageCount::ONCE && !block.dirty;
+        is_now && seen.is_unused && seen.is_same(block)
     }
 }
 
@@ -145,8 +146,10 @@ fn prepare(
     state: &State,
 ) -> Result<(Prepared, u64), Error> {
     let look = look(&mut list, memory);
-    memory.adapt(memory.hot - look.still_cached);
-    let hot_missing = list.hot_blocks() - look.hot_cached;
+    memory.adapt(memory.hot.saturating_sub(look.still_cached));
+    // A block that moves to another buffer meanwhile is seen twice.
+    let hot_cached = look.hot_cached.min(list.hot_blocks());
+    let hot_missing = list.hot_blocks() - hot_cached;
     let mut buffers = room::survey();
     let replaceable = match settings::autoprewarm_follow_replace() {
         true => (buffers.clean[0] + look.unused) >> memory.halvings,
@@ -164,10 +167,11 @@ fn prepare(
         replaced_below: usize::from(lacking > 0),
     };
     state.follow.set_list(ListCounts {
-        time: list.origin.time,
+        // The upstream server's clock may be ahead.
+        time: list.origin.time.min(process::now()),
         blocks: list.blocks(),
         hot: list.hot_blocks(),
-        hot_cached: look.hot_cached,
+        hot_cached,
     });
     let planned = plan_list(transaction, list.into(), Purpose::TopUp, state, |_| budget)?;
     Ok((planned, buffers.empty))
@@ -206,7 +210,8 @@ fn expose(most: u64, list: &mut UpstreamList, memory: &Memory) {
 impl TopUp {
     /// Ends it: records what was loaded.
     pub fn end(self, memory: &mut Memory, state: &State) {
-        self.supervisor.terminate_workers();
+        // They finish within a moment, and what they still load is lost to statistics only.
+        self.supervisor.interrupt();
         let raised_until = self.supervisor.room().raised_until();
         state.follow.set_raised_until(raised_until);
         let loaded = state.follow.top_up.counts().loaded;
@@ -231,7 +236,7 @@ pub fn remember(mut list: UpstreamList, memory: &mut Memory, state: &State) {
     }
     memory.seen = seen;
     state.follow.set_list(ListCounts {
-        hot_cached: memory.hot,
+        hot_cached: memory.hot.min(list.hot_blocks()),
         ..state.follow.list()
     });
 }
@@ -273,6 +278,7 @@ mod tests {
                 block,
             },
             permanent: true,
+            dirty: false,
             usage_count: UsageCount::new(usage_count),
         };
         let after = |seen: CachedBlock| Memory {
@@ -284,5 +290,10 @@ mod tests {
         assert!(!after(block(7, 1)).is_unused(&block(7, 2)));
         assert!(!after(block(7, 2)).is_unused(&block(7, 1)));
         assert!(!after(block(7, 1)).is_unused(&block(8, 1)));
+        let dirty = CachedBlock {
+            dirty: true,
+            ..block(7, 1)
+        };
+        assert!(!after(block(7, 1)).is_unused(&dirty));
     }
 }

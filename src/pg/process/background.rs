@@ -31,6 +31,16 @@ pub fn handle_signals_as_worker() {
     }
 }
 
+/// Terminates another background worker of this library, if it still runs.
+pub fn terminate(pid: i32) {
+    // SAFETY: an entry of a server process is there for as long as the server is.
+    unsafe {
+        if !pg_sys::BackendPidGetProc(pid).is_null() {
+            libc::kill(pid, libc::SIGTERM);
+        }
+    }
+}
+
 /// Whether the leader is to end: the server shuts down, or `pg_terminate_backend()`
 /// was called for it.
 pub fn shutdown_requested() -> bool {

@@ -14,7 +14,7 @@ const NAME: &CStr = c"pg_prewarm";
 /// A connection to the upstream server.
 pub struct Upstream<'t> {
     connection: *mut pg_sys::WalReceiverConn,
-    _transaction: &'t Transaction,
+    transaction: &'t Transaction,
 }
 
 /// Why a setting was not shown.
@@ -39,7 +39,7 @@ impl<'t> Upstream<'t> {
         let conninfo = CString::new(with_name(conninfo)).map_err(|error| error.to_string())?;
         Ok(Self {
             connection: walreceiver::connect(&conninfo, NAME)?,
-            _transaction: transaction,
+            transaction,
         })
     }
 
@@ -54,7 +54,10 @@ impl<'t> Upstream<'t> {
         let command = [b"SHOW ", setting.to_bytes()].concat();
         let command = CString::new(command).expect("a name has no NUL");
         // SAFETY: the connection is open while `self` lives, and the transaction outlives it.
-        match unsafe { walreceiver::execute(self.connection, &command) } {
+        let executed = unsafe { walreceiver::execute(self.connection, &command) };
+        // The type of the column was looked up in a catalog.
+        self.transaction.release_catalog_snapshot();
+        match executed {
             Executed::Text(text) => Ok(text.unwrap_or_default()),
             Executed::Failed(sqlstate, message) => Err(Refusal { sqlstate, message }),
         }

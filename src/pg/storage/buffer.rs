@@ -22,6 +22,7 @@ pub struct CachedBlock {
     pub record: Record,
     /// False for a block of an unlogged relation, which a crash would empty.
     pub permanent: bool,
+    pub dirty: bool,
     pub usage_count: UsageCount,
 }
 
@@ -95,6 +96,7 @@ fn cached_block(index: usize) -> Option<CachedBlock> {
         index,
         record: version::record(&tag),
         permanent: locked & buffer_state::BM_PERMANENT != 0,
+        dirty: locked & buffer_state::BM_DIRTY != 0,
         usage_count: usage_count(locked),
     })
 }
@@ -187,12 +189,14 @@ pub fn raise_usage_count(index: usize, to: UsageCount) {
     change_usage_count(index, |current| (current < to).then_some(to));
 }
 
-/// Has the clock hand take a buffer whose block was used once, unless it is in use.
-/// Returns whether it will.
+/// Has the clock hand take a buffer with a clean block that was used once, unless it is in
+/// use. Returns whether it will.
 pub fn expose(index: usize) -> bool {
-    change_usage_count(index, |current| {
-        (current == UsageCount::ONCE).then_some(UsageCount::new(0))
-    })
+    let is_clean = state(index).load(Relaxed) & buffer_state::BM_DIRTY == 0;
+    is_clean
+        && change_usage_count(index, |current| {
+            (current == UsageCount::ONCE).then_some(UsageCount::new(0))
+        })
 }
 
 /// Changes the usage count of a buffer that is neither empty nor pinned. Returns whether it

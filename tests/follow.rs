@@ -785,6 +785,7 @@ fn a_former_primary_that_was_rewound_and_a_new_standby_follow() {
     rewind.arg("--target-pgdata").arg(primary.data(""));
     run(rewind.args(["--source-server", &source]));
     // It has copied the configuration, too.
+    std::fs::write(primary.data("postgresql.auto.conf"), "").unwrap();
     let signal = primary.data("standby.signal");
     std::fs::write(&signal, "").unwrap();
     give_to_server(&signal);

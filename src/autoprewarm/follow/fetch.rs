@@ -38,7 +38,12 @@ impl Failure {
 
 impl From<Caught> for Failure {
     fn from(caught: Caught) -> Self {
-        Self::new(FetchResult::Failed, caught.message)
+        let message = match caught.detail {
+            // libpq's reason, for example.
+            Some(detail) => format!("{}: {detail}", caught.message),
+            None => caught.message,
+        };
+        Self::new(FetchResult::Failed, message)
     }
 }
 

@@ -3,7 +3,9 @@
 //!
 //! Three ways in turn: contrib's module on both servers, this one without following, and
 //! this one with it. Most of what the clients want is in shared buffers, not all of it. The
-//! standby's files are not in the operating system's cache when the primary is killed.
+//! standby's files are not in the operating system's cache when the primary is killed. With
+//! `READ_DELAY`, each read of a file takes so many milliseconds more, as with storage in a
+//! network.
 
 use std::time::{Duration, Instant};
 
@@ -88,10 +90,18 @@ pub fn run(options: &Options, report: &mut Report) {
     primary.sql("CREATE INDEX ON t (id)");
     primary.sql("VACUUM ANALYZE t");
     primary.sql("CREATE EXTENSION pg_prewarm VERSION '1.2'");
-    primary.sql("CREATE ROLE app LOGIN; GRANT SELECT, UPDATE ON t TO app; CHECKPOINT");
+    primary.sql(
+        "CREATE TABLE written AS SELECT g AS id, 0 AS n FROM generate_series(1, 1000) g; \
+         CREATE INDEX ON written (id)",
+    );
+    primary.sql(
+        "CREATE ROLE app LOGIN; GRANT SELECT ON t TO app; GRANT SELECT, UPDATE ON written TO app; \
+         CHECKPOINT",
+    );
     primary.stop(crate::common::Shutdown::Fast);
     // It is killed again and again.
     primary.expect_crash();
+    slow_down(&primary);
 
     let mut results: Vec<(Way, Result)> = Vec::new();
     for run in 0..options.runs {
@@ -156,6 +166,14 @@ pub fn run(options: &Options, report: &mut Report) {
     );
 }
 
+/// Makes reads as slow as `READ_DELAY` says. The first call precedes the start of the server.
+fn slow_down(cluster: &Cluster) {
+    let delay = std::env::var("READ_DELAY").unwrap_or_default();
+    if !delay.is_empty() {
+        cluster.slow_reads(delay.parse().expect("READ_DELAY is a number"));
+    }
+}
+
 fn one_run(way: Way, primary: &mut Cluster, rows: u32, buffers: u32) -> Result {
     primary.switch_to(way.side().installation());
     machine::touch_memory(2 * (buffers + buffers / 4));
@@ -168,6 +186,7 @@ fn one_run(way: Way, primary: &mut Cluster, rows: u32, buffers: u32) -> Result {
              pg_prewarm.autoprewarm_follow_interval = 5"
         ));
     }
+    slow_down(&standby);
     standby.start();
 
     let clients = begin_clients(primary, rows);
@@ -230,14 +249,15 @@ fn one_run(way: Way, primary: &mut Cluster, rows: u32, buffers: u32) -> Result {
     }
 }
 
-/// Most of the rows that clients want fit into shared buffers. One transaction in ten is an
-/// update. On the standby, those fail until it is promoted.
+/// Most of the rows that clients read fit into shared buffers. One transaction in ten updates
+/// another, small table: what is updated, replay reads on the standby as well. There, updates
+/// fail until it is promoted.
 fn begin_clients(cluster: &Cluster, rows: u32) -> Clients {
     let row = format!("1 + permute(random_zipfian(1, {rows}, 1.05) - 1, {rows}, 1)");
     let script = |statement: &str| format!("\\set id {row}\n{statement} WHERE id = :id;\n");
     let read = script("SELECT octet_length(filler) FROM t");
-    let update = script("UPDATE t SET filler = filler");
-    Clients::begin(cluster, CLIENTS, "app", &[(&read, 9), (&update, 1)])
+    let update = "\\set id random(1, 1000)\nUPDATE written SET n = n + 1 WHERE id = :id;\n";
+    Clients::begin(cluster, CLIENTS, "app", &[(&read, 9), (update, 1)])
 }
 
 /// How often blocks were found in shared buffers, and read.

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use postgres::Client;
 
 use crate::common::{
-    Block, Cluster, Installation, Shutdown, SqlError, error, give_to_server, run, signal, value,
-    wait_until,
+    Block, Cluster, Installation, LIST, Shutdown, SqlError, error, give_to_server, run, signal,
+    value, wait_until,
 };
 
 /// The list of the upstream server, in the standby's data directory.
@@ -146,6 +146,9 @@ fn a_standby_is_as_warm_as_its_primary_before_and_after_its_promotion() {
     let standby = follower_of(&primary);
     standby.start();
     wait_for_replay(&primary, &standby);
+    wait_until("the first list", || {
+        standby.value("SELECT list_time IS NOT NULL FROM pg_stat_autoprewarm_follow")
+    });
     follow_now(&standby);
     assert_eq!(cached(&standby, hot).0, 100);
     assert_eq!(cached(&standby, cold).0, 50);
@@ -180,7 +183,8 @@ fn a_standby_is_as_warm_as_its_primary_before_and_after_its_promotion() {
     assert_eq!(cached(&standby, hot), (100, 500));
     assert_eq!(shown(&mut standby.connect("postgres")).0, "not a standby");
     assert!(!standby.value::<bool>("SELECT autoprewarm_failover_ready()"));
-    assert!(standby.lists(hot), "it has dumped its list");
+    wait_until("the dump", || standby.data(LIST).exists());
+    assert!(standby.lists(hot));
     assert!(!standby.data(UPSTREAM).exists());
 }
 
@@ -291,8 +295,8 @@ fn a_standby_without_an_upstream_list_has_none_to_pass_on() {
     second.start();
     assert_eq!(
         refusal(&second).message,
-        "could not follow the upstream server: the upstream server has no block list: it follows \
-         another server, and has not fetched a list yet"
+        "could not follow the upstream server: the upstream server has no block list: it is \
+         loading one itself, or has not fetched one yet"
     );
     assert_eq!(
         shown(&mut second.connect("postgres")).0,
@@ -349,14 +353,18 @@ fn following_writes_no_wal_and_is_not_taken_for_a_synchronous_standby() {
     // Nothing writes WAL without a reason: autovacuum is off, and the snapshots that the
     // background writer logs come after changes.
     let position = "SELECT pg_current_wal_insert_lsn()::text";
-    std::thread::sleep(Duration::from_millis(500));
-    let before = primary.value::<String>(position);
-    for _ in 0..3 {
-        follow_now(&standby);
-    }
-    let names = "SELECT string_agg(application_name, ',') FROM pg_stat_replication";
-    assert_eq!(primary.value::<String>(names), "walreceiver");
-    assert_eq!(primary.value::<String>(position), before);
+    // One of these comes up to 15 seconds later.
+    wait_until("fetches without WAL", || {
+        let before = primary.value::<String>(position);
+        for _ in 0..3 {
+            follow_now(&standby);
+        }
+        primary.value::<String>(position) == before
+    });
+    wait_until("the end of the fetch", || {
+        let names = "SELECT string_agg(application_name, ',') FROM pg_stat_replication";
+        primary.value::<String>(names) == "walreceiver"
+    });
 }
 
 #[test]
@@ -573,7 +581,7 @@ fn new_sessions_can_be_held_after_a_promotion() {
     primary.sql("CREATE ROLE app LOGIN");
     wait_for_replay(&primary, &standby);
     standby.configure(
-        "pg_prewarm.autoprewarm_max_rate = 1MB\n\
+        "pg_prewarm.autoprewarm_max_rate = 400kB\n\
          pg_prewarm.autoprewarm_hold_connections = 30s",
     );
     standby.reload();
@@ -805,4 +813,38 @@ fn a_former_primary_that_was_rewound_and_a_new_standby_follow() {
     }
     promote(&primary);
     assert_eq!(cached(&primary, table), (100, 500));
+}
+
+#[test]
+fn a_promotion_without_a_list_does_not_end_the_load_of_the_own_one() {
+    let (_primary, standby) = pair(&[("t", 400)]);
+    let table = standby.file_of("postgres", "t");
+    standby.configure(
+        "pg_prewarm.autoprewarm_follow_conninfo = 'host=/nowhere'\n\
+         pg_prewarm.autoprewarm_max_rate = 800",
+    );
+    standby.stop(Shutdown::Fast);
+    std::fs::remove_file(standby.data(UPSTREAM)).unwrap();
+    let mark = standby.log_end();
+    standby.start();
+    standby.promote();
+    let (loaded, total) = standby.wait_for_load(mark);
+    assert_eq!(loaded, total);
+    assert_eq!(cached(&standby, table).0, 400);
+}
+
+#[test]
+fn a_server_that_is_loading_its_own_list_gives_none() {
+    let (primary, standby) = pair(&[("t", 400)]);
+    let good = std::fs::read(standby.data(UPSTREAM)).unwrap();
+    primary.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    primary.restart();
+    let refused = refusal(&standby);
+    assert!(
+        refused.message.contains("it is loading one itself"),
+        "{refused:?}"
+    );
+    assert_eq!(std::fs::read(standby.data(UPSTREAM)).unwrap(), good);
+    assert!(primary.value::<bool>("SELECT autoprewarm_cancel()"));
+    follow_now(&standby);
 }

@@ -1,5 +1,5 @@
-//! Holding new sessions while the first tier of the server's first load runs, for no longer
-//! than `pg_prewarm.autoprewarm_hold_connections`.
+//! Holding new sessions while the first tier of the server's first load runs, or that of the
+//! load after a promotion, for no longer than `pg_prewarm.autoprewarm_hold_connections`.
 //!
 //! Clients that find nothing in shared buffers are slow, and make the load slow: both need
 //! the same processors and disks. Together, clients that wait for the blocks used most and

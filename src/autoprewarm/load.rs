@@ -247,6 +247,11 @@ fn load(
         log(&format!("autoprewarm skipped {}", counts.skipped));
     }
     let ended_for = supervisor.ended_for();
+    if ended_for == Some(SkipReason::Interrupted) {
+        // The server was promoted, and another list comes first. This one stays as it is, and
+        // is carried as a whole.
+        return (Outcome::Completed, None);
+    }
     let was_cancelled = ended_for == Some(SkipReason::Cancelled);
     match left(&supervisor, over_budget, state) {
         // The list stays as it is, and is carried as a whole.

@@ -51,6 +51,13 @@ pub static TOP_UPS: Files = Files {
 /// since the first crashes may have had another cause.
 const CRASHES: u32 = 3;
 
+/// Of loads after a promotion. They come after the server's first load, too.
+pub static PROMOTIONS: Files = Files {
+    mark: "pg_stat_tmp/autoprewarm.promoting",
+    being_written: "pg_stat_tmp/autoprewarm.promoting.tmp",
+    what: "loads after the promotion",
+};
+
 /// The mark of the load that has begun.
 pub struct Mark {
     files: &'static Files,
@@ -68,6 +75,14 @@ impl Crashes {
             "the server crashed during the last {} {}",
             self.0, files.what
         )
+    }
+}
+
+/// The crashes for which the next load must not begin, if there are so many.
+pub fn check(files: &'static Files) -> Result<(), Crashes> {
+    match read(files) {
+        crashes @ CRASHES.. => Err(Crashes(crashes)),
+        _ => Ok(()),
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! The state lies in the server's shared memory from its first use until the server
 //! stops or restarts after a crash; then it is initialized again. Its fields are atomic,
-//! except for the condition variable in [`HoldState`]. Two of them, and [`DumpFileUser`],
+//! except for the condition variable in [`HoldState`]. Some of them, and [`DumpFileUser`],
 //! hold the process ID of the process with a role that only one may have. A process
 //! acquires a role by changing the word from [`NO_PID`] to its own process ID, and
 //! releases it by changing it back. At exit it releases all its roles.
@@ -160,6 +160,7 @@ impl State {
                 release(&state.leader);
                 release(&state.load_requester);
                 state.follow.release_fetch();
+                state.follow.end_wait();
             }
         });
         state
@@ -276,6 +277,7 @@ impl State {
         self.leader().is_some()
             && (self.load_is_requested()
                 || self.follow.promotion_is_due()
+                || self.follow.list_waits()
                 || self.load.has_begun()
                 || matches!(self.phase(), Phase::Due | Phase::Loading))
     }

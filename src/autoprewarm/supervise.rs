@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use super::WORKER;
+use super::follow;
 use super::left::Settled;
 use super::load_segment::{Claim, Cursor, Load, MAX_WORKERS, Purpose, Stage, WorkerArgument};
 use super::state::State;
@@ -239,8 +240,7 @@ impl Supervisor {
         if background::shutdown_requested() {
             return Err(Halt::ShuttingDown);
         }
-        if !self.is_top_up() && self.state.follow.promotion_is_due() {
-            // What the upstream server has used is worth more now.
+        if !self.is_top_up() && follow::list_comes_first(self.state) {
             self.interrupt();
         }
         if !self.is_top_up() && self.state.cancel_is_requested() {

@@ -134,10 +134,7 @@ fn fetch(transaction: &Transaction, number: u32, state: &State) -> Result<(), Fa
         fallible(|| UpstreamList::read(&bytes)).map_err(|error| refused(&error.to_string()))?;
     check(&list.origin)?;
     drop(list);
-    // The leader may have given this fetch up.
-    if state.follow.is_wanted(number) {
-        stored::write(&bytes)?;
-    }
+    stored::write(&bytes, || state.follow.is_wanted(number))?;
     Ok(())
 }
 
@@ -175,7 +172,7 @@ fn receive(upstream: &Upstream, state: &State) -> Result<Vec<u8>, Failure> {
     }
     match bytes.is_empty() {
         true => Err(no_list(
-            "it follows another server, and has not fetched a list yet",
+            "it is loading one itself, or has not fetched one yet",
         )),
         false => Ok(bytes),
     }

@@ -19,7 +19,7 @@ use super::state::{FetchResult, Stage};
 use super::top_up::{self, Memory, TopUp};
 use super::{FETCHER, promote, stored};
 use crate::autoprewarm::mark::{self, Mark};
-use crate::autoprewarm::state::{Phase, State};
+use crate::autoprewarm::state::State;
 use crate::autoprewarm::stats::LoadResult;
 use crate::autoprewarm::supervise::Halt;
 use crate::blocks::{Oid, UpstreamList};
@@ -162,6 +162,10 @@ impl Follower {
         if matches!(role, Role::Standby) && settings::autoprewarm_follow() {
             state.follow.set_stage(Stage::Following);
         }
+        let list_waits = matches!(role, Role::Promoted { .. })
+            && settings::autoprewarm_follow()
+            && stored::exists();
+        state.follow.set_list_waits(list_waits);
         // That of a former leader, which nobody else would end.
         if let Some(pid) = state.follow.fetcher() {
             background::terminate(pid);
@@ -208,6 +212,7 @@ impl Follower {
                 if !loads {
                     self.role = Role::Primary;
                     self.state.follow.set_stage(Stage::NotAStandby);
+                    self.state.follow.set_list_waits(false);
                 }
                 if has_list && !loads {
                     self.remove_list();
@@ -256,7 +261,10 @@ impl Follower {
 
     /// Does not follow any more, until [`Self::advance`] begins again.
     pub fn stop(&mut self) {
-        self.end_round("it was switched off");
+        self.end_round(match self.role {
+            Role::Standby => "it was switched off",
+            Role::Promoted { .. } | Role::Primary => "this server was promoted",
+        });
         self.round = Round::None;
         self.state.follow.set_stage(match self.role {
             Role::Standby => Stage::Off,
@@ -286,6 +294,11 @@ impl Follower {
             Round::Waiting(next) if Instant::now() < next && !self.state.follow.is_requested() => {
                 self.round = Round::Waiting(next);
                 next - Instant::now()
+            }
+            // That of a former leader, or of a round that was ended, is about to exit.
+            Round::Waiting(next) if self.state.follow.fetcher().is_some() => {
+                self.round = Round::Waiting(next);
+                FETCH_POLL
             }
             Round::Waiting(_) => {
                 self.begin_fetch();
@@ -391,12 +404,18 @@ impl Follower {
             }
         };
         self.report_success();
-        let marked = match top_up::begin(list, &mut self.memory, self.state) {
-            Ok(top_up) => self.mark(fetch).map(|mark| (top_up, mark)),
-            Err(error) => Err(error.to_string()),
-        };
-        match marked {
-            Ok((top_up, mark)) => {
+        // A session that asks for it knows of the crashes.
+        let was_requested = self.state.follow.is_waited_for();
+        if !was_requested && let Err(crashes) = mark::check(&mark::TOP_UPS) {
+            let why = crashes.describe(&mark::TOP_UPS);
+            return self.fail(fetch.request, Failure::TopUp(why));
+        }
+        match top_up::begin(list, &mut self.memory, self.state) {
+            Ok(top_up) => {
+                let has_any = self.state.follow.top_up.counts().rest() > 0;
+                let mark = has_any
+                    .then(|| mark::begin(&mark::TOP_UPS, self.state, was_requested).ok())
+                    .flatten();
                 self.state.follow.set_stage(Stage::ToppingUp);
                 self.round = Round::ToppingUp(Box::new(Running {
                     top_up,
@@ -405,33 +424,17 @@ impl Follower {
                     request: fetch.request,
                 }));
             }
-            Err(message) => {
+            Err(error) => {
                 self.state.follow.top_up.end(LoadResult::Failed);
-                self.fail(fetch.request, Failure::TopUp(message));
+                self.fail(fetch.request, Failure::TopUp(error.to_string()));
             }
-        }
-    }
-
-    /// Marks that blocks are about to be loaded, if there are any. `Err` is why they are not:
-    /// the server has crashed during the last loads, and no session has asked for this one.
-    fn mark(&self, fetch: &Fetch) -> Result<Option<Mark>, String> {
-        if self.state.follow.top_up.counts().rest() == 0 {
-            return Ok(None);
-        }
-        let was_requested = !self.state.follow.is_fulfilled(fetch.request);
-        if self.state.phase() == Phase::Suspended && !was_requested {
-            return Err("the server crashed during the last loads".to_owned());
-        }
-        match mark::begin(&mark::TOP_UPS, self.state, was_requested) {
-            Ok(mark) => Ok(Some(mark)),
-            Err(crashes) => Err(crashes.describe(&mark::TOP_UPS)),
         }
     }
 
     fn continue_top_up(&mut self, mut running: Box<Running>) -> Duration {
         self.state.follow.set_rate(self.lag.rate());
         let is_over = Instant::now() >= running.next;
-        if is_over && self.state.follow.is_fulfilled(running.request) {
+        if is_over && !self.state.follow.is_waited_for() {
             running.top_up.supervisor.interrupt();
         }
         let failure = match running.top_up.supervisor.advance() {
@@ -439,7 +442,12 @@ impl Follower {
                 self.round = Round::ToppingUp(running);
                 return timeout;
             }
-            Ok(None) | Err(Halt::ShuttingDown) => None,
+            // The leader is about to end the round.
+            Err(Halt::ShuttingDown) => {
+                self.round = Round::ToppingUp(running);
+                return Duration::ZERO;
+            }
+            Ok(None) => None,
             Err(Halt::NoSlot) => Some("no background worker slot is free".to_owned()),
             Err(Halt::NoProgress) => Some("autoprewarm workers keep exiting".to_owned()),
         };
@@ -450,6 +458,7 @@ impl Follower {
             None => {
                 self.state.follow.set_stage(Stage::Following);
                 self.state.follow.fulfil(request, true);
+                self.logged = None;
                 self.round = Round::Waiting(next);
             }
         }
@@ -475,7 +484,11 @@ impl Follower {
     fn end_round(&mut self, why: &str) {
         match std::mem::replace(&mut self.round, Round::None) {
             Round::None | Round::Waiting(_) => {}
-            Round::Fetching(fetch) => fetch.worker.terminate(),
+            Round::Fetching(fetch) => {
+                fetch.worker.terminate();
+                // Its list is not wanted any more.
+                self.state.follow.begin_fetch();
+            }
             Round::ToppingUp(running) => self.end_top_up(*running, LoadResult::Failed),
         }
         let follow = &self.state.follow;

@@ -14,6 +14,7 @@ use super::stored;
 use crate::autoprewarm::create_segment::create_segment;
 use crate::autoprewarm::load::plan_list;
 use crate::autoprewarm::load_segment::Purpose;
+use crate::autoprewarm::mark;
 use crate::autoprewarm::state::State;
 use crate::autoprewarm::stats::LoadResult;
 use crate::autoprewarm::supervise::Halt;
@@ -35,6 +36,7 @@ pub fn run(state: &'static State, is_retry: bool) -> bool {
     let phase = state.phase();
     state.begin_load();
     state.follow.set_stage(Stage::NotAStandby);
+    state.follow.set_list_waits(false);
     activity::report(b"loading".to_vec());
     let result = match transaction::run(|_| stored::read()) {
         Ok(Ok(Some(stored))) => {
@@ -42,7 +44,19 @@ pub fn run(state: &'static State, is_retry: bool) -> bool {
                 "autoprewarm loads the block list of the former upstream server after the \
                  promotion",
             );
-            load(stored.list, state)
+            match mark::begin(&mark::PROMOTIONS, state, false) {
+                Ok(mark) => {
+                    let result = load(stored.list, state);
+                    mark.end();
+                    result
+                }
+                Err(crashes) => {
+                    let why = crashes.describe(&mark::PROMOTIONS);
+                    fail(&why, "The list is removed.", state);
+                    mark::remove(&mark::PROMOTIONS, state);
+                    LoadResult::Suspended
+                }
+            }
         }
         Ok(Ok(None)) => LoadResult::NoList,
         // A damaged list does not get better.
@@ -75,6 +89,8 @@ pub fn run(state: &'static State, is_retry: bool) -> bool {
     if is_done && let Err(caught) = transaction::run(|_| stored::remove()) {
         state.warn(caught);
     }
+    // Those of the time as a standby do not count when it is one again.
+    mark::remove(&mark::TOP_UPS, state);
     is_done
 }
 
@@ -125,15 +141,20 @@ fn load(mut list: UpstreamList, state: &'static State) -> LoadResult {
     };
     supervisor.terminate_workers();
     if let Some(why) = why {
-        let message = format!("could not load blocks after the promotion: {why}");
-        state.last_error.record(&message);
-        log_message(
-            PgLogLevel::WARNING,
-            Message::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES, &message)
-                .detail("The load is retried after \"pg_prewarm.autoprewarm_interval\"."),
-        );
+        let detail = "The load is retried after \"pg_prewarm.autoprewarm_interval\".";
+        fail(why, detail, state);
     }
     LoadResult::Failed
+}
+
+fn fail(why: &str, detail: &str, state: &State) {
+    let message = format!("could not load blocks after the promotion: {why}");
+    state.last_error.record(&message);
+    let sqlstate = PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES;
+    log_message(
+        PgLogLevel::WARNING,
+        Message::new(sqlstate, &message).detail(detail),
+    );
 }
 
 /// Gives the blocks that are cached already the usage counts that they have in the list,

@@ -51,7 +51,7 @@ pub fn next_chunk() -> CString {
         .unwrap_or_else(PoisonError::into_inner)
         .take();
     let mut serving = serving.unwrap_or_else(|| Serving {
-        list: list(),
+        list: list(state),
         shown: 0,
     });
     let rest = &serving.list[serving.shown..];
@@ -77,13 +77,17 @@ fn encode(chunk: &[u8]) -> CString {
     CString::new(text).expect("base64 has no NUL")
 }
 
-/// The list. Empty if this is a standby that follows, and has none yet.
-fn list() -> Vec<u8> {
+/// The list. Empty if this is a standby that follows, and has none yet; and while a load of
+/// this server's own is pending or running, since what is cached then is not what is used.
+fn list(state: &State) -> Vec<u8> {
     if recovery::is_in_progress() && settings::autoprewarm_follow() {
         return match stored::read() {
             Ok(stored) => stored.map_or_else(Vec::new, |stored| stored.bytes),
             Err(error) => error.raise(),
         };
+    }
+    if state.load_is_pending() {
+        return Vec::new();
     }
     let origin = Origin {
         system_identifier: recovery::system_identifier(),

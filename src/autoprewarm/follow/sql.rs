@@ -32,6 +32,7 @@ fn follow_now() -> Result<(), Error> {
     if !settings::autoprewarm_follow() {
         return Err(Error::NotFollowing);
     }
+    let _waiting = state.follow.wait();
     let request = state.follow.request();
     while !state.follow.is_fulfilled(request) {
         if state.leader().is_none() {

@@ -11,7 +11,7 @@
 //!
 //! By the rule in `crate::pg::shared`, all words are `SeqCst`.
 
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32, AtomicU64};
 
 use crate::autoprewarm::state::{NO_PID, acquire, holder, release};
@@ -36,6 +36,11 @@ pub struct FollowState {
     /// the leader is done.
     requested: AtomicU32,
     fulfilled: AtomicU32,
+    /// How many sessions wait for one.
+    waiting: AtomicU32,
+    /// Whether the list of a former upstream server is to be loaded, on a server that is not a
+    /// standby.
+    list_waits: AtomicBool,
     /// Whether the last list was fetched and its blocks loaded.
     has_succeeded: AtomicBool,
     /// How many kB workers may load per second; 0 means no limit.
@@ -144,6 +149,8 @@ impl FollowState {
             has_warned: AtomicBool::new(false),
             requested: AtomicU32::new(0),
             fulfilled: AtomicU32::new(0),
+            waiting: AtomicU32::new(0),
+            list_waits: AtomicBool::new(false),
             has_succeeded: AtomicBool::new(false),
             rate: AtomicU32::new(0),
             raised_until: AtomicU64::new(0),
@@ -232,6 +239,36 @@ impl FollowState {
     /// Has the next error be logged.
     pub fn forget_warning(&self) {
         self.has_warned.store(false, SeqCst);
+    }
+
+    /// Whether the list of a former upstream server is to be loaded, on a server that is not a
+    /// standby.
+    pub fn list_waits(&self) -> bool {
+        self.list_waits.load(SeqCst)
+    }
+
+    pub fn set_list_waits(&self, waits: bool) {
+        self.list_waits.store(waits, SeqCst);
+    }
+
+    /// Counts this session as one that waits for a list, until the guard is dropped or the
+    /// session ends.
+    pub fn wait(&self) -> Waiting<'_> {
+        WAITS.store(true, Relaxed);
+        self.waiting.fetch_add(1, SeqCst);
+        Waiting(self)
+    }
+
+    /// Whether a session waits for a list.
+    pub fn is_waited_for(&self) -> bool {
+        self.waiting.load(SeqCst) > 0
+    }
+
+    /// Stops counting this session, if it is counted.
+    pub fn end_wait(&self) {
+        if WAITS.swap(false, Relaxed) {
+            self.waiting.fetch_sub(1, SeqCst);
+        }
     }
 
     /// Asks for a list to be fetched and loaded at once. Returns the request's number.
@@ -338,6 +375,18 @@ impl FollowState {
     pub fn upstream(&self) -> Option<(String, i32)> {
         let (host, _) = self.upstream_host.last()?;
         Some((host, self.upstream_port.load(SeqCst)))
+    }
+}
+
+/// Whether this process is one that is counted in [`FollowState::waiting`].
+static WAITS: AtomicBool = AtomicBool::new(false);
+
+/// A session that waits for a list.
+pub struct Waiting<'a>(&'a FollowState);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.end_wait();
     }
 }
 

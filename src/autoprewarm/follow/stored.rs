@@ -67,8 +67,9 @@ pub fn read() -> Result<Option<Stored>, Error> {
     }
 }
 
-/// Replaces the list durably. Raises an ERROR if the new file cannot be renamed.
-pub fn write(bytes: &[u8]) -> Result<(), Error> {
+/// Replaces the list durably, if it is still wanted when it is written. Raises an ERROR if the
+/// new file cannot be renamed.
+pub fn write(bytes: &[u8], is_wanted: impl FnOnce() -> bool) -> Result<(), Error> {
     let fail = |action| {
         move |source| {
             // What is there of it is of no use. If it could not be created, it cannot be
@@ -86,11 +87,17 @@ pub fn write(bytes: &[u8]) -> Result<(), Error> {
         file.write_all(piece).map_err(fail("write to"))?;
     }
     file::close(file).map_err(fail("close"))?;
-    file::rename_durably(FILE_BEING_WRITTEN, FILE);
+    if is_wanted() {
+        file::rename_durably(FILE_BEING_WRITTEN, FILE);
+    } else {
+        let _ = fs::remove_file(FILE_BEING_WRITTEN);
+    }
     Ok(())
 }
 
-/// Removes the list. Raises an ERROR if it cannot be removed.
+/// Removes the list, and one that was not completed. Raises an ERROR if it cannot be removed.
 pub fn remove() {
+    // Most likely there is none.
+    let _ = fs::remove_file(FILE_BEING_WRITTEN);
     file::remove_durably(FILE);
 }

@@ -4,7 +4,7 @@
 //! …), on the same machine in the same run; what matters is the ratio of the medians.
 //! The arguments name the scenarios to run; without any, all are run. The environment
 //! variables are `SIZE` (`smoke` or `full`), `RUNS` (how many times), `HUGE_PAGES`
-//! (`on` or `off`), `CASES` (names of cases of `load` and `busy`, with commas), `SETTINGS` (lines for
+//! (`on` or `off`), `CASES` (names of cases of `load` and `busy`, with commas), `READ_DELAY` (milliseconds, see `failover`), `SETTINGS` (lines for
 //! `postgresql.conf`, with semicolons), and `OUT`, the directory for the results as JSON and SVG. They are also
 //! printed as tables.
 

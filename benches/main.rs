@@ -3,10 +3,10 @@
 //! In each scenario both load the same list into the same cluster, alternately (A B A B
 //! …), on the same machine in the same run; what matters is the ratio of the medians.
 //! The arguments name the scenarios to run; without any, all are run. The environment
-//! variables are `SIZE` (`smoke` or `full`), `RUNS` (how many times), `HUGE_PAGES`
-//! (`on` or `off`), `CASES` (names of cases of `load` and `busy`, with commas), `READ_DELAY` (milliseconds, see `failover`), `SETTINGS` (lines for
-//! `postgresql.conf`, with semicolons), and `OUT`, the directory for the results as JSON and SVG. They are also
-//! printed as tables.
+//! variables are `SIZE` (`smoke` or `full`), `RUNS` (how many times), `HUGE_PAGES` (`on` or
+//! `off`), `CASES` (names of cases of `load` and `busy`, with commas), `READ_DELAY`
+//! (milliseconds, in `failover`), `SETTINGS` (lines for `postgresql.conf`, with semicolons),
+//! and `OUT`, the directory for the results as JSON and SVG. They are also printed as tables.
 
 #![allow(clippy::cast_possible_truncation)]
 

@@ -820,12 +820,15 @@ fn new_functions_run_with_their_callers_privileges_and_not_in_parallel_workers()
         [
             "autoprewarm_blocks v r strict",
             "autoprewarm_cancel v u strict",
+            "autoprewarm_failover_ready v u strict",
+            "autoprewarm_follow_now v u strict",
             "autoprewarm_load_now v u strict",
             "autoprewarm_wait v u",
             "pg_prewarm_database v u",
             "pg_prewarm_relation v u",
             "pg_prewarm_schema v u",
             "pg_stat_get_autoprewarm v u strict",
+            "pg_stat_get_autoprewarm_follow v u strict",
             "pg_stat_get_progress_prewarm v u strict",
         ]
     );

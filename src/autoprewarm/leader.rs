@@ -174,10 +174,8 @@ impl AfterLoad {
 }
 
 /// Loads the list. `former` is what an earlier load has left.
-fn load(state: &'static State, former: AfterLoad) -> AfterLoad {
-    if let Some(later) = former.later {
-        later.end();
-    }
+fn load(state: &'static State, mut former: AfterLoad) -> AfterLoad {
+    former.end();
     let before = state.phase();
     let reason = match state.load_is_requested() {
         true => Reason::OnDemand,

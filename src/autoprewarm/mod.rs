@@ -14,6 +14,7 @@
 //! - [`hold`] has new sessions wait for the first tier of the server's first load.
 //! - [`mark`] notices loads during which the server crashes.
 //! - [`no_list`] reports that there is nothing to load.
+//! - [`role`] has roles that only one process may have at a time.
 //! - [`state`] lies in shared memory all the time, and [`stats`] are its statistics.
 //! - [`sql`] has the control functions, [`list`] the function that returns the list as
 //!   rows, and [`views`] those behind the statistics views.
@@ -32,6 +33,7 @@ mod load_segment;
 mod mark;
 mod no_list;
 mod rate;
+mod role;
 pub mod sql;
 mod state;
 mod stats;

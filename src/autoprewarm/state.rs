@@ -16,15 +16,12 @@ use std::time::Duration;
 use super::carry::CarryState;
 use super::follow::state::{FollowState, Stage};
 use super::hold::HoldState;
-use super::mark;
+use super::role::{NO_PID, acquire, holder, release};
 use super::stats::{DumpStats, LastError, LoadResult, LoadStats};
 use crate::pg::process::error::Caught;
 use crate::pg::process::{self, latch};
 use crate::pg::shared::contents::Shared;
 use crate::pg::shared::named::NamedStruct;
-
-/// In place of a process ID: no process has the role.
-pub(super) const NO_PID: i32 = -1;
 
 #[repr(C)]
 pub struct State {
@@ -204,10 +201,6 @@ impl State {
         if self.phase() == Phase::Loading {
             self.end_load(Phase::Failed, LoadResult::Failed);
         }
-        if self.follow.top_up.has_begun() {
-            self.follow.top_up.end(LoadResult::Failed);
-            mark::remove(&mark::TOP_UPS, self);
-        }
         Ok(())
     }
 
@@ -350,19 +343,4 @@ impl Drop for LoadRequest<'_> {
         self.0.load_requested.store(0, SeqCst);
         release(&self.0.load_requester);
     }
-}
-
-pub(super) fn holder(role: &AtomicI32) -> Option<i32> {
-    Some(role.load(SeqCst)).filter(|&pid| pid != NO_PID)
-}
-
-/// Acquires a role for this process. `Err` is the process ID of its holder.
-pub(super) fn acquire(role: &AtomicI32) -> Result<(), i32> {
-    role.compare_exchange(NO_PID, process::my_pid(), SeqCst, SeqCst)
-        .map(|_| ())
-}
-
-/// Releases a role, if this process has it.
-pub(super) fn release(role: &AtomicI32) {
-    let _ = role.compare_exchange(process::my_pid(), NO_PID, SeqCst, SeqCst);
 }

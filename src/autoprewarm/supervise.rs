@@ -17,7 +17,6 @@ use std::time::{Duration, Instant};
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use super::WORKER;
-use super::follow;
 use super::left::Settled;
 use super::load_segment::{Claim, Cursor, Load, MAX_WORKERS, Purpose, Stage, WorkerArgument};
 use super::state::State;
@@ -240,7 +239,7 @@ impl Supervisor {
         if background::shutdown_requested() {
             return Err(Halt::ShuttingDown);
         }
-        if !self.is_top_up() && follow::list_comes_first(self.state) {
+        if !self.is_top_up() && self.state.follow.list_comes_first() {
             self.interrupt();
         }
         if !self.is_top_up() && self.state.cancel_is_requested() {

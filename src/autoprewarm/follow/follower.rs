@@ -166,7 +166,11 @@ impl Follower {
             && settings::autoprewarm_follow()
             && stored::exists();
         state.follow.set_list_waits(list_waits);
-        // That of a former leader, which nobody else would end.
+        // What a former leader has left, which nobody else would end.
+        if state.follow.top_up.has_begun() {
+            state.follow.top_up.end(LoadResult::Failed);
+            mark::remove(&mark::TOP_UPS, state);
+        }
         if let Some(pid) = state.follow.fetcher() {
             background::terminate(pid);
         }

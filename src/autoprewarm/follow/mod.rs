@@ -30,10 +30,8 @@ pub mod state;
 mod stored;
 mod top_up;
 
-use crate::autoprewarm::state::State;
 use crate::pg::process::shown;
 use crate::pg::shared::worker::Kind;
-use crate::settings;
 
 pub use fetch::main as fetch_main;
 
@@ -46,12 +44,6 @@ const FETCHER: Kind = Kind {
 
 /// The setting whose value is the list.
 const LIST_SETTING: &std::ffi::CStr = c"pg_prewarm.autoprewarm_list";
-
-/// Whether this server is promoted, and the list of its upstream server is to be loaded
-/// before anything else.
-pub fn list_comes_first(state: &State) -> bool {
-    state.follow.promotion_is_due() && settings::autoprewarm_follow() && stored::exists()
-}
 
 /// Defines the setting that serves the list.
 pub fn define_list_setting() {

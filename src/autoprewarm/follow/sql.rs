@@ -65,7 +65,7 @@ fn failover_ready(coverage: f64, max_age: Interval) -> Result<bool, Error> {
     }
     let max_age = duration(max_age, "max_age")?;
     let state = State::attach();
-    let follows = !matches!(state.follow.stage(), Stage::Off | Stage::NotAStandby);
+    let follows = state.follow.stage().follows();
     let list = state.follow.list();
     let age = u64::try_from(process::now() - list.time).unwrap_or(0);
     let is_recent = max_age.is_none_or(|max_age| Duration::from_micros(age) <= max_age);

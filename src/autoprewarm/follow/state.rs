@@ -14,16 +14,16 @@
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32, AtomicU64};
 
-use crate::autoprewarm::state::{NO_PID, acquire, holder, release};
+use super::stored;
+use crate::autoprewarm::role::{NO_PID, acquire, holder, release};
 use crate::autoprewarm::stats::{LoadStats, SharedText};
 use crate::pg::process::{self, recovery};
+use crate::settings;
 
 #[repr(C)]
 pub struct FollowState {
     /// A [`Stage`].
     stage: AtomicU32,
-    /// Whether the leader follows, so that it will load the rest at a promotion.
-    follows: AtomicBool,
     /// The process that fetches.
     fetcher: AtomicI32,
     /// The number of the fetch that is under way, or was the last.
@@ -93,6 +93,11 @@ impl Stage {
         Self::Failed,
     ];
 
+    /// Whether the leader follows, so that it will load the rest at a promotion.
+    pub fn follows(self) -> bool {
+        !matches!(self, Self::Off | Self::NotAStandby)
+    }
+
     /// Its name in `pg_stat_autoprewarm_follow`.
     pub fn name(self) -> &'static str {
         match self {
@@ -142,7 +147,6 @@ impl FollowState {
     pub const fn new() -> Self {
         Self {
             stage: AtomicU32::new(Stage::Off as u32),
-            follows: AtomicBool::new(false),
             fetcher: AtomicI32::new(NO_PID),
             fetch: AtomicU32::new(0),
             fetch_result: AtomicU64::new(0),
@@ -176,14 +180,18 @@ impl FollowState {
     }
 
     pub fn set_stage(&self, stage: Stage) {
-        let follows = !matches!(stage, Stage::Off | Stage::NotAStandby);
-        self.follows.store(follows, SeqCst);
         self.stage.store(stage as u32, SeqCst);
     }
 
     /// Whether this server follows, and is promoted, and the leader has not noticed yet.
     pub fn promotion_is_due(&self) -> bool {
-        self.follows.load(SeqCst) && recovery::has_ended_or_will()
+        self.stage().follows() && recovery::has_ended_or_will()
+    }
+
+    /// Whether this server is promoted, and the list of its upstream server is to be loaded
+    /// before anything else.
+    pub fn list_comes_first(&self) -> bool {
+        self.promotion_is_due() && settings::autoprewarm_follow() && stored::exists()
     }
 
     /// Records that a fetch begins, and returns its number.

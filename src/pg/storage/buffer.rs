@@ -186,29 +186,31 @@ impl Drop for Pinned {
 /// Gives the block in a buffer a higher usage count, unless its own is as high. The buffer
 /// may have got another block since it was looked at.
 pub fn raise_usage_count(index: usize, to: UsageCount) {
-    change_usage_count(index, |current| (current < to).then_some(to));
+    change_usage_count(index, |state| (usage_count(state) < to).then_some(to));
 }
 
 /// Has the clock hand take a buffer with a clean block that was used once, unless it is in
 /// use. Returns whether it will.
 pub fn expose(index: usize) -> bool {
-    let is_clean = state(index).load(Relaxed) & buffer_state::BM_DIRTY == 0;
-    is_clean
-        && change_usage_count(index, |current| {
-            (current == UsageCount::ONCE).then_some(UsageCount::new(0))
-        })
+    change_usage_count(index, |state| {
+        let is_clean = state & buffer_state::BM_DIRTY == 0;
+        (is_clean && usage_count(state) == UsageCount::ONCE).then_some(UsageCount::new(0))
+    })
 }
 
-/// Changes the usage count of a buffer that is neither empty nor pinned. Returns whether it
-/// was changed.
-fn change_usage_count(index: usize, change: impl FnOnce(UsageCount) -> Option<UsageCount>) -> bool {
+/// Changes the usage count of a buffer that is neither empty nor pinned, to what `change` makes
+/// of its state. Returns whether it was changed.
+pub(super) fn change_usage_count(
+    index: usize,
+    change: impl FnOnce(Word) -> Option<UsageCount>,
+) -> bool {
     let state = state(index);
     let old = state.load(Relaxed);
     let others = buffer_state::BUF_REFCOUNT_MASK | buffer_state::BM_LOCKED;
     if old & others != 0 || old & buffer_state::BM_TAG_VALID == 0 {
         return false;
     }
-    let Some(count) = change(usage_count(old)) else {
+    let Some(count) = change(old) else {
         return false;
     };
     let new = buffer_state::with_usage_count(old, count.get());

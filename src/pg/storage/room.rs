@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use pgrx::pg_sys;
 
-use super::buffer::{all, count, state, usage_count};
+use super::buffer::{all, change_usage_count, count, state, usage_count};
 use crate::blocks::{Budget, Room, UsageCount};
 use crate::pg::process::check_for_interrupts;
 use crate::pg::sys::buffer_state::{self, Word};
@@ -157,14 +157,13 @@ impl LoadRoom {
         const MAX: u32 = UsageCount::MAX.get();
         let raised_until = self.raised_until.load(Relaxed);
         for (index, position) in ahead_of(next).take(passes).zip(turned..) {
-            let word = state(index);
-            let old = word.load(Relaxed);
-            let count = usage_count(old).get();
-            let in_use = buffer_state::BUF_REFCOUNT_MASK | buffer_state::BM_LOCKED;
-            if position >= raised_until && old & in_use == 0 && (1..MAX).contains(&count) {
-                let new = buffer_state::with_usage_count(old, count + 1);
-                // It fails if the buffer is being used.
-                let _ = word.compare_exchange(old, new, AcqRel, Relaxed);
+            if position >= raised_until {
+                change_usage_count(index, |state| {
+                    let count = usage_count(state).get();
+                    (1..MAX)
+                        .contains(&count)
+                        .then(|| UsageCount::new(count + 1))
+                });
             }
         }
         self.raised_until.fetch_max(turned + passes as u64, Relaxed);

@@ -19,15 +19,9 @@ use crate::pace::{Pace, TURN};
 use crate::pg::process::check_for_interrupts;
 use crate::pg::process::report::notice_relation;
 use crate::pg::process::transaction::Transaction;
-use crate::pg::storage::READS_MANY_AT_ONCE;
 use crate::pg::storage::buffer::{self, Pinned, Place};
 use crate::pg::storage::prefault::{Prefaulted, Prefaulter};
 use crate::pg::storage::relation::{Locator, Relation};
-
-/// Whether a call prefaults the memory of buffers, as loads do. If the server reads many
-/// blocks at once, the system allocates memory for all of them at once, and with I/O
-/// workers on several processors at the same time, which is faster.
-const PREFAULTS: bool = !READS_MANY_AT_ONCE;
 
 /// One fork of a relation, and the file that the relation had when it was opened first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -275,7 +269,6 @@ impl<'a> Reader<'a> {
                 let is_alone = self.gate.is_none() || relation.is_temporary();
                 relation.read_into_buffers(fork, blocks, is_alone, |index, buffer| {
                     if let Place::Shared(index) = buffer.place()
-                        && PREFAULTS
                         && buffer::hits() == hits
                     {
                         self.prefaulter.prefault_after(index);

@@ -549,8 +549,9 @@ impl Follower {
         }
         if stage == Stage::NoList {
             report = report.hint(
-                "The upstream server needs pg_prewarm 2.0 in \"shared_preload_libraries\". To \
-                 follow none, set \"pg_prewarm.autoprewarm_follow\" to off.",
+                "If this does not change, check that the upstream server has pg_prewarm 2.0 in \
+                 \"shared_preload_libraries\". To follow none, set \
+                 \"pg_prewarm.autoprewarm_follow\" to off.",
             );
         }
         log_message(PgLogLevel::WARNING, report);

@@ -1,10 +1,13 @@
-//! Prefaulting the memory of buffers that are about to be filled.
+//! Prefaulting the memory of buffers that are about to be filled, on 15 and 16.
 //!
 //! With the blocks in the operating system's cache, most of the time of a load would be
 //! spent on faults on memory that no process has touched yet. One system call for a
 //! megabyte costs far less than a fault for each page. Processes that fill buffers
 //! together also divide the work: two that fault on neighbouring pages wait for each
 //! other.
+//!
+//! From 17 on, the server reads many blocks at once, and the system allocates memory for all
+//! of them at once. Prefaulting would be work in vain then.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -12,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use pgrx::pg_sys;
 
-use super::buffer;
+use super::{READS_MANY_AT_ONCE, buffer};
 
 /// How many buffers are prefaulted at once.
 const AT_ONCE: usize = (1 << 20) / pg_sys::BLCKSZ as usize;
@@ -61,6 +64,9 @@ impl<'a> Prefaulter<'a> {
     /// Prefaults the memory of the buffers after this one, which was just filled, and
     /// maps what other processes have prefaulted.
     pub fn prefault_after(&self, buffer: usize) {
+        if READS_MANY_AT_ONCE {
+            return;
+        }
         while let Some(buffers) = self.prefaulted.next(buffer) {
             populate(buffers);
         }

@@ -624,22 +624,97 @@ fn a_former_primary_that_comes_back_as_a_standby_follows() {
 
 #[test]
 fn commands_that_replay_needs_the_relation_for_are_not_kept_waiting() {
-    let (primary, standby, _) = slow_pair(64);
+    let primary = primary(&["allow_in_place_tablespaces = on"]);
+    primary.sql("CREATE TABLESPACE space LOCATION ''");
+    let commands = [
+        ("t", "TRUNCATE t"),
+        ("u", "VACUUM FULL u"),
+        ("v", "DROP TABLE v"),
+        (
+            "w",
+            "ALTER TABLE w SET TABLESPACE pg_default; DROP TABLESPACE space",
+        ),
+    ];
+    let mut tables: Vec<(Block, &str)> = Vec::new();
+    for (name, command) in commands {
+        primary.table(name, 400);
+        if name == "w" {
+            primary.sql("ALTER TABLE w SET TABLESPACE space");
+        }
+        tables.push((primary.file_of("postgres", name), command));
+        heat(&primary, name);
+    }
     primary.sql("CREATE DATABASE doomed");
     primary.table_of_blocks("doomed", "d", 400);
-    for command in [
-        "TRUNCATE t",
-        "DROP DATABASE doomed",
-        "VACUUM FULL t",
-        "DROP TABLE t",
-    ] {
-        primary.sql(command);
-        let start = Instant::now();
-        wait_for_replay(&primary, &standby);
-        assert!(start.elapsed() < Duration::from_secs(5), "{command}");
-    }
+    let standby = follower_of(&primary);
+    standby.configure("pg_prewarm.autoprewarm_follow_max_rate = 640");
+    standby.start();
+    let mut client = standby.connect("postgres");
+    let replay = |command: &str| {
+        for statement in command.split("; ") {
+            primary.sql(statement);
+            let start = Instant::now();
+            wait_for_replay(&primary, &standby);
+            let took = start.elapsed();
+            assert!(took < Duration::from_secs(1), "{statement}: {took:?}");
+        }
+    };
+    // Each while a worker is connected to the database, or is in the middle of the table.
+    wait_until("a worker", || {
+        value(
+            &mut client,
+            "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = 'doomed'",
+        )
+    });
+    replay("DROP DATABASE doomed");
+    wait_until("parts of each table", || {
+        let is_partly_cached =
+            |&(table, _): &(Block, &str)| (1..400).contains(&cached(&standby, table).0);
+        if let Some(at) = tables.iter().position(is_partly_cached) {
+            replay(tables.remove(at).1);
+        }
+        tables.is_empty()
+    });
     hurry(&standby);
     follow_now(&standby);
+}
+
+#[test]
+fn no_dirty_block_is_evicted_for_the_list() {
+    let primary = primary(&["shared_buffers = 16MB", "autovacuum = off"]);
+    let table = primary.table("t", 500);
+    primary.table("other", 2000);
+    primary.sql("CHECKPOINT");
+    let standby = follower_of(&primary);
+    // The background writer would write dirty blocks as well.
+    standby.configure("bgwriter_lru_maxpages = 0\ncheckpoint_timeout = 1d");
+    standby.start();
+    // More dirty blocks than can be left if those of the list are loaded.
+    primary.table("written", 1700);
+    wait_for_replay(&primary, &standby);
+    // The server writes this to pg_control before it writes a block that is younger.
+    let consistent = "SELECT min_recovery_end_lsn::text FROM pg_control_recovery()";
+    let before = (
+        standby.value::<i64>(DIRTY),
+        standby.value::<String>(consistent),
+    );
+    assert!(before.0 > 1600, "{before:?}");
+    for _ in 0..3 {
+        heat(&primary, "t");
+        follow_now(&standby);
+    }
+    let loaded = cached(&standby, table).0;
+    assert!(loaded > 0, "there was room for some");
+    let after = (
+        standby.value::<i64>(DIRTY),
+        standby.value::<String>(consistent),
+    );
+    assert!(after.0 >= before.0, "{before:?} {after:?}");
+    assert_eq!(after.1, before.1, "{loaded} blocks were loaded");
+    // Any session evicts dirty blocks.
+    standby.sql("SELECT pg_prewarm('other')");
+    assert!(standby.value::<i64>(DIRTY) < before.0);
+    assert_ne!(standby.value::<String>(consistent), before.1);
 }
 
 #[test]

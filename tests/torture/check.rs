@@ -124,6 +124,7 @@ impl Arena {
         self.round.may_skip |= is_long && unexcused > 0;
         if let Some((_, line)) = log.rsplit_once("autoprewarm successfully prewarmed ")
             && result == Some("completed")
+            && !line.contains("after the promotion")
         {
             // What was locked then was loaded later.
             let later: i64 = line
@@ -249,7 +250,10 @@ impl Arena {
     /// All rows must exist and be right, and pages and indexes must be sound.
     fn check_data(&mut self) {
         let log = self.cluster.log_since(self.round.mark);
-        let recovered = log.contains("automatic recovery in progress");
+        // Either empties the unlogged tables.
+        let recovered = ["automatic recovery in progress", "entering standby mode"]
+            .iter()
+            .any(|sign| log.contains(sign));
         for database in DATABASES {
             let mut client = self.connect(database);
             for table in self
@@ -336,7 +340,8 @@ impl Arena {
     }
 }
 
-fn amcheck(client: &mut postgres::Client) {
+/// Checks all tables and indexes of a database, which may be a standby's.
+pub fn amcheck(client: &mut postgres::Client) {
     client
         .batch_execute(
             "SELECT bt_index_check(indexrelid, true) FROM pg_index i JOIN pg_class c \

@@ -1,16 +1,17 @@
 //! A standby that loads while it replays: what the primary does conflicts with the
 //! load, and the standby is promoted during it. Or it follows its primary, while the
-//! processes of both that this needs are terminated, and is promoted at some moment.
+//! processes of both that this needs are terminated, and is promoted at some moment; the
+//! former primary may follow it then, and take over again.
 
 use postgres::NoTls;
 use rand::Rng;
 
-use super::arena::Arena;
-use super::check::check_log;
+use super::arena::{Arena, DATABASES, has_amcheck};
+use super::check::{amcheck, check_log};
 use super::churn::{self, Churn};
 use super::list::List;
 use super::process;
-use crate::common::{Cluster, Fault, LIST, LoadStats, Shutdown, value, wait_until};
+use crate::common::{Cluster, Fault, LIST, LoadStats, Shutdown, give_to_server, value, wait_until};
 
 pub const FAULTS: &[super::Kind] = &[
     ("promotion", promotion),
@@ -53,13 +54,7 @@ fn check_standby(arena: &Arena, standby: &Cluster) {
         "{stats:?}"
     );
     if value::<bool>(&mut client, "SELECT pg_is_in_recovery()") {
-        let end: String = arena.cluster.value("SELECT pg_current_wal_lsn()::text");
-        wait_until("the standby", || {
-            value(
-                &mut client,
-                &format!("SELECT pg_last_wal_replay_lsn() >= '{end}'"),
-            )
-        });
+        wait_for_replay(&arena.cluster, standby);
         for table in arena.tables.iter().filter(|table| !table.unlogged) {
             let mut client = standby.connect(table.database);
             let sql = format!("SELECT count(*) FROM {}", table.name);
@@ -70,6 +65,7 @@ fn check_standby(arena: &Arena, standby: &Cluster) {
             );
         }
     }
+    check_pages(standby);
     let cached = standby.cached_without_extension();
     let missing = arena
         .anchors
@@ -87,6 +83,21 @@ fn check_standby(arena: &Arena, standby: &Cluster) {
         .count();
     assert_eq!(missing, 0, "blocks that the standby's list lacks");
     check_log(&standby.log(), &arena.round);
+}
+
+fn wait_for_replay(primary: &Cluster, standby: &Cluster) {
+    let end: String = primary.value("SELECT pg_current_wal_lsn()::text");
+    let sql = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
+    wait_until("the standby", || standby.value(&sql));
+}
+
+/// The tables and indexes must be sound.
+fn check_pages(server: &Cluster) {
+    if has_amcheck(server) {
+        for database in DATABASES {
+            amcheck(&mut server.connect(database));
+        }
+    }
 }
 
 fn promotion(arena: &mut Arena) {
@@ -164,18 +175,60 @@ fn following(arena: &mut Arena) {
     if let Some(churn) = churn {
         churn.end();
     }
-    // At any moment, once it has a list.
-    let mut client = standby.connect("postgres");
+    wait_for_list(&standby);
+    let is_switchover = arena.round.coin();
+    if is_switchover {
+        // The standby gets all WAL, if it is connected.
+        wait_until("replication", || {
+            let standbys = "SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'";
+            arena.cluster.value(standbys)
+        });
+        arena.cluster.stop(Shutdown::Fast);
+    } else {
+        arena.round.pause(1000);
+    }
+    promote(&standby);
+    if is_switchover {
+        rejoin(arena, &standby);
+    }
+    check_standby(arena, &standby);
+    if is_switchover {
+        promote(&arena.cluster);
+        arena.reset("primary_conninfo");
+        arena.reset("pg_prewarm.autoprewarm_follow");
+        arena.reset("pg_prewarm.autoprewarm_follow_interval");
+        arena.reload();
+    }
+}
+
+fn wait_for_list(follower: &Cluster) {
     wait_until("a list", || {
-        let list = "SELECT list_time IS NOT NULL FROM pg_stat_autoprewarm_follow";
-        value(&mut client, list)
+        follower.value("SELECT list_time IS NOT NULL FROM pg_stat_autoprewarm_follow")
     });
-    arena.round.pause(1000);
+}
+
+/// Promotes a standby that has a list, and waits until it has loaded the rest of that.
+fn promote(standby: &Cluster) {
+    let mut client = standby.connect("postgres");
     standby.promote();
     wait_until("the load after the promotion", || {
         !standby.data("autoprewarm.upstream").exists()
             && value(&mut client, "SELECT autoprewarm_wait('0')")
     });
-    drop(client);
-    check_standby(arena, &standby);
+}
+
+/// The former primary, which was shut down, becomes a standby of the new one, and follows.
+fn rejoin(arena: &mut Arena, primary: &Cluster) {
+    let signal = arena.cluster.data("standby.signal");
+    std::fs::write(&signal, "").unwrap();
+    give_to_server(&signal);
+    let conninfo = format!("'host={} user=postgres'", primary.path("").display());
+    arena.set("primary_conninfo", &conninfo);
+    arena.set("pg_prewarm.autoprewarm_follow", "on");
+    arena.set("pg_prewarm.autoprewarm_follow_interval", "1");
+    arena.cluster.start();
+    primary.sql("CREATE TABLE own AS SELECT generate_series(1, 1000); DROP TABLE own");
+    wait_for_replay(primary, &arena.cluster);
+    check_pages(&arena.cluster);
+    wait_for_list(&arena.cluster);
 }

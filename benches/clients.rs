@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::SeqCst};
 use std::time::{Duration, SystemTime};
 
 use postgres::config::Host;
@@ -20,6 +20,9 @@ pub const STEP: f64 = 0.25;
 
 /// After so many transactions a client connects again.
 const TRANSACTIONS_OF_A_SESSION: usize = 10_000;
+
+/// How often clients have begun to work.
+static BEGUN: AtomicU32 = AtomicU32::new(0);
 
 /// A transaction: when it ended, in seconds since 1970, and how long it took, in seconds.
 pub type Transaction = (f64, f64);
@@ -53,7 +56,9 @@ impl Clients {
             true => memory.to_owned(),
             false => std::env::temp_dir(),
         };
-        let directory = parent.join(format!("pg_prewarm-clients-{}", std::process::id()));
+        let process = std::process::id();
+        let begun = BEGUN.fetch_add(1, SeqCst);
+        let directory = parent.join(format!("pg_prewarm-clients-{process}-{begun}"));
         fs::create_dir_all(&directory).unwrap();
         let files: Vec<String> = scripts
             .iter()

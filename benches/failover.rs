@@ -2,15 +2,15 @@
 //! and the clients go on there.
 //!
 //! Three ways in turn: contrib's module on both servers, this one without following, and
-//! this one with it. Most of what the clients want is in shared buffers, not all of it. The
-//! standby's files are not in the operating system's cache when the primary is killed. With
-//! `READ_DELAY`, each read of a file takes so many milliseconds more, as with storage in a
-//! network.
+//! this one with it; in the variants the last two. Most of what the clients want is in shared
+//! buffers, not all of it. The standby's files are not in the operating system's cache when
+//! the primary is killed. With `READ_DELAY`, each read of a file takes so many milliseconds
+//! more, as with storage in a network.
 
 use std::time::{Duration, Instant};
 
 use crate::clients::{Clients, STEP, Transaction, curve, logged_time, now};
-use crate::common::{Cluster, signal, value, wait_until};
+use crate::common::{Cluster, Shutdown, signal, value, wait_until};
 use crate::report::{Curve, Report, median};
 use crate::side::{self, Side};
 use crate::{Options, machine};
@@ -19,8 +19,11 @@ use crate::{Options, machine};
 const CLIENTS: usize = 8;
 
 /// How long clients work before the primary is killed, and how long of that counts.
-const BEFORE: Duration = Duration::from_secs(25);
+const BEFORE: Duration = Duration::from_secs(30);
 const COUNTED_BEFORE: f64 = 10.0;
+
+/// How long clients have wanted other rows before that, where that is so.
+const EARLIER: Duration = Duration::from_secs(20);
 
 /// How long they are watched afterwards, and for how much of that hits and latencies count.
 const AFTER: Duration = Duration::from_secs(20);
@@ -28,6 +31,34 @@ const COUNTED_AFTER: f64 = 5.0;
 
 /// How long the throughput has to stay at nine tenths, in seconds.
 const WARM_FOR: f64 = 2.0;
+
+/// What is done, and what else is the case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Case {
+    Plain,
+    /// The clients want other rows since shortly before.
+    Moved,
+    /// The standby has half as many buffers.
+    Half,
+    /// Sessions of the standby read other rows, and fill its buffers.
+    Filled,
+}
+
+impl Case {
+    const ALL: [(&'static str, Self); 4] = [
+        ("plain", Self::Plain),
+        ("moved", Self::Moved),
+        ("half", Self::Half),
+        ("filled", Self::Filled),
+    ];
+
+    fn ways(self) -> &'static [Way] {
+        match self {
+            Self::Plain => &[Way::Contrib, Way::NotFollowing, Way::Following],
+            Self::Moved | Self::Half | Self::Filled => &[Way::NotFollowing, Way::Following],
+        }
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
@@ -37,8 +68,6 @@ enum Way {
 }
 
 impl Way {
-    const ALL: [Self; 3] = [Self::Contrib, Self::NotFollowing, Self::Following];
-
     fn name(self) -> &'static str {
         match self {
             Self::Contrib => "contrib",
@@ -68,47 +97,37 @@ struct Result {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Figures {
-    throughput: f64,
-    hit_ratio: f64,
-    p99: f64,
+pub struct Figures {
+    /// Transactions per second.
+    pub throughput: f64,
+    pub hit_ratio: f64,
+    /// Milliseconds.
+    pub p99: f64,
 }
 
 pub fn run(options: &Options, report: &mut Report) {
     let size = options.size;
     let buffers = size.buffers / 8;
-    let mut primary = side::cluster(
-        buffers,
-        &[
-            "wal_level = replica",
-            "max_wal_senders = 10",
-            "max_connections = 100",
-            "wal_keep_size = 4GB",
-        ],
-    );
-    side::table(&primary, "postgres", "t", size.dense_blocks);
-    primary.sql("CREATE INDEX ON t (id)");
-    primary.sql("VACUUM ANALYZE t");
-    primary.sql("CREATE EXTENSION pg_prewarm VERSION '1.2'");
-    primary.sql(
-        "CREATE TABLE written AS SELECT g AS id, 0 AS n FROM generate_series(1, 1000) g; \
-         CREATE INDEX ON written (id)",
-    );
-    primary.sql(
-        "CREATE ROLE app LOGIN; GRANT SELECT ON t TO app; GRANT SELECT, UPDATE ON written TO app; \
-         CHECKPOINT",
-    );
-    primary.stop(crate::common::Shutdown::Fast);
+    let mut primary = primary(size.dense_blocks, buffers);
+    primary.stop(Shutdown::Fast);
     // It is killed again and again.
     primary.expect_crash();
     slow_down(&primary);
+    for (name, case) in Case::ALL {
+        if options.includes(name) {
+            measure(name, case, &mut primary, options, report);
+        }
+    }
+}
 
+fn measure(name: &str, case: Case, primary: &mut Cluster, options: &Options, report: &mut Report) {
+    let size = options.size;
     let mut results: Vec<(Way, Result)> = Vec::new();
     for run in 0..options.runs {
-        for way in Way::ALL {
-            let result = one_run(way, &mut primary, size.dense_blocks, buffers);
+        for &way in case.ways() {
+            let result = one_run(case, way, primary, size.dense_blocks, size.buffers / 8);
             eprintln!(
-                "   failover, run {}, {}: before {:.0?}, after {:.3?}, nine tenths after {:.2} s",
+                "   {name}, run {}, {}: before {:.3?}, after {:.3?}, nine tenths after {:.2} s",
                 run + 1,
                 way.name(),
                 result.before,
@@ -123,13 +142,10 @@ pub fn run(options: &Options, report: &mut Report) {
         median(&results.map(|(_, result)| pick(result)).collect::<Vec<_>>())
     };
     let mut curves: Vec<Curve> = Vec::new();
-    for way in Way::ALL {
+    for &way in case.ways() {
         let mut figure = |what: &str, unit: &str, pick: &dyn Fn(&Result) -> f64| {
-            report.figure(
-                &format!("failover: {}: {what}", way.name()),
-                of(way, pick),
-                unit,
-            );
+            let what = format!("failover: {name}: {}: {what}", way.name());
+            report.figure(&what, of(way, pick), unit);
         };
         figure("throughput of the old primary", "/s", &|result| {
             result.before.throughput
@@ -158,12 +174,38 @@ pub fn run(options: &Options, report: &mut Report) {
         curves.push((way.name().to_owned(), curve));
     }
     report.plot(
-        "failover",
-        "Throughput after a promotion",
+        &format!("failover-{name}"),
+        &format!("Throughput after a promotion: {name}"),
         "seconds",
         "transactions a second",
         &curves,
     );
+}
+
+/// A primary with a table whose rows clients read, and a small one whose rows they update.
+pub fn primary(rows: u32, buffers: u32) -> Cluster {
+    let primary = side::cluster(
+        buffers,
+        &[
+            "wal_level = replica",
+            "max_wal_senders = 10",
+            "max_connections = 100",
+            "wal_keep_size = 8GB",
+        ],
+    );
+    side::table(&primary, "postgres", "t", rows);
+    primary.sql("CREATE INDEX ON t (id)");
+    primary.sql("VACUUM ANALYZE t");
+    primary.sql("CREATE EXTENSION pg_prewarm VERSION '1.2'");
+    primary.sql(
+        "CREATE TABLE written AS SELECT g AS id, 0 AS n FROM generate_series(1, 1000) g; \
+         CREATE INDEX ON written (id)",
+    );
+    primary.sql(
+        "CREATE ROLE app LOGIN; GRANT SELECT ON t TO app; GRANT SELECT, UPDATE ON written TO app; \
+         CHECKPOINT",
+    );
+    primary
 }
 
 /// Makes reads as slow as `READ_DELAY` says. The first call precedes the start of the server.
@@ -174,7 +216,7 @@ fn slow_down(cluster: &Cluster) {
     }
 }
 
-fn one_run(way: Way, primary: &mut Cluster, rows: u32, buffers: u32) -> Result {
+fn one_run(case: Case, way: Way, primary: &mut Cluster, rows: u32, buffers: u32) -> Result {
     primary.switch_to(way.side().installation());
     machine::touch_memory(2 * (buffers + buffers / 4));
     primary.start();
@@ -186,25 +228,38 @@ fn one_run(way: Way, primary: &mut Cluster, rows: u32, buffers: u32) -> Result {
              pg_prewarm.autoprewarm_follow_interval = 5"
         ));
     }
+    if case == Case::Half {
+        standby.configure(&format!("shared_buffers = {}MB", buffers / 2));
+    }
     slow_down(&standby);
     standby.start();
 
-    let clients = begin_clients(primary, rows);
-    std::thread::sleep(BEFORE);
+    let readers = (case == Case::Filled)
+        .then(|| Clients::begin(&standby, CLIENTS / 2, "app", &[(&read(rows, 3), 1)]));
+    if case == Case::Moved {
+        let clients = begin_clients(primary, rows, 2);
+        std::thread::sleep(EARLIER);
+        clients.end();
+    }
+    let clients = begin_clients(primary, rows, 1);
+    std::thread::sleep(BEFORE.saturating_sub(Duration::from_secs_f64(COUNTED_BEFORE)));
     let hits = Hits::of(primary);
     std::thread::sleep(Duration::from_secs_f64(COUNTED_BEFORE));
     let before_ratio = Hits::of(primary).ratio_since(&hits);
     let killed = now();
     signal(primary.postmaster(), libc::SIGKILL);
     let (transactions, _) = clients.end();
-    let before = figures(&transactions, killed - COUNTED_BEFORE, killed, before_ratio);
+    let before = Figures::of(&transactions, killed - COUNTED_BEFORE, killed, before_ratio);
+    if let Some(readers) = readers {
+        readers.end();
+    }
 
     // What is cached in memory of the system is lost where a machine fails, and other files
     // have taken its place on a standby that is up for long.
     machine::drop_caches();
     let mark = standby.log_end();
     let hits = Hits::of(&standby);
-    let clients = begin_clients(&standby, rows);
+    let clients = begin_clients(&standby, rows, 1);
     standby.promote();
     let promoted = logged_time(
         &standby.log_since(mark),
@@ -216,7 +271,7 @@ fn one_run(way: Way, primary: &mut Cluster, rows: u32, buffers: u32) -> Result {
     let after_ratio = Hits::of(&standby).ratio_since(&hits);
     std::thread::sleep(AFTER.saturating_sub(start.elapsed()));
     let (transactions, _) = clients.end();
-    let after = figures(
+    let after = Figures::of(
         &transactions,
         promoted,
         promoted + COUNTED_AFTER,
@@ -249,25 +304,35 @@ fn one_run(way: Way, primary: &mut Cluster, rows: u32, buffers: u32) -> Result {
     }
 }
 
-/// Most of the rows that clients read fit into shared buffers. One transaction in ten updates
-/// another, small table: what is updated, replay reads on the standby as well. There, updates
-/// fail until it is promoted.
-fn begin_clients(cluster: &Cluster, rows: u32) -> Clients {
-    let row = format!("1 + permute(random_zipfian(1, {rows}, 1.05) - 1, {rows}, 1)");
-    let script = |statement: &str| format!("\\set id {row}\n{statement} WHERE id = :id;\n");
-    let read = script("SELECT octet_length(filler) FROM t");
+/// One transaction in ten updates a row of the small table: what is updated, replay reads on
+/// the standby as well. There, updates fail until it is promoted.
+fn begin_clients(cluster: &Cluster, rows: u32, choice: u32) -> Clients {
     let update = "\\set id random(1, 1000)\nUPDATE written SET n = n + 1 WHERE id = :id;\n";
-    Clients::begin(cluster, CLIENTS, "app", &[(&read, 9), (update, 1)])
+    Clients::begin(
+        cluster,
+        CLIENTS,
+        "app",
+        &[(&read(rows, choice), 9), (update, 1)],
+    )
+}
+
+/// A script that reads a row. Most of those that are wanted often fit into shared buffers;
+/// which ones these are depends on the choice.
+pub fn read(rows: u32, choice: u32) -> String {
+    format!(
+        "\\set id 1 + permute(random_zipfian(1, {rows}, 1.05) - 1, {rows}, {choice})\n\
+         SELECT octet_length(filler) FROM t WHERE id = :id;\n"
+    )
 }
 
 /// How often blocks were found in shared buffers, and read.
-struct Hits {
+pub struct Hits {
     hits: f64,
     reads: f64,
 }
 
 impl Hits {
-    fn of(cluster: &Cluster) -> Self {
+    pub fn of(cluster: &Cluster) -> Self {
         let mut client = cluster.connect("postgres");
         let mut sum = |column: &str| -> f64 {
             let sql = format!("SELECT sum({column})::float8 FROM pg_stat_database");
@@ -279,22 +344,25 @@ impl Hits {
         }
     }
 
-    fn ratio_since(&self, before: &Self) -> f64 {
+    pub fn ratio_since(&self, before: &Self) -> f64 {
         let (hits, reads) = (self.hits - before.hits, self.reads - before.reads);
         hits / (hits + reads).max(1.0)
     }
 }
 
-fn figures(transactions: &[Transaction], from: f64, until: f64, hit_ratio: f64) -> Figures {
-    let counted = transactions
-        .iter()
-        .filter(|(end, _)| (from..until).contains(end));
-    let mut latencies: Vec<f64> = counted.map(|(_, took)| took * 1000.0).collect();
-    latencies.sort_by(f64::total_cmp);
-    let at = (latencies.len().saturating_sub(1) as f64 * 0.99) as usize;
-    Figures {
-        throughput: latencies.len() as f64 / (until - from),
-        hit_ratio,
-        p99: latencies.get(at).copied().unwrap_or(f64::NAN),
+impl Figures {
+    /// Of the transactions that ended in that time.
+    pub fn of(transactions: &[Transaction], from: f64, until: f64, hit_ratio: f64) -> Self {
+        let counted = transactions
+            .iter()
+            .filter(|(end, _)| (from..until).contains(end));
+        let mut latencies: Vec<f64> = counted.map(|(_, took)| took * 1000.0).collect();
+        latencies.sort_by(f64::total_cmp);
+        let at = (latencies.len().saturating_sub(1) as f64 * 0.99) as usize;
+        Self {
+            throughput: latencies.len() as f64 / (until - from),
+            hit_ratio,
+            p99: latencies.get(at).copied().unwrap_or(f64::NAN),
+        }
     }
 }

@@ -4,9 +4,10 @@
 //! …), on the same machine in the same run; what matters is the ratio of the medians.
 //! The arguments name the scenarios to run; without any, all are run. The environment
 //! variables are `SIZE` (`smoke` or `full`), `RUNS` (how many times), `HUGE_PAGES` (`on` or
-//! `off`), `CASES` (names of cases of `load` and `busy`, with commas), `READ_DELAY`
-//! (milliseconds, in `failover`), `SETTINGS` (lines for `postgresql.conf`, with semicolons),
-//! and `OUT`, the directory for the results as JSON and SVG. They are also printed as tables.
+//! `off`), `CASES` (names of cases, with commas, in the scenarios that have such),
+//! `READ_DELAY` (milliseconds, in `failover`), `SETTINGS` (lines for `postgresql.conf`, with
+//! semicolons), and `OUT`, the directory for the results as JSON and SVG. They are also
+//! printed as tables.
 
 #![allow(clippy::cast_possible_truncation)]
 
@@ -19,6 +20,7 @@ mod clients;
 mod counters;
 mod dump;
 mod failover;
+mod following;
 mod lists;
 mod load;
 mod machine;
@@ -110,7 +112,7 @@ fn main() {
     };
     let huge_pages = machine::reserved_huge_pages();
     let mut report = Report::new(&options);
-    let scenarios: [(&str, Scenario); 8] = [
+    let scenarios: [(&str, Scenario); 9] = [
         // First, since it measures the memory of this process.
         ("lists", lists::run),
         ("load", load::run),
@@ -120,6 +122,7 @@ fn main() {
         ("counters", counters::run),
         ("modes", modes::run),
         ("failover", failover::run),
+        ("following", following::run),
     ];
     for (name, run) in scenarios {
         if chosen.is_empty() || chosen.iter().any(|chosen| chosen == name) {

@@ -15,8 +15,16 @@
 #   make check             formatting, lints, documentation, dependencies
 #   make fuzz [TIME=60]    fuzzing, so many seconds for each target
 #   make valgrind [PG=18]  a load, a dump and every function under valgrind
+#   make all PG_CONFIG=/path/to/pg_config
+#                          build for release, for that PostgreSQL
 #   make install PG_CONFIG=/path/to/pg_config
-#                          install into that PostgreSQL
+#                          the same, and install into it
+#   make deb [PG=18]       a Debian package
+#   make apt-repo          an apt repository of the Debian packages that were built
+#   make archive [PG=18]   a tar file that is used from any directory (18 and later)
+#   make image [PG=18]     the same as an OCI image
+#   make dist              archives of the source: for PGXN, and with all crates
+#   make test-packages     tests of all these
 #   make clean             remove all build results
 #
 # TESTS=name runs only the tests with that in their name.
@@ -24,7 +32,8 @@
 PG ?= 15
 PG_CONFIG ?= pg_config
 
-.PHONY: demo demo-failover test test-all test-scripts torture restarts bench check fuzz valgrind install clean
+.PHONY: demo demo-failover test test-all test-scripts test-packages torture restarts bench check \
+	fuzz valgrind all install deb apt-repo archive image dist clean
 
 demo:
 	@scripts/demo
@@ -40,6 +49,9 @@ test-all:
 
 test-scripts:
 	@tests/scripts.sh
+
+test-packages:
+	@tests/packages.sh
 
 # SECONDS is a variable of the shell.
 torture:
@@ -60,8 +72,27 @@ fuzz:
 valgrind:
 	@scripts/valgrind $(PG)
 
+all:
+	@scripts/install --only-build $(PG_CONFIG)
+
 install:
 	@scripts/install $(PG_CONFIG)
+
+deb:
+	@scripts/deb $(PG)
+
+apt-repo:
+	@scripts/apt-repo
+
+# Only a PG that was given counts.
+archive:
+	@scripts/archive $(if $(filter file,$(origin PG)),18,$(PG))
+
+image:
+	@scripts/archive $(if $(filter file,$(origin PG)),18,$(PG)) image
+
+dist:
+	@scripts/dist
 
 clean:
 	cargo clean

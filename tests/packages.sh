@@ -343,10 +343,10 @@ test_beside() {
 
 # pg_upgrade from 15, with ours in the place of contrib's, to 18 with ours beside it.
 test_upgrade_beside() {
-    local new_bin=$bin old=$work/old new=$work/upgraded
-    use_pg_config "$(pg_config_of 15)"
-    install_extension --release
-    bin=$("$PG_CONFIG" --bindir)
+    local new_bin=$bin old_bin old=$work/old new=$work/upgraded
+    old_bin=$("$(pg_config_of 15)" --bindir)
+    make -s install PG_CONFIG="$(pg_config_of 15)"
+    bin=$old_bin
     new_server "$old" "shared_preload_libraries = 'pg_prewarm'"
     query "CREATE EXTENSION pg_prewarm; CREATE TABLE t AS SELECT generate_series(1, 100000)"
     stop "$old"
@@ -354,7 +354,7 @@ test_upgrade_beside() {
     new_server "$new" "${beside[@]}"
     stop "$new"
     upgrade() {
-        (cd "$work" && as_server_user "$bin/pg_upgrade" -b "$("$PG_CONFIG" --bindir)" -B "$bin" \
+        (cd "$work" && as_server_user "$bin/pg_upgrade" -b "$old_bin" -B "$bin" \
             -d "$old" -D "$new" -s "$work" -U postgres "$@")
     }
     expect "pg_upgrade to a server with ours beside contrib's" upgrade --new-options "-c shared_preload_libraries=''"

@@ -371,21 +371,21 @@ test_upgrade_beside() {
 # --- the source archives
 
 test_source() {
-    local name=pg_prewarm_rs-$version pg_config
+    local dist=pg_prewarm_rs-$version pg_config
     make -s dist
     # A copy, since it is installed into.
     cp -a "$(pg_root 15)" "$work/pg15"
     pg_config=$work/pg15/lib/postgresql/15/bin/pg_config
     rm -f "$("$pg_config" --pkglibdir)/pg_prewarm.so"
     mkdir "$work/offline"
-    tar -xf "$packages/$name-vendored.tar.xz" -C "$work/offline"
+    tar -xf "$packages/$dist-vendored.tar.xz" -C "$work/offline"
     without_network() {
-        env -u CARGO_TARGET_DIR CARGO_HOME="$work/cargo" unshare --net make -s -C "$work/offline/$name" install PG_CONFIG="$pg_config"
+        env -u CARGO_TARGET_DIR CARGO_HOME="$work/cargo" unshare --net make -s -C "$work/offline/$dist" install PG_CONFIG="$pg_config"
     }
     expect "the archive with crates is built and installed without a network" without_network
     expect "its library is there" test -s "$("$pg_config" --pkglibdir)/pg_prewarm.so"
     rm -rf "$work/offline" "$work/cargo" "$("$pg_config" --pkglibdir)/pg_prewarm.so"
-    expect "pgxn installs its archive" env -u CARGO_TARGET_DIR pgxn install --nosudo --pg_config "$pg_config" "$packages/$name.zip"
+    expect "pgxn installs its archive" env -u CARGO_TARGET_DIR pgxn install --nosudo --pg_config "$pg_config" "$packages/$dist.zip"
     expect "its library is there" test -s "$("$pg_config" --pkglibdir)/pg_prewarm.so"
 }
 

@@ -377,7 +377,8 @@ test_source() {
     cp -a "$(pg_root 15)" "$work/pg15"
     pg_config=$work/pg15/lib/postgresql/15/bin/pg_config
     rm -f "$("$pg_config" --pkglibdir)/pg_prewarm.so"
-    mkdir "$work/offline"
+    # pgxn looks whether it can write there.
+    mkdir -p "$("$pg_config" --libdir)" "$work/offline"
     tar -xf "$packages/$dist-vendored.tar.xz" -C "$work/offline"
     without_network() {
         env -u CARGO_TARGET_DIR CARGO_HOME="$work/cargo" unshare --net make -s -C "$work/offline/$dist" install PG_CONFIG="$pg_config"

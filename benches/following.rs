@@ -237,6 +237,8 @@ fn compare(report: &mut Report, what: &str, unit: &str, results: &[Vec<f64>; 2])
             unit,
         );
     }
-    let what = format!("following: {what}, following relative to not");
-    report.figure(&what, medians[1] / medians[0], "");
+    if medians[0] > 0.0 {
+        let what = format!("following: {what}, following relative to not");
+        report.figure(&what, medians[1] / medians[0], "");
+    }
 }

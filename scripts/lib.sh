@@ -34,8 +34,8 @@ build_directories() {
 
 # Panic messages have the path of the source file. In builds, /build replaces the paths of
 # the checkout and of the crates, and /build/target that of the build results, wherever they
-# are; if several prefixes match, the last counts. (Cargo then
-# ignores the flags in its configuration files, but not those in RUSTFLAGS.)
+# are; if several prefixes match, the last counts. (Cargo then ignores the flags in its
+# configuration files, but not those in RUSTFLAGS.)
 hide_build_directories() {
     local flags=() directory separator=$'\x1f'
     read -r -a flags <<<"${RUSTFLAGS:-}"

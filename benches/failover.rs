@@ -325,7 +325,8 @@ pub fn read(rows: u32, choice: u32) -> String {
     )
 }
 
-/// How often blocks were found in shared buffers, and read.
+/// How often sessions found blocks in shared buffers, and read them. 15 counts what a load
+/// reads as well.
 pub struct Hits {
     hits: f64,
     reads: f64,
@@ -334,14 +335,18 @@ pub struct Hits {
 impl Hits {
     pub fn of(cluster: &Cluster) -> Self {
         let mut client = cluster.connect("postgres");
-        let mut sum = |column: &str| -> f64 {
-            let sql = format!("SELECT sum({column})::float8 FROM pg_stat_database");
-            value(&mut client, &sql)
-        };
-        Self {
-            hits: sum("blks_hit"),
-            reads: sum("blks_read"),
+        let [hits, reads] = match cluster.major() {
+            15 => ["blks_hit", "blks_read"].map(|column| (column, "pg_stat_database")),
+            _ => ["hits", "reads"].map(|column| {
+                let sessions = "pg_stat_io WHERE backend_type = 'client backend'";
+                (column, sessions)
+            }),
         }
+        .map(|(column, of)| -> f64 {
+            let sql = format!("SELECT sum({column})::float8 FROM {of}");
+            value(&mut client, &sql)
+        });
+        Self { hits, reads }
     }
 
     pub fn ratio_since(&self, before: &Self) -> f64 {

@@ -45,7 +45,7 @@ fn pair(tables: &[(&str, u32)]) -> (Cluster, Cluster) {
     }
     let standby = follower_of(&primary);
     standby.start();
-    wait_for_replay(&primary, &standby);
+    standby.wait_for_replay(&primary);
     follow_now(&standby);
     (primary, standby)
 }
@@ -60,7 +60,7 @@ fn slow_pair(rate: u32) -> (Cluster, Cluster, Block) {
     standby.configure(&format!("pg_prewarm.autoprewarm_follow_max_rate = {rate}"));
     standby.start();
     wait_for_state(&standby, "topping up");
-    wait_for_replay(&primary, &standby);
+    standby.wait_for_replay(&primary);
     assert!(cached(&standby, table).0 < 300);
     (primary, standby, table)
 }
@@ -69,16 +69,6 @@ fn slow_pair(rate: u32) -> (Cluster, Cluster, Block) {
 fn hurry(standby: &Cluster) {
     standby.configure("pg_prewarm.autoprewarm_follow_max_rate = 0");
     standby.reload();
-}
-
-fn wait_for_replay(upstream: &Cluster, standby: &Cluster) {
-    let position: String = upstream.value(
-        "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() \
-                     ELSE pg_current_wal_lsn() END::text",
-    );
-    wait_until("replay", || {
-        standby.value(&format!("SELECT pg_last_wal_replay_lsn() >= '{position}'"))
-    });
 }
 
 /// Makes all blocks of a table hot.
@@ -145,7 +135,7 @@ fn a_standby_is_as_warm_as_its_primary_before_and_after_its_promotion() {
     heat(&primary, "t");
     let standby = follower_of(&primary);
     standby.start();
-    wait_for_replay(&primary, &standby);
+    standby.wait_for_replay(&primary);
     wait_until("the first list", || {
         standby.value("SELECT list_time IS NOT NULL FROM pg_stat_autoprewarm_follow")
     });
@@ -213,7 +203,7 @@ fn hot_blocks_replace_those_that_nobody_uses_and_no_others() {
     primary.sql("CHECKPOINT");
     let standby = follower_of(&primary);
     standby.start();
-    wait_for_replay(&primary, &standby);
+    standby.wait_for_replay(&primary);
     let file = |table| primary.file_of("postgres", table);
     let (first, second, mine) = (file("first"), file("second"), file("mine"));
     let rounds = |hot: &str, cold: &str| {
@@ -265,7 +255,7 @@ fn a_cascaded_standby_gets_the_list_of_the_primary() {
     let table = primary.file_of("postgres", "t");
     let second = follower_of(&first);
     second.start();
-    wait_for_replay(&first, &second);
+    second.wait_for_replay(&first);
     follow_now(&second);
     assert_eq!(cached(&second, table).0, 100);
     let time = "SELECT list_time::text FROM pg_stat_autoprewarm_follow";
@@ -460,7 +450,7 @@ fn no_slot_for_a_walsender_is_not_fatal_for_replication() {
         "{refused:?}"
     );
     primary.sql("CREATE TABLE t ()");
-    wait_for_replay(&primary, &standby);
+    standby.wait_for_replay(&primary);
 }
 
 #[test]
@@ -579,7 +569,7 @@ fn following_goes_on_after_its_processes_were_killed() {
 fn new_sessions_can_be_held_after_a_promotion() {
     let (primary, standby, table) = slow_pair(8);
     primary.sql("CREATE ROLE app LOGIN");
-    wait_for_replay(&primary, &standby);
+    standby.wait_for_replay(&primary);
     standby.configure(
         "pg_prewarm.autoprewarm_max_rate = 400kB\n\
          pg_prewarm.autoprewarm_hold_connections = 30s",
@@ -612,7 +602,7 @@ fn a_former_primary_that_comes_back_as_a_standby_follows() {
         standby.path("").display()
     ));
     primary.start();
-    wait_for_replay(&standby, &primary);
+    primary.wait_for_replay(&standby);
     follow_now(&primary);
     let table = standby.file_of("postgres", "t");
     assert_eq!(cached(&primary, table).0, 100);
@@ -654,7 +644,7 @@ fn commands_that_replay_needs_the_relation_for_are_not_kept_waiting() {
         for statement in command.split("; ") {
             primary.sql(statement);
             let start = Instant::now();
-            wait_for_replay(&primary, &standby);
+            standby.wait_for_replay(&primary);
             let took = start.elapsed();
             assert!(took < Duration::from_secs(1), "{statement}: {took:?}");
         }
@@ -691,7 +681,7 @@ fn no_dirty_block_is_evicted_for_the_list() {
     standby.start();
     // More dirty blocks than can be left if those of the list are loaded.
     primary.table("written", 1700);
-    wait_for_replay(&primary, &standby);
+    standby.wait_for_replay(&primary);
     // The server writes this to pg_control before it writes a block that is younger.
     let consistent = "SELECT min_recovery_end_lsn::text FROM pg_control_recovery()";
     let before = (
@@ -725,7 +715,7 @@ fn loading_slows_down_while_replay_lags() {
     let standby = follower_of(&primary);
     standby.configure("pg_prewarm.autoprewarm_follow = off");
     standby.start();
-    wait_for_replay(&primary, &standby);
+    standby.wait_for_replay(&primary);
     let before = cached(&standby, table).0;
     standby.sql("SELECT pg_wal_replay_pause()");
     primary.sql(
@@ -758,7 +748,7 @@ fn a_promotion_during_the_standbys_own_load_is_noticed_at_once() {
     heat(&primary, "t");
     let standby = follower_of(&primary);
     standby.start();
-    wait_for_replay(&primary, &standby);
+    standby.wait_for_replay(&primary);
     follow_now(&standby);
     // Its own list takes minutes.
     standby.configure("pg_prewarm.autoprewarm_max_rate = 8");
@@ -854,7 +844,7 @@ fn a_former_primary_that_was_rewound_and_a_new_standby_follow() {
     heat(&primary, "t");
     let standby = follower_of(&primary);
     standby.start();
-    wait_for_replay(&primary, &standby);
+    standby.wait_for_replay(&primary);
     follow_now(&standby);
     promote(&standby);
     standby.sql("CHECKPOINT");
@@ -878,7 +868,7 @@ fn a_former_primary_that_was_rewound_and_a_new_standby_follow() {
         primary.path("").display()
     ));
     primary.start();
-    wait_for_replay(&standby, &primary);
+    primary.wait_for_replay(&standby);
     let table = standby.file_of("postgres", "t");
     let new = follower_of(&standby);
     new.start();

@@ -813,6 +813,17 @@ impl Cluster {
         ));
         standby
     }
+
+    /// Waits until this standby has replayed what its upstream server has written, or, if
+    /// that is a standby itself, replayed.
+    pub fn wait_for_replay(&self, upstream: &Cluster) {
+        let end: String = upstream.value(
+            "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() \
+                         ELSE pg_current_wal_lsn() END::text",
+        );
+        let sql = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
+        wait_until("replay", || self.value(&sql));
+    }
 }
 
 /// A background worker slot that a parallel query occupies.

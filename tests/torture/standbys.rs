@@ -54,7 +54,7 @@ fn check_standby(arena: &Arena, standby: &Cluster) {
         "{stats:?}"
     );
     if value::<bool>(&mut client, "SELECT pg_is_in_recovery()") {
-        wait_for_replay(&arena.cluster, standby);
+        standby.wait_for_replay(&arena.cluster);
         for table in arena.tables.iter().filter(|table| !table.unlogged) {
             let mut client = standby.connect(table.database);
             let sql = format!("SELECT count(*) FROM {}", table.name);
@@ -83,12 +83,6 @@ fn check_standby(arena: &Arena, standby: &Cluster) {
         .count();
     assert_eq!(missing, 0, "blocks that the standby's list lacks");
     check_log(&standby.log(), &arena.round);
-}
-
-fn wait_for_replay(primary: &Cluster, standby: &Cluster) {
-    let end: String = primary.value("SELECT pg_current_wal_lsn()::text");
-    let sql = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
-    wait_until("the standby", || standby.value(&sql));
 }
 
 /// The tables and indexes must be sound.
@@ -228,7 +222,7 @@ fn rejoin(arena: &mut Arena, primary: &Cluster) {
     arena.set("pg_prewarm.autoprewarm_follow_interval", "1");
     arena.cluster.start();
     primary.sql("CREATE TABLE own AS SELECT generate_series(1, 1000); DROP TABLE own");
-    wait_for_replay(primary, &arena.cluster);
+    arena.cluster.wait_for_replay(primary);
     check_pages(&arena.cluster);
     wait_for_list(&arena.cluster);
 }

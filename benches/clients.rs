@@ -204,11 +204,13 @@ impl ProcessorTimes {
         let mut seen: HashMap<i32, (bool, f64)> = HashMap::new();
         while !stop.load(SeqCst) {
             for (pid, title, time) in processes(data) {
+                // A session that is held has "autoprewarm" in its title, too.
+                let is_client = title.contains(mine);
                 let is_load = ["autoprewarm", "io worker"]
                     .iter()
                     .any(|text| title.contains(text));
-                if is_load || title.contains(mine) {
-                    seen.insert(pid, (is_load, time));
+                if is_client || is_load {
+                    seen.insert(pid, (!is_client, time));
                 }
             }
             std::thread::sleep(Duration::from_millis(200));

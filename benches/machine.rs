@@ -74,14 +74,26 @@ pub fn huge_pages() -> bool {
 }
 
 /// How many huge pages the system reserves, as the file says it.
-pub fn reserved_huge_pages() -> String {
+fn reserved_huge_pages() -> String {
     fs::read_to_string(HUGE_PAGES).unwrap_or_default()
 }
 
-/// Reserves as many huge pages as before.
-pub fn restore_huge_pages(before: String) {
-    if reserved_huge_pages() != before {
-        fs::write(HUGE_PAGES, before).expect("only root can reserve huge pages");
+/// How many huge pages the system reserved: it does so again when this is dropped, also by
+/// a panic.
+pub struct ReservedHugePages(String);
+
+impl ReservedHugePages {
+    pub fn now() -> Self {
+        Self(reserved_huge_pages())
+    }
+}
+
+impl Drop for ReservedHugePages {
+    fn drop(&mut self) {
+        if reserved_huge_pages() != self.0 {
+            let _ = fs::write(HUGE_PAGES, &self.0)
+                .inspect_err(|error| eprintln!("huge pages stay reserved: {error}"));
+        }
     }
 }
 

@@ -110,7 +110,7 @@ fn main() {
             .map(|cases| cases.split(',').map(str::to_owned).collect())
             .unwrap_or_default(),
     };
-    let huge_pages = machine::reserved_huge_pages();
+    let _huge_pages = machine::ReservedHugePages::now();
     let mut report = Report::new(&options);
     let scenarios: [(&str, Scenario); 9] = [
         // First, since it measures the memory of this process.
@@ -131,5 +131,4 @@ fn main() {
         }
     }
     report.finish();
-    machine::restore_huge_pages(huge_pages);
 }

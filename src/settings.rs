@@ -166,7 +166,8 @@ pub fn autoprewarm_interval() -> Option<Duration> {
 }
 
 /// `pg_prewarm.autoprewarm_hold_connections`: how long a new session waits for the first
-/// tier of the server's first load at most. Zero if none waits.
+/// tier of the server's first load, or of that after a promotion, at most. Zero if none
+/// waits.
 pub fn autoprewarm_hold_connections() -> Duration {
     let milliseconds = AUTOPREWARM_HOLD_CONNECTIONS.get();
     Duration::from_millis(u64::try_from(milliseconds).unwrap_or(0))

@@ -379,6 +379,22 @@ fn by_default_four_workers_load_and_a_parallel_query_gets_two() {
 }
 
 #[test]
+fn on_a_standby_the_slot_of_the_logical_replication_launcher_is_left_as_well() {
+    let (cluster, _) = cluster_with_tables("postgres", &["wal_level = replica"]);
+    let table = cluster.table("many", 10_000);
+    let standby = cluster.standby();
+    standby.configure("pg_prewarm.autoprewarm_max_rate = 80");
+    standby.write_list(list_of(table.first(10_000)));
+    standby.start();
+    let mut client = standby.connect("postgres");
+    let count = format!("SELECT count(*) {WORKERS}");
+    wait_until("four workers", || value::<i64>(&mut client, &count) == 4);
+    // Another one would be there by now.
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    assert_eq!(value::<i64>(&mut client, &count), 4);
+}
+
+#[test]
 fn sixty_four_workers_load_at_the_same_time() {
     let (cluster, _) = cluster_with_tables(
         "postgres",

@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use postgres::Client;
+use postgres::{Client, NoTls};
 
 use crate::common::{
     Block, Cluster, Fault, LIST, LoadStats, Shutdown, error, limit, list_of, signal, value,
@@ -64,7 +64,7 @@ fn without_a_worker_slot_the_list_is_kept_at_every_shutdown() {
         assert!(leader.is_some());
         if how == Shutdown::Fast {
             // A few more tries.
-            std::thread::sleep(std::time::Duration::from_secs(3));
+            std::thread::sleep(Duration::from_secs(3));
             assert_eq!(cluster.log_since(mark).matches(WAITING).count(), 1);
         }
         assert_eq!(cluster.leader(), leader);
@@ -682,6 +682,34 @@ fn if_workers_are_terminated_before_loading_any_block_the_load_ends_and_the_list
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
     cluster.reload();
     assert_eq!(cluster.wait_for_load(mark), (BLOCKS.into(), BLOCKS.into()));
+}
+
+#[test]
+fn a_session_that_waits_for_a_load_that_fails_begins() {
+    let (cluster, list) = cluster_with_endless_load(7000);
+    cluster.configure(
+        "pg_prewarm.autoprewarm_workers = 8\npg_prewarm.autoprewarm_hold_connections = 60s",
+    );
+    cluster.start();
+    cluster.sql("CREATE ROLE app LOGIN");
+    cluster.stop(Shutdown::Fast);
+    assert_eq!(cluster.list(), list);
+    cluster.start();
+    let mut config = cluster.config();
+    config.user("app");
+    let session = std::thread::spawn(move || config.connect(NoTls));
+    let mut client = cluster.connect("postgres");
+    wait_until("a session that waits", || {
+        value::<i64>(
+            &mut client,
+            "SELECT connections_held FROM pg_stat_autoprewarm",
+        ) == 1
+    });
+    let start = Instant::now();
+    end_workers_until_the_load_ends(&mut client, || ());
+    assert_eq!(LoadStats::get(&mut client).result(), "failed");
+    assert!(session.join().unwrap().is_ok());
+    assert!(start.elapsed() < Duration::from_secs(50));
 }
 
 #[test]

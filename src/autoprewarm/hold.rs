@@ -9,10 +9,11 @@
 //! holds no snapshot and no lock, and leaves those connections free that are reserved for
 //! superusers. It waits for a condition variable, which the leader broadcasts when the first
 //! tier is loaded, when the load ends, and at its exit; and it looks at the clock itself, so
-//! that it waits no longer than allowed, whatever the leader does.
+//! that it waits no longer than allowed, and not for a load that has run for as long,
+//! whatever the leader does.
 
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32};
 use std::time::{Duration, Instant};
 
 use super::state::State;
@@ -35,6 +36,9 @@ const RESERVE: Duration = Duration::from_millis(500);
 pub struct HoldState {
     /// Whether no session is held any more.
     is_over: AtomicBool,
+    /// When the load began, as microseconds of the clock that all processes read alike; 0 if
+    /// it has not.
+    load_begun: AtomicI64,
     /// How many sessions are waiting.
     held: AtomicU32,
     changed: ConditionVariable,
@@ -47,6 +51,7 @@ impl HoldState {
     pub fn new() -> Self {
         Self {
             is_over: AtomicBool::new(false),
+            load_begun: AtomicI64::new(0),
             held: AtomicU32::new(0),
             changed: ConditionVariable::new(),
         }
@@ -55,6 +60,22 @@ impl HoldState {
     /// Holds new sessions again: another load begins for which they are to wait.
     pub fn begin(&self) {
         self.is_over.store(false, SeqCst);
+    }
+
+    /// Records that a load begins.
+    pub fn load_begins(&self) {
+        self.load_begun.store(process::monotonic_micros(), SeqCst);
+    }
+
+    /// How long the load has run. Zero before it has begun.
+    pub fn load_time(&self) -> Duration {
+        match self.load_begun.load(SeqCst) {
+            0 => Duration::ZERO,
+            begun => {
+                let micros = process::monotonic_micros() - begun;
+                Duration::from_micros(u64::try_from(micros).unwrap_or(0))
+            }
+        }
     }
 
     /// Lets all sessions go on, and holds none from now on.
@@ -87,12 +108,15 @@ impl HoldState {
     }
 }
 
-/// Has a new session wait, if it should.
+/// Whether new sessions may have to wait. Raises no ERROR.
+pub fn is_possible() -> bool {
+    !settings::autoprewarm_hold_connections().is_zero() && settings::leader_starts_with_server()
+}
+
+/// Has a new session wait, if it should. An ERROR refuses the session: if its wait is
+/// cancelled, or memory is short meanwhile.
 pub fn hold(session: &NewSession) {
-    if settings::autoprewarm_hold_connections().is_zero()
-        || !settings::leader_starts_with_server()
-        || session.is_walsender()
-    {
+    if session.is_walsender() {
         return;
     }
     let state = session.attempt(|| {
@@ -122,7 +146,7 @@ pub fn hold(session: &NewSession) {
             process::reload_configuration_if_due();
             let limit = settings::autoprewarm_hold_connections();
             let left = limit
-                .saturating_sub(start.elapsed())
+                .saturating_sub(start.elapsed().max(hold.load_time()))
                 .min(session.time_left().saturating_sub(RESERVE));
             let goes_on = is_wanted && !hold.is_over() && state.first_load_may_run(LEADER_TIMEOUT);
             (goes_on && !left.is_zero()).then(|| left.min(POLL))

@@ -371,22 +371,15 @@ impl Load {
         if self.has_ended() || slot.is_asked_to_leave() {
             return None;
         }
-        if slot.claim().is_none() && self.first_tier_waits.load(SeqCst) {
-            let of_database = self.cursor(slot, cursors).unclaimed();
-            let next = self.shared.unclaimed().chain(of_database).next();
-            if next.is_some_and(|chunk| !plan.is_first_tier(chunk)) {
-                return None;
-            }
-        }
-        let claim = slot.claim().or_else(|| self.claim_for(slot, cursors));
+        let claim = slot.claim().or_else(|| self.claim_for(slot, cursors, plan));
         slot.set_claim(claim);
         claim
     }
 
-    fn claim_for(&self, slot: &Slot, cursors: &[Cursor]) -> Option<Claim> {
+    fn claim_for(&self, slot: &Slot, cursors: &[Cursor], plan: PlanView) -> Option<Claim> {
         let cursor = self.cursor(slot, cursors);
         loop {
-            let chunk = self.shared.claim().or_else(|| cursor.claim())?;
+            let chunk = self.claim_chunk(cursor, plan)?;
             if !self.is_later_try() {
                 return Some(Claim { chunk, done: 0 });
             }
@@ -394,6 +387,23 @@ impl Load {
                 return Some(claim);
             }
         }
+    }
+
+    /// Claims a chunk of shared catalogs or of a worker's database: of the first tier, if
+    /// there is one. Shared catalogs come first in each tier.
+    fn claim_chunk(&self, of_database: &Cursor, plan: PlanView) -> Option<u32> {
+        let both = [&self.shared, of_database];
+        let is_first_tier = |cursor: &Cursor| {
+            let next = cursor.unclaimed().next();
+            next.is_some_and(|chunk| plan.is_first_tier(chunk))
+        };
+        both.into_iter()
+            .filter(|cursor| is_first_tier(cursor))
+            .find_map(Cursor::claim)
+            .or_else(|| match self.first_tier_waits.load(SeqCst) {
+                true => None,
+                false => both.into_iter().find_map(Cursor::claim),
+            })
     }
 
     /// Takes a chunk's blocks that were set aside for the slot's worker. `None` if there

@@ -11,7 +11,8 @@
 //!   what lies there during the load.
 //! - [`follow`] keeps a standby's shared buffers close to those of its upstream server.
 //! - [`rate`] limits how much a load reads per second.
-//! - [`hold`] has new sessions wait for the first tier of the server's first load.
+//! - [`hold`] has new sessions wait for the first tier of the server's first load, and of that after a
+//!   promotion.
 //! - [`mark`] notices loads during which the server crashes.
 //! - [`no_list`] reports that there is nothing to load.
 //! - [`role`] has roles that only one process may have at a time.
@@ -74,7 +75,7 @@ fn corrupted_at(line: u64) -> String {
 /// server starts with the library preloaded.
 pub fn prepare_with_server() {
     state::reserve();
-    authentication::call_for_each_session(hold::hold);
+    authentication::call_for_each_session(hold::is_possible, hold::hold);
     if settings::leader_starts_with_server() {
         LEADER.start_with_server();
     }

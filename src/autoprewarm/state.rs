@@ -120,6 +120,9 @@ impl Default for DumpFileUser {
 
 static DUMP_FILE_USER: NamedStruct<DumpFileUser> = NamedStruct::new(c"pg_prewarm dump file");
 
+/// Whether this process releases at its exit what it has acquired.
+static IS_RELEASED_AT_EXIT: AtomicBool = AtomicBool::new(false);
+
 /// Reserves shared memory for the state while the server starts.
 pub fn reserve() {
     STATE.reserve();
@@ -130,7 +133,8 @@ impl State {
     /// The state. This process may acquire roles from now on: they are released at
     /// its exit.
     pub fn attach() -> &'static Self {
-        if let Some(state) = STATE.get_if_mapped() {
+        // An ERROR may have come between the two, or before the handler was registered.
+        if let (Some(state), true) = (STATE.get_if_mapped(), IS_RELEASED_AT_EXIT.load(SeqCst)) {
             return state;
         }
         let state = STATE.get();
@@ -160,6 +164,7 @@ impl State {
                 state.follow.end_wait();
             }
         });
+        IS_RELEASED_AT_EXIT.store(true, SeqCst);
         state
     }
 
@@ -232,6 +237,7 @@ impl State {
     /// it also looks at the number that is changed first.
     pub fn begin_load(&self) {
         self.load.begin();
+        self.hold.load_begins();
         self.phase.store(Phase::Loading as u32, SeqCst);
     }
 

@@ -79,7 +79,6 @@ pub struct Supervisor {
     /// No worker is started before this time.
     next_start: Instant,
     cancelled_since: Option<Instant>,
-    start: Instant,
     /// Since when there has been no worker, and no background worker slot for one.
     no_slot_since: Option<Instant>,
     waiting_was_logged: bool,
@@ -163,7 +162,6 @@ impl Supervisor {
             rest_at_last_exit: segment.header().purpose().stats(state).counts().rest(),
             next_start: Instant::now(),
             cancelled_since: None,
-            start: Instant::now(),
             no_slot_since: None,
             waiting_was_logged: false,
             next_look: Instant::now(),
@@ -285,7 +283,7 @@ impl Supervisor {
         let limit = settings::autoprewarm_hold_connections();
         if self.sessions_are_held()
             && (self.first_tier_is_done()
-                || self.start.elapsed() >= limit
+                || self.state.hold.load_time() >= limit
                 || postmaster::is_stopping())
         {
             self.state.hold.end();

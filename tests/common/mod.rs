@@ -130,6 +130,13 @@ impl Installation {
         as_server_user(self.bin.join(name))
     }
 
+    /// Whether it has that library.
+    pub fn has_library(&self, name: &str) -> bool {
+        let directory = run(self.program("pg_config").arg("--pkglibdir"));
+        let file = format!("{name}.so");
+        Path::new(directory.trim()).join(file).exists()
+    }
+
     /// The directory of its programs.
     pub fn bin(&self) -> &Path {
         &self.bin
@@ -485,6 +492,19 @@ impl Cluster {
     pub fn postmaster(&self) -> i32 {
         let text = fs::read_to_string(self.data("postmaster.pid")).unwrap();
         text.lines().next().unwrap().parse().unwrap()
+    }
+
+    /// The process ID of the server's process that has this in its title.
+    pub fn process_with_title(&self, text: &str) -> i32 {
+        let postmaster = self.postmaster();
+        let children = format!("/proc/{postmaster}/task/{postmaster}/children");
+        let children = fs::read_to_string(children).unwrap();
+        let has_title = |pid: &&str| {
+            let title = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&title).contains(text)
+        };
+        let found = children.split_whitespace().find(has_title);
+        found.expect("a process with that title").parse().unwrap()
     }
 
     pub fn config(&self) -> Config {

@@ -30,11 +30,11 @@ use crate::settings;
 /// counts as a pending load until this has begun one. Returns false if the list is to be
 /// tried again. Otherwise it is of no use any more, and removed. A retry holds no session.
 pub fn run(state: &'static State, is_retry: bool) -> bool {
+    let phase = state.phase();
+    state.begin_load();
     if !is_retry && !settings::autoprewarm_hold_connections().is_zero() {
         state.hold.begin();
     }
-    let phase = state.phase();
-    state.begin_load();
     state.follow.set_stage(Stage::NotAStandby);
     state.follow.set_list_waits(false);
     activity::report(b"loading".to_vec());

@@ -15,7 +15,7 @@ use super::reserve::{self, with_reserve};
 use super::transaction::Transaction;
 use super::{is_walsender, now};
 use crate::pg::sys::authentication::{
-    ClientAuthentication_hook, Hook, Port, STATUS_OK, call_hook, client_is_connected, deadline,
+    ClientAuthentication_hook, Hook, Port, STATUS_OK, client_is_connected, deadline,
     leaves_reserved_connections,
 };
 
@@ -25,45 +25,61 @@ pub struct NewSession<'a> {
     transaction: &'a Transaction,
 }
 
-/// What is called for each new session.
-type Callback = fn(&NewSession);
+struct Installed {
+    /// Whether the callback may be needed. Raises no ERROR.
+    is_needed: fn() -> bool,
+    callback: fn(&NewSession),
+    /// The function that was in the hook before.
+    previous: Option<Hook>,
+}
 
-/// The callback, and the function that was in the hook before.
-static INSTALLED: OnceLock<(Callback, Option<Hook>)> = OnceLock::new();
+static INSTALLED: OnceLock<Installed> = OnceLock::new();
 
-/// Has `callback` called for each new session of the server. For `_PG_init` of a preloaded
-/// library. The callback may wait, and raises no ERROR.
-pub fn call_for_each_session(callback: Callback) {
+/// Has `callback` called for each new session of the server for which `is_needed`, which
+/// raises no ERROR. For `_PG_init` of a preloaded library. The callback may wait, and an
+/// ERROR of it refuses the session. It is not called if there is no memory for reporting an
+/// ERROR.
+pub fn call_for_each_session(is_needed: fn() -> bool, callback: fn(&NewSession)) {
+    #[expect(
+        ffi_unwind_calls,
+        reason = "an ERROR jumps over this frame to PostgreSQL, and nothing in it needs dropping"
+    )]
     unsafe extern "C-unwind" fn call(port: *mut Port, status: c_int) {
-        // SAFETY: the server calls this function directly, and nothing in its frame needs
-        // dropping.
-        unsafe { with_reserve(|| call_guarded(port, status)) };
-        reserve::give_up();
+        let Some(installed) = INSTALLED.get() else {
+            return;
+        };
+        if let Some(previous) = installed.previous {
+            // SAFETY: another library has put it into the hook, for what the server passes.
+            unsafe { previous(port, status) };
+        }
+        if status == STATUS_OK && (installed.is_needed)() && reserve::keep() {
+            // SAFETY: the server calls this function directly, and nothing in its frame needs
+            // dropping.
+            unsafe { with_reserve(|| call_guarded(port, installed.callback)) };
+            reserve::give_up();
+        }
     }
 
     #[pg_guard]
-    unsafe extern "C-unwind" fn call_guarded(port: *mut Port, status: c_int) {
-        let Some((callback, previous)) = INSTALLED.get() else {
-            return;
-        };
-        // SAFETY: the arguments are passed on as the server has given them. It calls the
-        // hook in a transaction, and does not change the port meanwhile.
+    unsafe extern "C-unwind" fn call_guarded(port: *mut Port, callback: fn(&NewSession)) {
+        // SAFETY: the server calls the hook in a transaction, and does not change the port
+        // meanwhile.
         unsafe {
-            if let Some(previous) = previous {
-                call_hook(*previous, port, status);
-            }
-            if status == STATUS_OK {
-                callback(&NewSession {
-                    port: &*port,
-                    transaction: Transaction::current(),
-                });
-            }
+            callback(&NewSession {
+                port: &*port,
+                transaction: Transaction::current(),
+            });
         }
     }
 
     // SAFETY: the postmaster has one thread, and calls the hook only later, in its children.
     let previous = unsafe { ClientAuthentication_hook };
-    if INSTALLED.set((callback, previous)).is_ok() {
+    let installed = Installed {
+        is_needed,
+        callback,
+        previous,
+    };
+    if INSTALLED.set(installed).is_ok() {
         // SAFETY: the postmaster has one thread, and calls the hook only later, in its
         // children.
         unsafe { ClientAuthentication_hook = Some(call) };
@@ -76,8 +92,7 @@ impl NewSession<'_> {
         is_walsender()
     }
 
-    /// Whether its role is a superuser, or has the privileges of `pg_monitor`, or does not
-    /// exist, so that the session is about to fail. May raise an ERROR.
+    /// Whether its role is a superuser, or a member of `pg_monitor`, or does not exist, so that the session is about to fail. May raise an ERROR.
     pub fn may_monitor(&self) -> bool {
         // SAFETY: `self` has an open transaction, and the name is a C string.
         unsafe {
@@ -85,10 +100,10 @@ impl NewSession<'_> {
             let monitor = pg_sys::ROLE_PG_MONITOR.into();
             let may_monitor = role == pg_sys::InvalidOid
                 || pg_sys::superuser_arg(role)
-                || pg_sys::has_privs_of_role(role, monitor);
+                || pg_sys::is_member_of_role(role, monitor);
             // The server keeps the roles that it has found. They are not those of a database,
             // and it does not hear of changes yet: so it has to look again later.
-            pg_sys::has_privs_of_role(pg_sys::InvalidOid, monitor);
+            pg_sys::is_member_of_role(pg_sys::InvalidOid, monitor);
             may_monitor
         }
     }

@@ -113,12 +113,3 @@ pub fn leaves_reserved_connections() -> bool {
         pg_sys::HaveNFreeProcs(reserved, &mut 0)
     }
 }
-
-/// Calls the function that was in the hook. May raise an ERROR.
-///
-/// # Safety
-/// The arguments are those that the server has passed to the hook.
-pub unsafe fn call_hook(hook: Hook, port: *mut Port, status: c_int) {
-    // SAFETY: another library has put it into the hook, for these arguments.
-    unsafe { pg_guard_ffi_boundary(|| hook(port, status)) };
-}

@@ -61,7 +61,10 @@ expect_output() {
     [ "$got" = "$wanted" ] || { printf '%s\n' "$got" >>"$output"; fail "$name: not '$wanted'"; }
     ok "$name"
 }
-runs() { case " ${PARTS:-debian beside source same} " in *" $1 "*) ;; *) return 1 ;; esac; }
+for part in ${PARTS:=debian beside source same}; do
+    case $part in debian | beside | source | same) ;; *) die "there is no part '$part'" ;; esac
+done
+runs() { case " $PARTS " in *" $1 "*) ;; *) return 1 ;; esac; }
 
 # --- the Debian package
 
@@ -94,14 +97,19 @@ in_place() {
 }
 sql() { in_root runuser -u postgres -- psql -XAtq -v ON_ERROR_STOP=1 -d postgres -c "$1"; }
 cluster() { in_root pg_ctlcluster 15 main "$@"; }
-loads() { grep -c 'autoprewarm successfully prewarmed' "$root/var/log/postgresql/postgresql-15-main.log"; }
-# Restarts the server, which loads the list.
+loads() { sed -n 's/.*autoprewarm successfully prewarmed \([0-9]*\) of .*/\1/p' "$root/var/log/postgresql/postgresql-15-main.log"; }
+# Restarts the server, which loads the list: the table has more than 400 blocks.
 restart() {
-    local before try
-    before=$(loads || true)
+    local before try loaded
+    before=$(loads | wc -l)
     cluster restart
     for try in $(seq 100); do
-        [ "$(loads || true)" = "$before" ] || return 0
+        if [ "$(loads | wc -l)" != "$before" ]; then
+            loaded=$(loads | tail -1)
+            echo "$loaded blocks were loaded"
+            [ "$loaded" -ge 400 ]
+            return
+        fi
         sleep 0.1
     done
     return 1
@@ -152,7 +160,18 @@ repack() {
 change_contrib() { printf 'changed' >>"$1/$library"; (cd "$1" && md5sum "$library") >"$work/sum"; sed -i "\|  $library\$|d" "$1/DEBIAN/md5sums"; cat "$work/sum" >>"$1/DEBIAN/md5sums"; }
 kill_in_preinst() { echo 'kill -9 $PPID' >>"$1/DEBIAN/preinst"; }
 fail_in_preinst() { echo 'exit 1' >>"$1/DEBIAN/preinst"; }
-kill_in_postrm() { sed -i '2i kill -9 $PPID; exit 1' "$1/DEBIAN/postrm"; }
+# Kills dpkg and the script in a removal: at the beginning, or after the line with that text.
+kill_in_postrm() {
+    local kill='[ "$call" != remove ] || { kill -9 $PPID; kill -9 $$; }'
+    sed -i "${kill_after:+\\|$kill_after|a}${kill_after:-2i} $kill" "$1/DEBIAN/postrm"
+    sed -i '2i call=$1' "$1/DEBIAN/postrm"
+}
+add_file() {
+    local sql=/usr/share/postgresql/15/extension/pg_prewarm
+    echo "-- new" >"$1$sql--2.0--9.9.sql"
+    sed -i "s|$sql.control|$sql--2.0--9.9.sql &|g" "$1/DEBIAN/preinst" "$1/DEBIAN/postrm"
+}
+state() { in_root dpkg-query -W -f '${db:Status-Status}' "$package"; }
 
 test_debian_package() {
     local ours contrib before
@@ -202,6 +221,14 @@ test_debian_package() {
     expect_output "ours is in place after that" ours in_place
     expect "a downgrade" dpkg_i ours.deb
     expect_output "ours is in place after a downgrade" ours in_place
+    repack "${ours[0]}" new-fails.deb 's/^Version: .*/&.2/' fail_in_preinst
+    expect_failure "an update that fails" "stays in the place of PostgreSQL 15's own" dpkg_i new-fails.deb
+    expect_output "ours is in place after it" ours in_place
+    repack "${ours[0]}" new-killed.deb 's/^Version: .*/&.2/' kill_in_preinst
+    expect_failure "an update that is interrupted" "" dpkg_i new-killed.deb
+    expect_output "ours is in place after it" ours in_place
+    expect "installing it once more" dpkg_i ours.deb
+    expect_output "ours is in place after that" ours in_place
     expect "the server starts" restart
 
     # Back.
@@ -213,32 +240,70 @@ test_debian_package() {
     expect "purging it" in_root apt-get -qq purge -y "$package"
     expect_output "nothing of it is left" "" in_root find / -xdev -name '*pg-prewarm-rs*'
 
+    # A version with a file that this one does not have.
+    repack "${ours[0]}" more.deb 's/^Version: .*/&.3/' add_file
+    expect "a version with another file" dpkg_i more.deb
+    expect "a downgrade to one without it" dpkg_i ours.deb
+    expect "removing it" in_root dpkg --purge "$package"
+    expect_output "contrib's is in place after that" "contrib's" in_place
+
     # Faults.
     repack "${ours[0]}" killed.deb '' kill_in_preinst
     repack "${ours[0]}" failed.deb '' fail_in_preinst
-    repack "${ours[0]}" kills.deb '' kill_in_postrm
-    expect_failure "an installation that is interrupted" "" dpkg_i killed.deb
+    interrupted_installation() {
+        expect_failure "an installation that is interrupted" "" dpkg_i killed.deb
+        expect_output "dpkg was killed" half-installed state
+        [ "$root/$library" -ef "$root/$library.contrib" ] || fail "contrib's library is not kept"
+    }
+    interrupted_installation
     expect "the server starts after it" restart
     expect_failure "one that fails after that" "own pg_prewarm is in place again" dpkg_i failed.deb
-    in_root dpkg --purge --force-remove-reinstreq "$package" >/dev/null 2>&1 || true
     expect_output "contrib's is in place after both" "contrib's" in_place
-    expect_failure "an installation that is interrupted" "" dpkg_i killed.deb
-    expect "installing it once more" dpkg_i ours.deb
+    interrupted_installation
+    expect "PostgreSQL's package is installed again" dpkg_i contrib.deb
+    expect_failure "an installation that fails after that" "own pg_prewarm is in place again" dpkg_i failed.deb
+    expect_output "contrib's is in place, and the new one" "contrib's" in_place
+    interrupted_installation
+    in_root dpkg --purge --force-remove-reinstreq "$package" >/dev/null 2>&1 || true
+    expect "installing it after a forced purge" dpkg_i ours.deb
     expect_output "ours is in place after that" ours in_place
-    expect "installing another one, whose removal is interrupted" dpkg_i kills.deb
-    expect_failure "a removal that is interrupted" "" in_root dpkg --remove "$package"
-    sed -i '/^kill /d' "$root/var/lib/dpkg/info/$package.postrm"
-    expect "removing it once more" in_root dpkg --purge "$package"
-    expect_output "contrib's is in place after that" "contrib's" in_place
+    # At the beginning, and after each step for a file.
+    for kill_after in '' '  mv -f' ' --remove ' '  rm "'; do
+        repack "${ours[0]}" kills.deb '' kill_in_postrm
+        expect "installing one whose removal is interrupted, after '$kill_after'" dpkg_i kills.deb
+        expect_failure "a removal that is interrupted" "" in_root dpkg --remove "$package"
+        expect_output "dpkg was killed" half-installed state
+        expect "installing it then" dpkg_i ours.deb
+        expect_output "ours is in place after that" ours in_place
+        expect "installing the other one" dpkg_i kills.deb
+        expect_failure "a removal that is interrupted" "" in_root dpkg --remove "$package"
+        sed -i '/kill -9/d' "$root/var/lib/dpkg/info/$package.postrm"
+        expect "removing it once more" in_root dpkg --purge "$package"
+        expect_output "contrib's is in place after that" "contrib's" in_place
+    done
     expect_failure "an installation that fails" "own pg_prewarm is in place again" dpkg_i failed.deb
     in_root dpkg --purge "$package" >/dev/null 2>&1 || true
     expect_output "contrib's is in place after it" "contrib's" in_place
 
     in_root dpkg-divert --quiet --local --rename --add "/$library"
+    touch "$root/$library"
     expect_failure "a diversion of somebody else" "is diverted by a local diversion already" dpkg_i ours.deb
+    grep -q "own pg_prewarm stays in place" "$output" || fail "it does not say what is in place"
     ! grep -q "in place again" "$output" || fail "it says that something was changed"
-    in_root dpkg-divert --quiet --local --rename --remove "/$library"
+    rm "$root/$library"
+    expect "what the hint says" in_root dpkg-divert --rename --remove "/$library"
     in_root dpkg --purge "$package" >/dev/null 2>&1 || true
+    expect_output "contrib's is in place after that" "contrib's" in_place
+
+    # What "make install" does.
+    cp "$work/ours/$library" "$root/$library"
+    cp "$work/ours/usr/share/postgresql/15/extension/"* "$root/usr/share/postgresql/15/extension/"
+    rm "$root/$bitcode"
+    expect "installing it over files of make install" dpkg_i ours.deb
+    grep -q "have been replaced" "$output" || fail "it does not say that they are not contrib's"
+    expect "removing it" in_root dpkg --purge "$package"
+    grep -q "Run: apt-get install --reinstall postgresql-15" "$output" || fail "it does not say what to do"
+    expect "reinstalling PostgreSQL's package" dpkg_i contrib.deb
     expect_output "contrib's is in place after that" "contrib's" in_place
 
     # Two majors, of which this Debian has one: a package with contrib's module stands for the

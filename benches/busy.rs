@@ -389,7 +389,7 @@ fn begin_clients(case: &Case, cluster: &Cluster, rows: u32) -> Clients {
         true => &scripts[..],
         false => &scripts[..1],
     };
-    Clients::begin(cluster, case.clients, "app", scripts)
+    Clients::begin(cluster, case.clients, "app", scripts, 0)
 }
 
 const PREWARM: &str = "SELECT pg_prewarm('t'), pg_prewarm('t_id_idx')";

@@ -45,10 +45,20 @@ struct Client {
     thread: std::thread::JoinHandle<HashMap<u32, f64>>,
 }
 
+/// So that no two clients have the same seed.
+const MOST_CLIENTS: usize = 1000;
+const SEEDS_OF_A_CLIENT: usize = 1_000_000;
+
 impl Clients {
     /// They connect as that role as soon as the server lets them. Each script is run as often
-    /// as its weight says.
-    pub fn begin(cluster: &Cluster, number: usize, role: &str, scripts: &[(&str, u32)]) -> Self {
+    /// as its weight says. With the same number of a draw, clients want the same rows.
+    pub fn begin(
+        cluster: &Cluster,
+        number: usize,
+        role: &str,
+        scripts: &[(&str, u32)],
+        draw: usize,
+    ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         // In memory, if there is a file system for that: the disk is what is measured.
         let memory = Path::new("/dev/shm");
@@ -89,7 +99,9 @@ impl Clients {
                     .stderr(Stdio::null());
                 let process = Arc::new(AtomicI32::new(0));
                 let (stop, running) = (stop.clone(), process.clone());
-                let thread = std::thread::spawn(move || client(number, command, &running, &stop));
+                let first_seed = (draw * MOST_CLIENTS + number) * SEEDS_OF_A_CLIENT;
+                let thread =
+                    std::thread::spawn(move || client(first_seed, command, &running, &stop));
                 Client { process, thread }
             })
             .collect();
@@ -143,10 +155,10 @@ impl Clients {
     }
 }
 
-/// Runs one pgbench after another until it is told to stop. Each wants other rows, and the
-/// same ones in each run.
+/// Runs one pgbench after another until it is told to stop. Each wants other rows, by seeds
+/// from the first on.
 fn client(
-    number: usize,
+    first_seed: usize,
     mut command: Command,
     running: &AtomicI32,
     stop: &AtomicBool,
@@ -154,10 +166,7 @@ fn client(
     let mut begins = HashMap::new();
     let mut sessions = 0;
     while !stop.load(SeqCst) {
-        command.env(
-            "PGBENCH_RANDOM_SEED",
-            (number * 1_000_000 + sessions).to_string(),
-        );
+        command.env("PGBENCH_RANDOM_SEED", (first_seed + sessions).to_string());
         let begin = now();
         let mut pgbench = command.spawn().expect("pgbench cannot be started");
         running.store(pgbench.id().cast_signed(), SeqCst);
@@ -258,8 +267,8 @@ fn processes(data: &Path) -> Vec<(i32, String, f64)> {
 /// Transactions per second in each step, at the end of the step.
 pub fn curve(transactions: &[Transaction], start: f64, time: f64) -> Vec<(f64, f64)> {
     let mut counts = vec![0u32; (time / STEP) as usize];
-    for (end, _) in transactions {
-        if let Some(count) = counts.get_mut(((end - start).max(0.0) / STEP) as usize) {
+    for (end, _) in transactions.iter().filter(|(end, _)| *end >= start) {
+        if let Some(count) = counts.get_mut(((end - start) / STEP) as usize) {
             *count += 1;
         }
     }

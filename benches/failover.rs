@@ -124,7 +124,9 @@ fn measure(name: &str, case: Case, primary: &mut Cluster, options: &Options, rep
     let size = options.size;
     let mut results: Vec<(Way, Result)> = Vec::new();
     for run in 0..options.runs {
-        for &way in case.ways() {
+        let mut ways = case.ways().to_vec();
+        ways.rotate_left(run % case.ways().len());
+        for way in ways {
             let result = one_run(case, way, primary, size.dense_blocks, size.buffers / 8);
             eprintln!(
                 "   {name}, run {}, {}: before {:.3?}, after {:.3?}, nine tenths after {:.2} s",
@@ -184,6 +186,10 @@ fn measure(name: &str, case: Case, primary: &mut Cluster, options: &Options, rep
 
 /// A primary with a table whose rows clients read, and a small one whose rows they update.
 pub fn primary(rows: u32, buffers: u32) -> Cluster {
+    assert!(
+        !machine::huge_pages(),
+        "HUGE_PAGES=on: not with several servers"
+    );
     let primary = side::cluster(
         buffers,
         &[
@@ -209,7 +215,7 @@ pub fn primary(rows: u32, buffers: u32) -> Cluster {
 }
 
 /// Makes reads as slow as `READ_DELAY` says. The first call precedes the start of the server.
-fn slow_down(cluster: &Cluster) {
+pub fn slow_down(cluster: &Cluster) {
     let delay = std::env::var("READ_DELAY").unwrap_or_default();
     if !delay.is_empty() {
         cluster.slow_reads(delay.parse().expect("READ_DELAY is a number"));
@@ -235,13 +241,13 @@ fn one_run(case: Case, way: Way, primary: &mut Cluster, rows: u32, buffers: u32)
     standby.start();
 
     let readers = (case == Case::Filled)
-        .then(|| Clients::begin(&standby, CLIENTS / 2, "app", &[(&read(rows, 3), 1)]));
+        .then(|| Clients::begin(&standby, CLIENTS / 2, "app", &[(&read(rows, 3), 1)], 3));
     if case == Case::Moved {
-        let clients = begin_clients(primary, rows, 2);
+        let clients = begin_clients(primary, rows, 2, 2);
         std::thread::sleep(EARLIER);
         clients.end();
     }
-    let clients = begin_clients(primary, rows, 1);
+    let clients = begin_clients(primary, rows, 1, 0);
     std::thread::sleep(BEFORE.saturating_sub(Duration::from_secs_f64(COUNTED_BEFORE)));
     let hits = Hits::of(primary);
     std::thread::sleep(Duration::from_secs_f64(COUNTED_BEFORE));
@@ -259,7 +265,8 @@ fn one_run(case: Case, way: Way, primary: &mut Cluster, rows: u32, buffers: u32)
     machine::drop_caches();
     let mark = standby.log_end();
     let hits = Hits::of(&standby);
-    let clients = begin_clients(&standby, rows, 1);
+    // Drawn anew: others than those that the last list was made of.
+    let clients = begin_clients(&standby, rows, 1, 1);
     standby.promote();
     let promoted = logged_time(
         &standby.log_since(mark),
@@ -306,13 +313,14 @@ fn one_run(case: Case, way: Way, primary: &mut Cluster, rows: u32, buffers: u32)
 
 /// One transaction in ten updates a row of the small table: what is updated, replay reads on
 /// the standby as well. There, updates fail until it is promoted.
-fn begin_clients(cluster: &Cluster, rows: u32, choice: u32) -> Clients {
+fn begin_clients(cluster: &Cluster, rows: u32, choice: u32, draw: usize) -> Clients {
     let update = "\\set id random(1, 1000)\nUPDATE written SET n = n + 1 WHERE id = :id;\n";
     Clients::begin(
         cluster,
         CLIENTS,
         "app",
         &[(&read(rows, choice), 9), (update, 1)],
+        draw,
     )
 }
 

@@ -1,7 +1,7 @@
 //! What following costs: the readers of the standby, its replay, and the primary's WAL.
 //!
 //! Each case compares the same pair, or two pairs of one kind, with `autoprewarm_follow` off
-//! and on in turn. The standby fetches a list every five seconds.
+//! and on, in the order off, on, on, off. The standby fetches a list every five seconds.
 
 use std::time::{Duration, Instant};
 
@@ -43,25 +43,29 @@ fn readers(options: &Options, report: &mut Report) {
     let rows = options.size.dense_blocks;
     let (primary, standby) = pair(options);
     warm(&primary, rows);
+    let replaced = "SELECT blocks_replaced FROM pg_stat_autoprewarm_follow";
     let mut results: [Vec<Figures>; 2] = Default::default();
-    for run in 0..options.runs {
-        for follows in OFF_AND_ON {
-            follow(&standby, follows);
-            let clients =
-                Clients::begin(&standby, READERS, "app", &[(&failover::read(rows, 2), 1)]);
-            std::thread::sleep(SETTLED);
-            let hits = failover::Hits::of(&standby);
-            let from = now();
-            std::thread::sleep(COUNTED);
-            let until = now();
-            let hit_ratio = failover::Hits::of(&standby).ratio_since(&hits);
-            let (transactions, _) = clients.end();
-            let figures = Figures::of(&transactions, from, until, hit_ratio);
-            eprintln!(
-                "   readers, run {}, {}: {figures:.3?}",
-                run + 1,
-                name(follows)
-            );
+    // The first turn finds a cold standby, and does not count.
+    for turn in 0..=2 * options.runs {
+        let (run, follows) = (turn.div_ceil(2), is_on(turn));
+        follow(&standby, follows);
+        let replaced_before: i64 = standby.value(replaced);
+        let read = failover::read(rows, 2);
+        let clients = Clients::begin(&standby, READERS, "app", &[(&read, 1)], turn);
+        std::thread::sleep(SETTLED);
+        let hits = failover::Hits::of(&standby);
+        let from = now();
+        std::thread::sleep(COUNTED);
+        let until = now();
+        let hit_ratio = failover::Hits::of(&standby).ratio_since(&hits);
+        let (transactions, _) = clients.end();
+        let figures = Figures::of(&transactions, from, until, hit_ratio);
+        eprintln!(
+            "   readers, run {run}, {}: {figures:.3?}, {} blocks replaced",
+            name(follows),
+            standby.value::<i64>(replaced) - replaced_before
+        );
+        if turn > 0 {
             results[usize::from(follows)].push(figures);
         }
     }
@@ -93,37 +97,37 @@ fn replay(options: &Options, report: &mut Report) {
          ALTER TABLE replayed ALTER filler SET STORAGE PLAIN",
     );
     let mut results: [Vec<f64>; 2] = Default::default();
-    for run in 0..options.runs {
-        for follows in OFF_AND_ON {
-            primary.sql("TRUNCATE replayed");
-            primary.sql("CHECKPOINT");
-            wait_for(&primary, &standby, "pg_last_wal_replay_lsn()");
-            follow(&standby, follows);
-            standby.sql("SELECT pg_wal_replay_pause()");
-            let begin = position(&primary);
-            let mut first = 0;
-            while position(&primary) - begin < bytes as f64 {
-                let last = first + 99_999;
-                primary.sql(&format!(
-                    "INSERT INTO replayed SELECT g, repeat('x', 500) \
+    for turn in 0..=2 * options.runs {
+        let (run, follows) = (turn.div_ceil(2), is_on(turn));
+        primary.sql("TRUNCATE replayed");
+        primary.sql("CHECKPOINT");
+        wait_for(&primary, &standby, "pg_last_wal_replay_lsn()");
+        follow(&standby, follows);
+        standby.sql("SELECT pg_wal_replay_pause()");
+        let begin = position(&primary);
+        let mut first = 0;
+        while position(&primary) - begin < bytes as f64 {
+            let last = first + 99_999;
+            primary.sql(&format!(
+                "INSERT INTO replayed SELECT g, repeat('x', 500) \
                      FROM generate_series({first}, {last}) g; \
                      UPDATE replayed SET filler = repeat('y', 500) \
                      WHERE id BETWEEN {first} AND {last}"
-                ));
-                first = last + 1;
-            }
-            wait_for(&primary, &standby, "pg_last_wal_receive_lsn()");
-            let replayed = position(&primary) - begin;
-            let start = Instant::now();
-            standby.sql("SELECT pg_wal_replay_resume()");
-            wait_for(&primary, &standby, "pg_last_wal_replay_lsn()");
-            let rate = replayed / start.elapsed().as_secs_f64() / f64::from(1 << 20);
-            eprintln!(
-                "   replay, run {}, {}: {:.0} MB at {rate:.1} MB/s",
-                run + 1,
-                name(follows),
-                replayed / f64::from(1 << 20)
-            );
+            ));
+            first = last + 1;
+        }
+        wait_for(&primary, &standby, "pg_last_wal_receive_lsn()");
+        let replayed = position(&primary) - begin;
+        let start = Instant::now();
+        standby.sql("SELECT pg_wal_replay_resume()");
+        wait_for(&primary, &standby, "pg_last_wal_replay_lsn()");
+        let rate = replayed / start.elapsed().as_secs_f64() / f64::from(1 << 20);
+        eprintln!(
+            "   replay, run {run}, {}: {:.0} MB at {rate:.1} MB/s",
+            name(follows),
+            replayed / f64::from(1 << 20)
+        );
+        if turn > 0 {
             results[usize::from(follows)].push(rate);
         }
     }
@@ -173,6 +177,12 @@ fn wal(options: &Options, report: &mut Report) {
     }
 }
 
+/// Whether the standby follows in a turn: the first, which does not count, and then in turn,
+/// so that neither is always the first.
+fn is_on(turn: usize) -> bool {
+    turn % 4 >= 2
+}
+
 fn name(follows: bool) -> &'static str {
     if follows {
         "following"
@@ -189,13 +199,14 @@ fn pair(options: &Options) -> (Cluster, Cluster) {
     primary.sql("ALTER EXTENSION pg_prewarm UPDATE");
     let standby = primary.standby();
     standby.configure("pg_prewarm.autoprewarm_follow_interval = 5");
+    failover::slow_down(&standby);
     standby.start();
     (primary, standby)
 }
 
 /// Makes the rows hot that the primary's clients want.
 fn warm(primary: &Cluster, rows: u32) {
-    let clients = Clients::begin(primary, READERS, "app", &[(&failover::read(rows, 1), 1)]);
+    let clients = Clients::begin(primary, READERS, "app", &[(&failover::read(rows, 1), 1)], 0);
     std::thread::sleep(SETTLED);
     clients.end();
 }

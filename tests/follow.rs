@@ -212,9 +212,9 @@ fn hot_blocks_replace_those_that_nobody_uses_and_no_others() {
         for _ in 0..3 {
             heat(&primary, hot);
             follow_now(&standby);
+            assert_eq!(cached(&standby, mine).0, 500, "{hot} after {cold}");
             // Each minute, for a follower that fetches each minute.
             standby.sql("SELECT pg_prewarm('mine')");
-            assert_eq!(cached(&standby, mine).0, 500, "{hot} after {cold}");
         }
     };
     let dirty_before = standby.value::<i64>(DIRTY);

@@ -44,5 +44,5 @@ pub use record::{Age, BlockNumber, CarriedCounts, Fork, Oid, Record, UsageCount}
 pub use room::{Budget, ByUsageCount, Room};
 pub use skip::{SkipCounts, SkipReason};
 pub use trailer::UsageCounts;
-pub use upstream::{Origin, UpstreamError, UpstreamList, UpstreamListBuilder};
+pub use upstream::{Announced, Origin, UpstreamError, UpstreamList, UpstreamListBuilder};
 pub use writer::{ListWriter, WriteError};

@@ -48,6 +48,21 @@ const USAGE_COUNT_BITS: u32 = 3;
 /// The most bytes that an integer takes.
 const LONGEST_INTEGER: usize = 10;
 
+/// The most blocks that a server can cache, which is the maximum of `shared_buffers`.
+const MOST_BLOCKS: u64 = 1 << 30;
+
+/// The most bytes that a block takes: the five integers of its file, and its own.
+const MOST_BYTES_OF_BLOCK: u64 = 6 * LONGEST_INTEGER as u64;
+
+/// What the header of a list says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Announced {
+    /// Where and when it was made.
+    pub origin: Origin,
+    /// How many bytes the list has, with its header.
+    pub length: u64,
+}
+
 /// Where and when a list was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
@@ -270,21 +285,26 @@ impl UpstreamList {
         }
     }
 
-    /// How many bytes a list has that begins with these. `None` if its header is not
+    /// What a list says of itself that begins with these bytes. `None` if its header is not
     /// complete.
     ///
     /// # Errors
-    /// If it is no list of this format.
-    pub fn length(beginning: &[u8]) -> Result<Option<u64>, UpstreamError> {
+    /// If it is no list of this format, or has more than any list can have.
+    pub fn announced(beginning: &[u8]) -> Result<Option<Announced>, UpstreamError> {
         let Some(end) = Header::end(beginning) else {
             return match beginning.len() > LONGEST_HEADER {
                 true => Err(UpstreamError::Format),
                 false => Ok(None),
             };
         };
-        let bytes = Header::fields(&beginning[..end])?.bytes;
-        let length = bytes.checked_add(end as u64);
-        length.map(Some).ok_or(UpstreamError::Format)
+        let fields = Header::fields(&beginning[..end])?;
+        if fields.blocks > MOST_BLOCKS || fields.bytes > fields.blocks * MOST_BYTES_OF_BLOCK {
+            return Err(UpstreamError::Invalid);
+        }
+        Ok(Some(Announced {
+            origin: fields.origin,
+            length: end as u64 + fields.bytes,
+        }))
     }
 
     /// How many blocks it has.

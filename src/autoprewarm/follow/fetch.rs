@@ -130,15 +130,13 @@ fn fetch(transaction: &Transaction, number: u32, state: &State) -> Result<(), Fa
     state.follow.set_upstream(&host, port);
     let bytes = receive(&upstream, state)?;
     drop(upstream);
-    let list =
-        fallible(|| UpstreamList::read(&bytes)).map_err(|error| refused(&error.to_string()))?;
-    check(&list.origin)?;
-    drop(list);
+    fallible(|| UpstreamList::read(&bytes)).map_err(|error| refused(&error.to_string()))?;
     stored::write(&bytes, || state.follow.is_wanted(number))?;
     Ok(())
 }
 
-/// Receives the chunks of the list.
+/// Receives the chunks of the list. It is of this cluster, which is known before all of it is
+/// here.
 fn receive(upstream: &Upstream, state: &State) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     loop {
@@ -161,13 +159,16 @@ fn receive(upstream: &Upstream, state: &State) -> Result<Vec<u8>, Failure> {
         let chunk = STANDARD
             .decode(&text)
             .map_err(|error| refused(&error.to_string()))?;
-        or_raise(|| bytes.try_reserve_exact(chunk.len()));
+        or_raise(|| bytes.try_reserve(chunk.len()));
         bytes.extend_from_slice(&chunk);
         state.follow.count_received(chunk.len());
         // The upstream server may be anything.
-        let length = UpstreamList::length(&bytes).map_err(|error| refused(&error.to_string()))?;
-        if length.is_some_and(|length| bytes.len() as u64 > length) {
-            return Err(refused("it is longer than it says"));
+        let announced = UpstreamList::announced(&bytes);
+        if let Some(list) = announced.map_err(|error| refused(&error.to_string()))? {
+            check(&list.origin)?;
+            if bytes.len() as u64 > list.length {
+                return Err(refused("it is longer than it says"));
+            }
         }
     }
     match bytes.is_empty() {

@@ -67,7 +67,7 @@ fn failover_ready(coverage: f64, max_age: Interval) -> Result<bool, Error> {
     let state = State::attach();
     let follows = state.follow.stage().follows();
     let list = state.follow.list();
-    let age = u64::try_from(process::now() - list.time).unwrap_or(0);
+    let age = u64::try_from(process::now().saturating_sub(list.time)).unwrap_or(0);
     let is_recent = max_age.is_none_or(|max_age| Duration::from_micros(age) <= max_age);
     let is_covered = list.hot_cached as f64 >= list.hot as f64 * coverage;
     Ok(follows && recovery::is_in_progress() && list.time != 0 && is_recent && is_covered)

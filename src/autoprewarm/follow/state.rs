@@ -330,11 +330,13 @@ impl FollowState {
     }
 
     pub fn list(&self) -> ListCounts {
+        // Before how many there are: see `set_list`.
+        let hot_cached = self.hot_cached.load(SeqCst);
         ListCounts {
             time: self.list_time.load(SeqCst),
             blocks: self.list_blocks.load(SeqCst),
             hot: self.hot_blocks.load(SeqCst),
-            hot_cached: self.hot_cached.load(SeqCst),
+            hot_cached,
         }
     }
 

@@ -67,9 +67,9 @@ pub fn read() -> Result<Option<Stored>, Error> {
     }
 }
 
-/// Replaces the list durably, if it is still wanted when it is written. Raises an ERROR if the
-/// new file cannot be renamed.
-pub fn write(bytes: &[u8], is_wanted: impl FnOnce() -> bool) -> Result<(), Error> {
+/// Replaces the list durably, if it is still wanted when it is written. If it is not wanted any
+/// more after that, there is none. Raises an ERROR if the new file cannot be renamed.
+pub fn write(bytes: &[u8], is_wanted: impl Fn() -> bool) -> Result<(), Error> {
     let fail = |action| {
         move |source| {
             // What is there of it is of no use. If it could not be created, it cannot be
@@ -89,6 +89,10 @@ pub fn write(bytes: &[u8], is_wanted: impl FnOnce() -> bool) -> Result<(), Error
     file::close(file).map_err(fail("close"))?;
     if is_wanted() {
         file::rename_durably(FILE_BEING_WRITTEN, FILE);
+        // Meanwhile the leader may have removed the last one, after a promotion.
+        if !is_wanted() {
+            file::remove_durably(FILE);
+        }
     } else {
         let _ = fs::remove_file(FILE_BEING_WRITTEN);
     }

@@ -5,8 +5,9 @@
 //! blocks also replace clean blocks with usage count 0, which the server would evict next.
 //! There are few of those where nothing needs buffers. So the leader remembers what it has
 //! found in each buffer after the last top-up ([`Memory`]): a block that had usage count 1
-//! then and still has it was not used since, and is given usage count 0 if its buffer is
-//! needed, unless it is hot upstream.
+//! then and still has it was not used since, unless the clock hand has passed it meanwhile,
+//! which lowers what a use has raised. It is given usage count 0 if its buffer is needed,
+//! unless it is hot upstream.
 //!
 //! What this server's own sessions and replay use stays: its usage count is higher, and the
 //! clock hand does not lower it in the end (see [`crate::pg::storage::room`]). A dirty
@@ -28,7 +29,7 @@ use crate::pg::process::error::Caught;
 use crate::pg::process::transaction::{self, Transaction};
 use crate::pg::process::{self, memory};
 use crate::pg::storage::buffer::{self, CachedBlock};
-use crate::pg::storage::room;
+use crate::pg::storage::room::{self, Passed};
 use crate::settings;
 
 /// A top-up that is under way.
@@ -76,6 +77,8 @@ fn hash_of(block: &CachedBlock) -> u8 {
 pub struct Memory {
     /// Of each buffer; none before the first top-up has ended.
     seen: Vec<Seen>,
+    /// Where the clock hand was then, or up to where usage counts were raised for its passes.
+    hand: u64,
     /// How many of these were hot, and how many blocks that top-up has replaced.
     hot: u64,
     replaced: u64,
@@ -100,10 +103,10 @@ impl Memory {
     }
 
     /// Whether a block was not used since the last top-up, by all that is known.
-    fn is_unused(&self, block: &CachedBlock) -> bool {
+    fn is_unused(&self, block: &CachedBlock, passed: &Passed) -> bool {
         let seen = self.seen(block);
         let is_now = block.usage_count == UsageCount::ONCE && !block.dirty;
-        is_now && seen.is_unused && seen.is_same(block)
+        is_now && seen.is_unused && seen.is_same(block) && !passed.has(block.index)
     }
 }
 
@@ -145,7 +148,8 @@ fn prepare(
     memory: &mut Memory,
     state: &State,
 ) -> Result<(Prepared, u64), Error> {
-    let look = look(&mut list, memory);
+    let passed = Passed::since(memory.hand);
+    let look = look(&mut list, memory, &passed);
     memory.adapt(memory.hot.saturating_sub(look.still_cached));
     // A block that moves to another buffer meanwhile is seen twice.
     let hot_cached = look.hot_cached.min(list.hot_blocks());
@@ -157,7 +161,7 @@ fn prepare(
     };
     let lacking = hot_missing.saturating_sub(buffers.empty).min(replaceable);
     if lacking > buffers.clean[0] {
-        expose(lacking - buffers.clean[0], &mut list, memory);
+        expose(lacking - buffers.clean[0], &mut list, memory, &passed);
         buffers = room::survey();
     }
     let lacking = lacking.min(buffers.clean[0]);
@@ -179,14 +183,14 @@ fn prepare(
 
 /// Counts what is cached. Hot blocks that the clock hand would take next get usage count 1.
 /// Serves interrupts.
-fn look(list: &mut UpstreamList, memory: &Memory) -> Look {
+fn look(list: &mut UpstreamList, memory: &Memory, passed: &Passed) -> Look {
     let mut look = Look::default();
     for block in buffer::cached_blocks() {
         let is_hot = list.is_hot(&block.record);
         if is_hot {
             look.hot_cached += 1;
             buffer::raise_usage_count(block.index, UsageCount::ONCE);
-        } else if memory.is_unused(&block) {
+        } else if memory.is_unused(&block, passed) {
             look.unused += 1;
         }
         let seen = memory.seen(&block);
@@ -196,13 +200,13 @@ fn look(list: &mut UpstreamList, memory: &Memory) -> Look {
 }
 
 /// Has up to `most` unused blocks be replaced next. Serves interrupts.
-fn expose(most: u64, list: &mut UpstreamList, memory: &Memory) {
+fn expose(most: u64, list: &mut UpstreamList, memory: &Memory, passed: &Passed) {
     let mut exposed = 0;
     for block in buffer::cached_blocks() {
         if exposed == most {
             break;
         }
-        let is_unused = memory.is_unused(&block) && !list.is_hot(&block.record);
+        let is_unused = memory.is_unused(&block, passed) && !list.is_hot(&block.record);
         exposed += u64::from(is_unused && buffer::expose(block.index));
     }
 }
@@ -229,6 +233,8 @@ pub fn remember(mut list: UpstreamList, memory: &mut Memory, state: &State) {
     memory::reserve(&mut seen, buffers);
     seen.resize(buffers, Seen::default());
     memory.hot = 0;
+    // Passes before that were made up for.
+    memory.hand = Passed::since(0).end().max(state.follow.raised_until());
     for block in buffer::cached_blocks() {
         let is_hot = list.is_hot(&block.record);
         memory.hot += u64::from(is_hot);
@@ -285,15 +291,16 @@ mod tests {
             seen: vec![Seen::default(), Seen::of(&seen, false)],
             ..Memory::default()
         };
-        assert!(!Memory::default().is_unused(&block(7, 1)));
-        assert!(after(block(7, 1)).is_unused(&block(7, 1)));
-        assert!(!after(block(7, 1)).is_unused(&block(7, 2)));
-        assert!(!after(block(7, 2)).is_unused(&block(7, 1)));
-        assert!(!after(block(7, 1)).is_unused(&block(8, 1)));
+        let none = Passed::none();
+        assert!(!Memory::default().is_unused(&block(7, 1), &none));
+        assert!(after(block(7, 1)).is_unused(&block(7, 1), &none));
+        assert!(!after(block(7, 1)).is_unused(&block(7, 2), &none));
+        assert!(!after(block(7, 2)).is_unused(&block(7, 1), &none));
+        assert!(!after(block(7, 1)).is_unused(&block(8, 1), &none));
         let dirty = CachedBlock {
             dirty: true,
             ..block(7, 1)
         };
-        assert!(!after(block(7, 1)).is_unused(&dirty));
+        assert!(!after(block(7, 1)).is_unused(&dirty, &none));
     }
 }

@@ -55,17 +55,20 @@ pub fn call_for_each_session(is_needed: fn() -> bool, callback: fn(&NewSession))
         if status == STATUS_OK && (installed.is_needed)() && reserve::keep() {
             // SAFETY: the server calls this function directly, and nothing in its frame needs
             // dropping.
-            unsafe { with_reserve(|| call_guarded(port, installed.callback)) };
+            unsafe { with_reserve(|| call_guarded(port)) };
             reserve::give_up();
         }
     }
 
     #[pg_guard]
-    unsafe extern "C-unwind" fn call_guarded(port: *mut Port, callback: fn(&NewSession)) {
+    unsafe extern "C-unwind" fn call_guarded(port: *mut Port) {
+        let Some(installed) = INSTALLED.get() else {
+            return;
+        };
         // SAFETY: the server calls the hook in a transaction, and does not change the port
         // meanwhile.
         unsafe {
-            callback(&NewSession {
+            (installed.callback)(&NewSession {
                 port: &*port,
                 transaction: Transaction::current(),
             });

@@ -252,6 +252,43 @@ fn clock_hand() -> (u64, usize) {
     (u64::from(rounds) * count() as u64 + next as u64, next)
 }
 
+/// Which buffers the clock hand has passed, and has lowered the usage counts of.
+pub struct Passed {
+    from: u64,
+    to: u64,
+}
+
+impl Passed {
+    /// Since the moment when it was at a position.
+    pub fn since(position: u64) -> Self {
+        Self {
+            from: position,
+            to: clock_hand().0,
+        }
+    }
+
+    /// It has not moved.
+    #[cfg(test)]
+    pub fn none() -> Self {
+        Self { from: 0, to: 0 }
+    }
+
+    /// Where the hand is now.
+    pub fn end(&self) -> u64 {
+        self.to
+    }
+
+    /// Whether it has passed this buffer.
+    pub fn has(&self, index: usize) -> bool {
+        let passes = self.to.saturating_sub(self.from);
+        if passes == 0 {
+            return false;
+        }
+        let count = count() as u64;
+        passes >= count || (index as u64 + count - self.from % count) % count < passes
+    }
+}
+
 /// All buffers, in the order in which the clock hand comes to them, from that one on.
 fn ahead_of(next: usize) -> impl Iterator<Item = usize> + Clone {
     (next..count()).chain(0..next)

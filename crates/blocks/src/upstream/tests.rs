@@ -57,7 +57,8 @@ proptest! {
             *known = (*known).max(usage_count);
         }
         let bytes = bytes_of(&pushed);
-        prop_assert_eq!(UpstreamList::length(&bytes).unwrap(), Some(bytes.len() as u64));
+        let announced = Announced { origin: ORIGIN, length: bytes.len() as u64 };
+        prop_assert_eq!(UpstreamList::announced(&bytes).unwrap(), Some(announced));
         let mut list = UpstreamList::read(&bytes).unwrap();
         prop_assert_eq!(list.origin, ORIGIN);
         prop_assert_eq!(list.blocks(), expected.len() as u64);
@@ -148,11 +149,31 @@ fn records_that_no_server_writes_are_refused() {
 }
 
 #[test]
-fn the_length_is_known_from_the_beginning() {
+fn origin_and_length_are_known_from_the_beginning() {
     let bytes = bytes_of(&[(record(1, 7), 3)]);
-    assert!(matches!(UpstreamList::length(&bytes[..20]), Ok(None)));
-    let length = UpstreamList::length(&bytes[..bytes.len() - 2]).unwrap();
-    assert_eq!(length, Some(bytes.len() as u64));
-    assert!(UpstreamList::length(&[b'x'; 600]).is_err());
-    assert!(UpstreamList::length(b"something else\n\n").is_err());
+    assert!(matches!(UpstreamList::announced(&bytes[..20]), Ok(None)));
+    let announced = UpstreamList::announced(&bytes[..bytes.len() - 2]).unwrap();
+    let length = bytes.len() as u64;
+    assert_eq!(
+        announced,
+        Some(Announced {
+            origin: ORIGIN,
+            length
+        })
+    );
+    assert!(UpstreamList::announced(&[b'x'; 600]).is_err());
+    assert!(UpstreamList::announced(b"something else\n\n").is_err());
+}
+
+#[test]
+fn no_list_has_more_blocks_or_bytes_than_a_server_can_cache() {
+    let bytes = String::from_utf8(bytes_of(&[])).unwrap();
+    let with = |blocks: u64, bytes_after: u64| {
+        let text = bytes.replace("blocks 0", &format!("blocks {blocks}"));
+        let text = text.replace("bytes 0", &format!("bytes {bytes_after}"));
+        UpstreamList::announced(text.as_bytes()).is_ok()
+    };
+    assert!(with(0, 0) && with(1 << 30, 1 << 32));
+    assert!(!with((1 << 30) + 1, 1 << 32));
+    assert!(!with(1000, 60_001) && !with(0, 1) && !with(u64::MAX, u64::MAX));
 }

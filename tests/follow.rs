@@ -1,8 +1,11 @@
 //! A standby that follows its upstream server, and its promotion.
 
 use std::net::TcpListener;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use postgres::Client;
 
 use crate::common::{
@@ -334,11 +337,8 @@ fn only_replication_connections_are_shown_the_list() {
 }
 
 #[test]
-fn following_writes_no_wal_and_is_not_taken_for_a_synchronous_standby() {
+fn following_writes_no_wal() {
     let (primary, standby) = pair(&[("t", 100)]);
-    primary.configure("synchronous_standby_names = 'ANY 1 (*)'");
-    primary.reload();
-    primary.sql("CREATE TABLE committed ()");
     primary.sql("CHECKPOINT");
     // Nothing writes WAL without a reason: autovacuum is off, and the snapshots that the
     // background writer logs come after changes.
@@ -355,6 +355,57 @@ fn following_writes_no_wal_and_is_not_taken_for_a_synchronous_standby() {
         let names = "SELECT string_agg(application_name, ',') FROM pg_stat_replication";
         primary.value::<String>(names) == "walreceiver"
     });
+}
+
+#[test]
+fn a_fetch_is_not_taken_for_a_synchronous_standby() {
+    let (primary, standby) = pair(&[("t", 100)]);
+    primary.configure("synchronous_standby_names = 'ANY 1 (*)'");
+    primary.reload();
+    // What a fetch does, but for longer.
+    let conninfo = format!(
+        "host={} user=postgres replication=true application_name=pg_prewarm",
+        primary.path("").display()
+    );
+    let mut psql = Installation::ours().program("psql");
+    let mut fetch = psql
+        .args([
+            "-c",
+            "SHOW pg_prewarm.autoprewarm_list",
+            "-f",
+            "-",
+            &conninfo,
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut client = primary.connect("postgres");
+    let state = "SELECT coalesce(max(sync_state), 'none') FROM pg_stat_replication \
+                 WHERE application_name = 'pg_prewarm'";
+    wait_until("the fetch", || {
+        value::<String>(&mut client, state) != "none"
+    });
+    assert_eq!(value::<String>(&mut client, state), "async");
+    follow_now(&standby);
+    primary.sql("CREATE TABLE committed ()");
+
+    let receiver: i32 = standby.value("SELECT pid FROM pg_stat_wal_receiver");
+    signal(receiver, libc::SIGSTOP);
+    std::thread::scope(|scope| {
+        let commit = scope.spawn(|| primary.sql("CREATE TABLE not_yet_committed ()"));
+        let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+        wait_until("a commit that waits", || {
+            value::<i64>(&mut client, waits) == 1
+        });
+        std::thread::sleep(Duration::from_secs(1));
+        assert_eq!(value::<i64>(&mut client, waits), 1);
+        assert_eq!(value::<String>(&mut client, state), "async");
+        signal(receiver, libc::SIGCONT);
+        commit.join().unwrap();
+    });
+    fetch.kill().unwrap();
+    fetch.wait().unwrap();
 }
 
 #[test]
@@ -430,6 +481,107 @@ fn each_reason_for_having_no_list_is_one_clear_line() {
     // It goes on as soon as it can.
     standby.configure("pg_prewarm.autoprewarm_follow_conninfo = ''");
     standby.reload();
+    wait_for_state(&standby, "following");
+    follow_now(&standby);
+}
+
+#[test]
+fn a_list_that_is_altered_or_of_another_server_is_refused() {
+    let (primary, standby) = pair(&[("t", 10)]);
+    // Without this library, the setting may be one of the user's own, which has the same value
+    // each time: a list without an end.
+    let other = Cluster::build().not_preloaded().start();
+    standby.configure(&format!(
+        "pg_prewarm.autoprewarm_follow_conninfo = 'host={} user=postgres'",
+        other.path("").display()
+    ));
+    let list = std::fs::read(standby.data(UPSTREAM)).unwrap();
+    let altered = |line: &str, other_value: &str| {
+        let text = String::from_utf8_lossy(&list);
+        let start = text.find(line).unwrap() + line.len();
+        let end = start
+            + list[start..]
+                .iter()
+                .position(|&byte| byte == b'\n')
+                .unwrap();
+        [&list[..start], other_value.as_bytes(), &list[end..]].concat()
+    };
+    let encoded = |bytes: &[u8]| STANDARD.encode(bytes);
+    for (value, message) in [
+        ("not base64".to_owned(), "Invalid symbol"),
+        (
+            encoded(b"something else\n\n"),
+            "its format is not supported",
+        ),
+        (
+            encoded(&altered("upstream list ", "0")),
+            "its format is not supported",
+        ),
+        (
+            encoded(&altered("system_identifier ", "7")),
+            "its system identifier is 7",
+        ),
+        (encoded(&altered("timeline ", "0")), "its timeline is 0"),
+        (
+            encoded(&altered("block_size ", "4096")),
+            "its block size is 4096",
+        ),
+        (
+            encoded(&altered("blocks ", "2000000000")),
+            "it has an invalid record",
+        ),
+        (encoded(&list), "it is longer than it says"),
+    ] {
+        other.configure(&format!("pg_prewarm.autoprewarm_list = '{value}'"));
+        other.restart();
+        standby.reload();
+        wait_until("the refusal", || {
+            let refused = refusal(&standby);
+            refused.message.contains(message)
+        });
+        assert_eq!(
+            shown(&mut standby.connect("postgres")).0,
+            "refused",
+            "{message}"
+        );
+        assert!(
+            std::fs::read(standby.data(UPSTREAM)).unwrap() == list,
+            "{message}"
+        );
+    }
+    drop(primary);
+}
+
+#[test]
+fn a_wrong_password_is_told_and_is_in_no_log() {
+    let (primary, standby) = pair(&[]);
+    primary.sql("CREATE ROLE follower LOGIN REPLICATION PASSWORD 'right'");
+    let rules = "local replication follower scram-sha-256\nlocal all all trust\n\
+                 local replication all trust\n";
+    std::fs::write(primary.data("pg_hba.conf"), rules).unwrap();
+    primary.reload();
+    let conninfo = |password: &str| {
+        let host = primary.path("");
+        let conninfo = format!("host={} user=follower password={password}", host.display());
+        standby.configure(&format!(
+            "pg_prewarm.autoprewarm_follow_conninfo = '{conninfo}'"
+        ));
+        standby.reload();
+    };
+    conninfo("wr0ng");
+    wait_until("the refusal", || {
+        let refused = refusal(&standby);
+        refused.message.contains("password authentication failed")
+    });
+    let (state, last_error) = shown(&mut standby.connect("postgres"));
+    assert_eq!(state, "failed");
+    assert!(!last_error.unwrap().contains("wr0ng"));
+    // The server itself logs what has changed in its configuration.
+    let log = standby.log();
+    let lines = log.lines().filter(|line| line.contains("wr0ng"));
+    let others: Vec<_> = lines.filter(|line| !line.contains("parameter")).collect();
+    assert!(others.is_empty(), "{others:?}");
+    conninfo("right");
     wait_for_state(&standby, "following");
     follow_now(&standby);
 }

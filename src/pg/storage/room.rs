@@ -280,16 +280,40 @@ impl Passed {
 
     /// Whether it has passed this buffer.
     pub fn has(&self, index: usize) -> bool {
+        self.to > self.from && self.has_among(index, count())
+    }
+
+    /// The same with so many buffers.
+    fn has_among(&self, index: usize, buffers: usize) -> bool {
+        let (index, buffers) = (index as u64, buffers as u64);
         let passes = self.to.saturating_sub(self.from);
-        if passes == 0 {
-            return false;
-        }
-        let count = count() as u64;
-        passes >= count || (index as u64 + count - self.from % count) % count < passes
+        let after = (index + buffers - self.from % buffers) % buffers;
+        after < passes
     }
 }
 
 /// All buffers, in the order in which the clock hand comes to them, from that one on.
 fn ahead_of(next: usize) -> impl Iterator<Item = usize> + Clone {
     (next..count()).chain(0..next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Passed;
+
+    #[test]
+    fn the_clock_hand_passes_buffers_in_order_and_round_after_round() {
+        let expect = |indexes: &[usize], from, to| {
+            let passed = Passed { from, to };
+            let passed: Vec<usize> = (0..8).filter(|&at| passed.has_among(at, 8)).collect();
+            assert_eq!(passed, indexes, "{from} to {to}");
+        };
+        expect(&[], 10, 10);
+        expect(&[2, 3, 4], 10, 13);
+        expect(&[0, 1, 7], 15, 18);
+        expect(&[0, 1, 2, 3, 4, 5, 6, 7], 10, 18);
+        expect(&[0, 1, 2, 3, 4, 5, 6, 7], 10, 100);
+        // Usage counts were raised for passes that are still to come.
+        expect(&[], 20, 10);
+    }
 }

@@ -256,6 +256,8 @@ fn clock_hand() -> (u64, usize) {
 pub struct Passed {
     from: u64,
     to: u64,
+    /// How many buffers there are.
+    buffers: usize,
 }
 
 impl Passed {
@@ -264,13 +266,18 @@ impl Passed {
         Self {
             from: position,
             to: clock_hand().0,
+            buffers: count(),
         }
     }
 
     /// It has not moved.
     #[cfg(test)]
     pub fn none() -> Self {
-        Self { from: 0, to: 0 }
+        Self {
+            from: 0,
+            to: 0,
+            buffers: 8,
+        }
     }
 
     /// Where the hand is now.
@@ -280,12 +287,7 @@ impl Passed {
 
     /// Whether it has passed this buffer.
     pub fn has(&self, index: usize) -> bool {
-        self.to > self.from && self.has_among(index, count())
-    }
-
-    /// The same with so many buffers.
-    fn has_among(&self, index: usize, buffers: usize) -> bool {
-        let (index, buffers) = (index as u64, buffers as u64);
+        let (index, buffers) = (index as u64, self.buffers as u64);
         let passes = self.to.saturating_sub(self.from);
         let after = (index + buffers - self.from % buffers) % buffers;
         after < passes
@@ -304,8 +306,12 @@ mod tests {
     #[test]
     fn the_clock_hand_passes_buffers_in_order_and_round_after_round() {
         let expect = |indexes: &[usize], from, to| {
-            let passed = Passed { from, to };
-            let passed: Vec<usize> = (0..8).filter(|&at| passed.has_among(at, 8)).collect();
+            let passed = Passed {
+                from,
+                to,
+                ..Passed::none()
+            };
+            let passed: Vec<usize> = (0..8).filter(|&at| passed.has(at)).collect();
             assert_eq!(passed, indexes, "{from} to {to}");
         };
         expect(&[], 10, 10);

@@ -343,18 +343,22 @@ pub struct Hits {
 impl Hits {
     pub fn of(cluster: &Cluster) -> Self {
         let mut client = cluster.connect("postgres");
-        let [hits, reads] = match cluster.major() {
-            15 => ["blks_hit", "blks_read"].map(|column| (column, "pg_stat_database")),
-            _ => ["hits", "reads"].map(|column| {
-                let sessions = "pg_stat_io WHERE backend_type = 'client backend'";
-                (column, sessions)
-            }),
-        }
-        .map(|(column, of)| -> f64 {
+        let (hits, reads, of) = match cluster.major() {
+            15 => ("blks_hit", "blks_read", "pg_stat_database"),
+            _ => (
+                "hits",
+                "reads",
+                "pg_stat_io WHERE backend_type = 'client backend'",
+            ),
+        };
+        let mut sum = |column: &str| -> f64 {
             let sql = format!("SELECT sum({column})::float8 FROM {of}");
             value(&mut client, &sql)
-        });
-        Self { hits, reads }
+        };
+        Self {
+            hits: sum(hits),
+            reads: sum(reads),
+        }
     }
 
     pub fn ratio_since(&self, before: &Self) -> f64 {

@@ -11,8 +11,8 @@
 //!   what lies there during the load.
 //! - [`follow`] keeps a standby's shared buffers close to those of its upstream server.
 //! - [`rate`] limits how much a load reads per second.
-//! - [`hold`] has new sessions wait for the first tier of the server's first load, and of that after a
-//!   promotion.
+//! - [`hold`] has new sessions wait for the first tier of the server's first load, and of
+//!   that after a promotion.
 //! - [`mark`] notices loads during which the server crashes.
 //! - [`no_list`] reports that there is nothing to load.
 //! - [`role`] has roles that only one process may have at a time.

@@ -133,7 +133,7 @@ impl State {
     /// The state. This process may acquire roles from now on: they are released at
     /// its exit.
     pub fn attach() -> &'static Self {
-        // An ERROR may have come between the two, or before the handler was registered.
+        // In an earlier call, an ERROR may have come before the handler was registered.
         if let (Some(state), true) = (STATE.get_if_mapped(), IS_RELEASED_AT_EXIT.load(SeqCst)) {
             return state;
         }

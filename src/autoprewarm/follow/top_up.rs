@@ -234,7 +234,7 @@ pub fn remember(mut list: UpstreamList, memory: &mut Memory, state: &State) {
     seen.resize(buffers, Seen::default());
     memory.hot = 0;
     // Passes before that were made up for.
-    memory.hand = Passed::since(0).end().max(state.follow.raised_until());
+    memory.hand = room::clock_hand_position().max(state.follow.raised_until());
     for block in buffer::cached_blocks() {
         let is_hot = list.is_hot(&block.record);
         memory.hot += u64::from(is_hot);

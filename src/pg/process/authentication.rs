@@ -95,7 +95,8 @@ impl NewSession<'_> {
         is_walsender()
     }
 
-    /// Whether its role is a superuser, or a member of `pg_monitor`, or does not exist, so that the session is about to fail. May raise an ERROR.
+    /// Whether its role is a superuser, or a member of `pg_monitor`, or does not exist, so that
+    /// the session is about to fail. May raise an ERROR.
     pub fn may_monitor(&self) -> bool {
         // SAFETY: `self` has an open transaction, and the name is a C string.
         unsafe {

@@ -252,6 +252,11 @@ fn clock_hand() -> (u64, usize) {
     (u64::from(rounds) * count() as u64 + next as u64, next)
 }
 
+/// How far the clock hand has gone since the server started, in buffers.
+pub fn clock_hand_position() -> u64 {
+    clock_hand().0
+}
+
 /// Which buffers the clock hand has passed, and has lowered the usage counts of.
 pub struct Passed {
     from: u64,
@@ -265,7 +270,7 @@ impl Passed {
     pub fn since(position: u64) -> Self {
         Self {
             from: position,
-            to: clock_hand().0,
+            to: clock_hand_position(),
             buffers: count(),
         }
     }
@@ -278,11 +283,6 @@ impl Passed {
             to: 0,
             buffers: 8,
         }
-    }
-
-    /// Where the hand is now.
-    pub fn end(&self) -> u64 {
-        self.to
     }
 
     /// Whether it has passed this buffer.

@@ -11,7 +11,7 @@
 #
 # Everything is made in a temporary directory, and moved when it is complete.
 
-build_packages=(gcc make bison flex perl zlib1g-dev liburing-dev bzip2 xz-utils dpkg-dev)
+build_packages=(gcc make bison flex perl libipc-run-perl zlib1g-dev liburing-dev bzip2 xz-utils dpkg-dev)
 
 # An installation is complete and current if its file .key has the right text.
 fresh() { [ "$(cat "$1/.key" 2>/dev/null)" = "$2" ]; }

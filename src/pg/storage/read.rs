@@ -8,8 +8,8 @@
 //! 2. **In runs, into shared buffers**: one of several processes of a call, and any call
 //!    on 15 and 16. The process reads runs of consecutive blocks itself, as many at once
 //!    as the server can, and makes requests to the operating system ahead of them
-//!    ([`ReadAhead`]). Several processes that used read streams would compete for the
-//!    same I/O workers.
+//!    ([`ReadAhead`]). From 18 on, I/O workers read half of a long run meanwhile, if
+//!    `io_method` says so. Several processes that used read streams would compete for them.
 //! 3. **In runs, as long as there is room**: a load. As 2., but before each run it looks
 //!    for buffers that it may fill, and ends if there are none ([`LoadRoom`]).
 //! 4. **Not into shared buffers**: the modes `read` and `prefetch`, for the operating
@@ -128,7 +128,7 @@ impl Relation<'_> {
                 return ReadEnd::Full;
             }
             if !is_cached {
-                ahead.advance(blocks, index);
+                ahead.advance(blocks, index, run);
             }
             let hits = buffer::hits();
             let mut flow = Continue(());

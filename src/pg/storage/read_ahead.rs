@@ -47,9 +47,10 @@ impl ReadAhead {
         self.window.max_requests > 0
     }
 
-    /// Makes as many requests as are allowed, before `blocks[index]` is read.
-    pub fn advance(&mut self, blocks: &[BlockNumber], index: usize) {
-        while let Some(request) = self.window.next(blocks, index) {
+    /// Makes as many requests as are allowed, before so many blocks from `blocks[index]` on are
+    /// read.
+    pub fn advance(&mut self, blocks: &[BlockNumber], index: usize, read: usize) {
+        while let Some(request) = self.window.next(blocks, index, read) {
             self.segments.prefetch(blocks[request.start], request.len());
         }
     }
@@ -87,8 +88,9 @@ impl Window {
         self.max_blocks = BLOCKS / readers;
     }
 
-    /// The blocks of the next request, if one is to be made before `blocks[index]` is read.
-    fn next(&mut self, blocks: &[BlockNumber], index: usize) -> Option<Range<usize>> {
+    /// The blocks of the next request, if one is to be made before so many blocks from
+    /// `blocks[index]` on are read.
+    fn next(&mut self, blocks: &[BlockNumber], index: usize, read: usize) -> Option<Range<usize>> {
         while self.requests.front().is_some_and(|&end| end <= index) {
             self.requests.pop_front();
         }
@@ -97,7 +99,7 @@ impl Window {
         }
         let start = self.next.max(index);
         let end = start + run_length(&blocks[start..], REQUEST_BLOCKS);
-        let limit = (index + REQUEST_BLOCKS).saturating_add(self.max_blocks);
+        let limit = (index + read.max(REQUEST_BLOCKS)).saturating_add(self.max_blocks);
         if end > limit && start > index {
             return None;
         }
@@ -129,7 +131,7 @@ mod tests {
     fn requests(window: &mut Window, blocks: &[BlockNumber], step: usize) -> (usize, usize) {
         let (mut count, mut ahead, mut end) = (0, 0, 0);
         for index in (0..blocks.len()).step_by(step) {
-            while let Some(request) = window.next(blocks, index) {
+            while let Some(request) = window.next(blocks, index, step) {
                 assert_eq!(request.start, end, "each block is requested once");
                 end = request.end;
                 count += 1;
@@ -143,8 +145,10 @@ mod tests {
     #[test]
     fn readers_share_whole_requests_for_consecutive_blocks() {
         let dense: Vec<BlockNumber> = (0..512).collect();
-        for step in [1, 16] {
+        for step in [1, 16, 32] {
             for (readers, ahead) in [(1, 80), (2, 80), (4, 48), (8, 32)] {
+                // What is read next is requested as well.
+                let ahead = ahead + step.max(16) - 16;
                 for concurrency in [10, 100] {
                     let mut window = Window::new(concurrency);
                     window.share(readers);

@@ -95,19 +95,34 @@ pub fn max_buffers_at_once() -> usize {
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
     // SAFETY: a setting, and this process's own count of pins.
     unsafe {
+        #[cfg(feature = "pg17")]
+        let max = READ_BLOCKS_MAX.min(pg_sys::io_combine_limit as usize);
+        #[cfg(not(feature = "pg17"))]
+        let max = 2 * max_of_one_read();
         #[expect(
             clippy::cast_possible_truncation,
             reason = "it is at most READ_BLOCKS_MAX"
         )]
-        let mut pins = READ_BLOCKS_MAX.min(pg_sys::io_combine_limit as usize) as u32;
+        let mut pins = max as u32;
         pg_sys::LimitAdditionalPins(&mut pins);
         pins as usize
     }
 }
 
-/// Reads blocks of one segment file from `first` on into buffers, in this process:
-/// as many as the server reads at once, and at most one for each place in `buffers`.
-/// Returns how many. The caller has a pin on each.
+/// How many blocks are read by one system call, if [`read_buffers`] makes two.
+#[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17")))]
+fn max_of_one_read() -> usize {
+    // SAFETY: a setting.
+    let limit = unsafe { (&raw const pg_sys::io_combine_limit).read() };
+    (READ_BLOCKS_MAX / 2).min(limit as usize)
+}
+
+/// Reads blocks of one segment file from `first` on into buffers: as many as the server
+/// reads at once, and at most one for each place in `buffers`. Returns how many. The caller
+/// has a pin on each.
+///
+/// This process reads them. From 18 on, if they are too many for one read, it reads the
+/// second part, while the first is read as `io_method` says: by an I/O worker, for example.
 ///
 /// The server may have pinned more than it has read. Those stay in `buffers`, and must
 /// be passed again with the next call.
@@ -138,44 +153,108 @@ pub unsafe fn read_buffers(
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
     {
         #[cfg(feature = "pg17")]
-        const FLAGS: u32 = 0;
+        const IN_THIS_PROCESS: u32 = 0;
         #[cfg(not(feature = "pg17"))]
-        const FLAGS: u32 = pg_sys::READ_BUFFERS_SYNCHRONOUSLY;
+        const IN_THIS_PROCESS: u32 = pg_sys::READ_BUFFERS_SYNCHRONOUSLY;
 
+        // SAFETY: the relation is open. Each operation is over when this returns, or is
+        // forgotten by the server after an ERROR, and does not move before.
+        unsafe {
+            #[cfg(not(feature = "pg17"))]
+            if buffers.len() > max_of_one_read() {
+                let (handed_over, own) = buffers.split_at_mut(max_of_one_read());
+                let mut other = Operation::new(relation, fork);
+                let mut read = other.start(first, handed_over, 0);
+                // Otherwise a block among them is cached, or is being read already.
+                if read == handed_over.len() {
+                    let mut operation = Operation::new(relation, fork);
+                    #[expect(
+                        clippy::cast_possible_truncation,
+                        reason = "it is less than READ_BLOCKS_MAX"
+                    )]
+                    let next = first + read as BlockNumber;
+                    read += operation.start(next, own, IN_THIS_PROCESS);
+                    operation.wait();
+                }
+                other.wait();
+                return read;
+            }
+            let mut operation = Operation::new(relation, fork);
+            let read = operation.start(first, buffers, IN_THIS_PROCESS);
+            operation.wait();
+            read
+        }
+    }
+}
+
+/// A read of consecutive blocks.
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+struct Operation {
+    operation: pg_sys::ReadBuffersOperation,
+    is_to_wait: bool,
+}
+
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+impl Operation {
+    /// # Safety
+    /// `relation` is open, as long as this is used.
+    unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
+        // SAFETY: the relation is open.
+        unsafe {
+            let persistence = (*(*relation).rd_rel).relpersistence;
+            Self {
+                operation: pg_sys::ReadBuffersOperation {
+                    rel: relation,
+                    smgr: pg_sys::RelationGetSmgr(relation),
+                    forknum: fork as i32,
+                    #[cfg(feature = "pg17")]
+                    smgr_persistence: persistence,
+                    #[cfg(not(feature = "pg17"))]
+                    persistence,
+                    ..Default::default()
+                },
+                is_to_wait: false,
+            }
+        }
+    }
+
+    /// Begins to read from `first` on, and returns how many blocks are read, or cached.
+    ///
+    /// # Safety
+    /// As for [`read_buffers`]. `self` and `buffers` do not move before [`Self::wait`].
+    unsafe fn start(
+        &mut self,
+        first: BlockNumber,
+        buffers: &mut [pg_sys::Buffer],
+        flags: u32,
+    ) -> usize {
         #[expect(
             clippy::cast_possible_truncation,
             reason = "there are at most READ_BLOCKS_MAX buffers"
         )]
         let mut started = buffers.len() as i32;
-        // SAFETY: the relation is open, and `started` is the length of `buffers`. The
-        // operation is over when this returns.
+        // SAFETY: `started` is the length of `buffers`; for the rest, see the contract.
         unsafe {
-            let mut operation = pg_sys::ReadBuffersOperation {
-                rel: relation,
-                smgr: pg_sys::RelationGetSmgr(relation),
-                forknum: fork as i32,
-                ..Default::default()
-            };
-            let persistence = (*(*relation).rd_rel).relpersistence;
-            #[cfg(feature = "pg17")]
-            {
-                operation.smgr_persistence = persistence;
-            }
-            #[cfg(not(feature = "pg17"))]
-            {
-                operation.persistence = persistence;
-            }
-            if pg_sys::StartReadBuffers(
-                &mut operation,
+            self.is_to_wait = pg_sys::StartReadBuffers(
+                &mut self.operation,
                 buffers.as_mut_ptr(),
                 first,
                 &mut started,
-                FLAGS as i32,
-            ) {
-                pg_sys::WaitReadBuffers(&mut operation);
-            }
+                flags as i32,
+            );
         }
         started as usize
+    }
+
+    /// Waits until they are read.
+    ///
+    /// # Safety
+    /// [`Self::start`] was called.
+    unsafe fn wait(&mut self) {
+        if self.is_to_wait {
+            // SAFETY: the operation has begun.
+            unsafe { pg_sys::WaitReadBuffers(&mut self.operation) };
+        }
     }
 }
 

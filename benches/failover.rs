@@ -313,7 +313,7 @@ fn one_run(case: Case, way: Way, primary: &mut Cluster, rows: u32, buffers: u32)
 
 /// One transaction in ten updates a row of the small table: what is updated, replay reads on
 /// the standby as well. There, updates fail until it is promoted.
-fn begin_clients(cluster: &Cluster, rows: u32, choice: u32, draw: usize) -> Clients {
+pub fn begin_clients(cluster: &Cluster, rows: u32, choice: u32, draw: usize) -> Clients {
     let update = "\\set id random(1, 1000)\nUPDATE written SET n = n + 1 WHERE id = :id;\n";
     Clients::begin(
         cluster,

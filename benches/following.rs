@@ -1,4 +1,5 @@
-//! What following costs: the readers of the standby, its replay, and the primary's WAL.
+//! What following costs: the primary's clients, the readers of the standby, its replay, and
+//! the primary's WAL. All servers share one machine.
 //!
 //! Each case compares the same pair, or two pairs of one kind, with `autoprewarm_follow` off
 //! and on, in the order off, on, on, off. The standby fetches a list every five seconds.
@@ -25,7 +26,12 @@ const IDLE: Duration = Duration::from_secs(600);
 type Case = fn(&Options, &mut Report);
 type Pick = fn(&Figures) -> f64;
 
-const CASES: [(&str, Case); 3] = [("readers", readers), ("replay", replay), ("wal", wal)];
+const CASES: [(&str, Case); 4] = [
+    ("primary", on_primary),
+    ("readers", readers),
+    ("replay", replay),
+    ("wal", wal),
+];
 
 /// Whether the standby follows, in the order in which it is measured.
 const OFF_AND_ON: [bool; 2] = [false, true];
@@ -38,30 +44,65 @@ pub fn run(options: &Options, report: &mut Report) {
     }
 }
 
+/// Clients read and write on the primary.
+fn on_primary(options: &Options, report: &mut Report) {
+    let rows = options.size.dense_blocks;
+    let (primary, standby) = pair(options);
+    let begin = |turn| failover::begin_clients(&primary, rows, 1, turn);
+    measure(
+        "clients of the primary",
+        &primary,
+        &standby,
+        begin,
+        options,
+        report,
+    );
+}
+
 /// Clients read other rows on the standby than are hot on its primary, and fill its buffers.
 fn readers(options: &Options, report: &mut Report) {
     let rows = options.size.dense_blocks;
     let (primary, standby) = pair(options);
     warm(&primary, rows);
+    let read = failover::read(rows, 2);
+    let begin = |turn| Clients::begin(&standby, READERS, "app", &[(&read, 1)], turn);
+    measure(
+        "readers on the standby",
+        &standby,
+        &standby,
+        begin,
+        options,
+        report,
+    );
+}
+
+/// Measures clients of a server, in turn.
+fn measure(
+    what: &str,
+    server: &Cluster,
+    standby: &Cluster,
+    begin: impl Fn(usize) -> Clients,
+    options: &Options,
+    report: &mut Report,
+) {
     let replaced = "SELECT blocks_replaced FROM pg_stat_autoprewarm_follow";
     let mut results: [Vec<Figures>; 2] = Default::default();
-    // The first turn finds a cold standby, and does not count.
+    // The first turn finds cold servers, and does not count.
     for turn in 0..=2 * options.runs {
         let (run, follows) = (turn.div_ceil(2), is_on(turn));
-        follow(&standby, follows);
+        follow(standby, follows);
         let replaced_before: i64 = standby.value(replaced);
-        let read = failover::read(rows, 2);
-        let clients = Clients::begin(&standby, READERS, "app", &[(&read, 1)], turn);
+        let clients = begin(turn);
         std::thread::sleep(SETTLED);
-        let hits = failover::Hits::of(&standby);
+        let hits = failover::Hits::of(server);
         let from = now();
         std::thread::sleep(COUNTED);
         let until = now();
-        let hit_ratio = failover::Hits::of(&standby).ratio_since(&hits);
+        let hit_ratio = failover::Hits::of(server).ratio_since(&hits);
         let (transactions, _) = clients.end();
         let figures = Figures::of(&transactions, from, until, hit_ratio);
         eprintln!(
-            "   readers, run {run}, {}: {figures:.3?}, {} blocks replaced",
+            "   {what}, run {run}, {}: {figures:.3?}, {} blocks replaced",
             name(follows),
             standby.value::<i64>(replaced) - replaced_before
         );
@@ -74,16 +115,11 @@ fn readers(options: &Options, report: &mut Report) {
         ("p99 latency", "ms", |figures| figures.p99),
         ("hit ratio", "", |figures| figures.hit_ratio),
     ];
-    for (what, unit, pick) in picks {
+    for (figure, unit, pick) in picks {
         let samples = results
             .each_ref()
             .map(|results| results.iter().map(pick).collect());
-        compare(
-            report,
-            &format!("readers on the standby: {what}"),
-            unit,
-            &samples,
-        );
+        compare(report, &format!("{what}: {figure}"), unit, &samples);
     }
 }
 

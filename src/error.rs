@@ -86,7 +86,8 @@ pub enum Error {
 }
 
 impl Error {
-    fn sqlstate(&self) -> PgSqlErrorCode {
+    /// Its code.
+    pub fn sqlstate(&self) -> PgSqlErrorCode {
         use PgSqlErrorCode::*;
         match self {
             Self::NullRelation

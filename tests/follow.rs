@@ -423,36 +423,42 @@ fn each_reason_for_having_no_list_is_one_clear_line() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = silent.local_addr().unwrap().port();
     let swallowed = format!("host=127.0.0.1 port={port} user=postgres");
-    for (conninfo, state, message) in [
+    for (conninfo, state, sqlstate, message) in [
         (
             host(&unloaded),
             "upstream has no list",
+            "55000",
             "it has not preloaded this library",
         ),
-        (host(&other), "refused", "its system identifier is"),
+        (host(&other), "refused", "55000", "its system identifier is"),
         (
             "host=/nowhere".to_owned(),
             "failed",
+            "08006",
             "could not connect to the upstream server",
         ),
         (
             format!("{} user=plain", host(&primary)),
             "failed",
+            "08006",
             "to start",
         ),
         (
             "nonsense".to_owned(),
             "failed",
-            "missing \"=\" after \"nonsense\"",
+            "42601",
+            "the connection string cannot be parsed",
         ),
         (
             swallowed,
             "failed",
+            "08006",
             "the upstream server has not answered in time",
         ),
     ] {
         standby.configure(&format!(
-            "pg_prewarm.autoprewarm_follow_conninfo = '{conninfo}'\nwal_receiver_timeout = 2s"
+            "pg_prewarm.autoprewarm_follow_conninfo = '{conninfo}'\nwal_receiver_timeout = 2s\n\
+             log_error_verbosity = verbose"
         ));
         let mark = standby.log_end();
         standby.reload();
@@ -473,10 +479,16 @@ fn each_reason_for_having_no_list_is_one_clear_line() {
         assert!(last_error.unwrap().contains(message));
         let _ = refusal(&standby);
         let log = standby.log_since(mark);
+        let primary =
+            format!("WARNING:  {sqlstate}: autoprewarm could not follow the upstream server: ");
         let lines = log
             .lines()
-            .filter(|line| line.contains("WARNING") && line.contains(message));
+            .filter(|line| line.contains(&primary) && line.contains(message));
         assert_eq!(lines.count(), 1, "{conninfo}:\n{log}");
+        // A fetch that hangs is cancelled, and its worker ends as others do.
+        for other in ["terminating", "exited with exit code 1", "canceling"] {
+            assert!(!log.contains(other), "{conninfo}:\n{log}");
+        }
     }
     // It goes on as soon as it can.
     standby.configure("pg_prewarm.autoprewarm_follow_conninfo = ''");
@@ -581,6 +593,17 @@ fn a_wrong_password_is_told_and_is_in_no_log() {
     let lines = log.lines().filter(|line| line.contains("wr0ng"));
     let others: Vec<_> = lines.filter(|line| !line.contains("parameter")).collect();
     assert!(others.is_empty(), "{others:?}");
+    // libpq quotes what it cannot parse.
+    standby.configure(
+        "pg_prewarm.autoprewarm_follow_conninfo = 'postgresql://follower:wr0ng%zz@nowhere/'",
+    );
+    standby.reload();
+    wait_until("the refusal", || {
+        let refused = refusal(&standby);
+        refused.message.contains("cannot be parsed")
+    });
+    let (_, last_error) = shown(&mut standby.connect("postgres"));
+    assert!(!last_error.unwrap().contains("wr0ng"));
     conninfo("right");
     wait_for_state(&standby, "following");
     follow_now(&standby);

@@ -7,6 +7,7 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use pgrx::PgSqlErrorCode;
 
 use super::state::FetchResult;
 use super::{LIST_SETTING, stored};
@@ -16,7 +17,7 @@ use crate::error::Error;
 use crate::pg::process::error::Caught;
 use crate::pg::process::memory::{fallible, or_raise};
 use crate::pg::process::transaction::{self, Transaction};
-use crate::pg::process::upstream::{Upstream, primary_conninfo};
+use crate::pg::process::upstream::{Upstream, is_syntax_error, primary_conninfo};
 use crate::pg::process::{activity, background, recovery};
 use crate::pg::storage::BLOCK_SIZE;
 use crate::settings;
@@ -24,14 +25,34 @@ use crate::settings;
 /// Why no list was fetched.
 struct Failure {
     result: FetchResult,
+    sqlstate: PgSqlErrorCode,
     message: String,
 }
 
 impl Failure {
-    fn new(result: FetchResult, message: impl Into<String>) -> Self {
+    fn new(sqlstate: PgSqlErrorCode, message: impl Into<String>) -> Self {
         Self {
-            result,
+            result: FetchResult::Failed,
+            sqlstate,
             message: message.into(),
+        }
+    }
+
+    /// The upstream server has none.
+    fn no_list(why: &str) -> Self {
+        Self {
+            result: FetchResult::NoList,
+            sqlstate: PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            message: format!("the upstream server has no block list: {why}"),
+        }
+    }
+
+    /// It is not one for this server.
+    fn refused(why: &str) -> Self {
+        Self {
+            result: FetchResult::Refused,
+            sqlstate: PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            message: format!("the block list of the upstream server cannot be used: {why}"),
         }
     }
 }
@@ -39,17 +60,21 @@ impl Failure {
 impl From<Caught> for Failure {
     fn from(caught: Caught) -> Self {
         let message = match caught.detail {
+            // Its message may have a part of a password.
+            _ if is_syntax_error(caught.sqlstate) => {
+                "the connection string cannot be parsed".to_owned()
+            }
             // libpq's reason, for example.
             Some(detail) => format!("{}: {detail}", caught.message),
             None => caught.message,
         };
-        Self::new(FetchResult::Failed, message)
+        Self::new(caught.sqlstate, message)
     }
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self::new(FetchResult::Failed, error.to_string())
+        Self::new(error.sqlstate(), error.to_string())
     }
 }
 
@@ -94,59 +119,68 @@ pub fn main(argument: FetchArgument) {
     let fetched = match state.follow.become_fetcher() {
         true => {
             activity::report(b"fetching the block list of the upstream server".to_vec());
-            transaction::run(|transaction| fetch(transaction, number, state))
+            background::run_cancellable(|| {
+                transaction::run(|transaction| fetch(transaction, number, state))
+            })
         }
         false => Ok(Err(Failure::new(
-            FetchResult::Failed,
+            PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
             "another fetch is still under way",
         ))),
     };
-    let result = match fetched.map_err(Failure::from).flatten() {
-        Ok(()) => FetchResult::Fetched,
+    match fetched.map_err(Failure::from).flatten() {
+        Ok(()) => state.follow.report_fetch(number, FetchResult::Fetched),
+        // The leader has cancelled it.
+        Err(_) if !state.follow.is_wanted(number) => {}
         Err(failure) => {
             state.follow.error.record(&failure.message);
-            failure.result
+            state.follow.record_sqlstate(failure.sqlstate);
+            state.follow.report_fetch(number, failure.result);
         }
-    };
-    state.follow.report_fetch(number, result);
+    }
     state.wake_leader();
 }
 
 fn fetch(transaction: &Transaction, number: u32, state: &State) -> Result<(), Failure> {
-    let failed = |message: String| Failure::new(FetchResult::Failed, message);
     let conninfo = match settings::autoprewarm_follow_conninfo() {
         Some(conninfo) => conninfo,
         None => primary_conninfo(),
     };
     if conninfo.trim().is_empty() {
-        return Err(failed("\"primary_conninfo\" is not set".to_owned()));
+        return Err(Failure::new(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            "\"primary_conninfo\" is not set",
+        ));
     }
     let upstream = Upstream::connect(transaction, &conninfo).map_err(|message| {
-        failed(format!(
-            "could not connect to the upstream server: {message}"
-        ))
+        Failure::new(
+            PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
+            format!("could not connect to the upstream server: {message}"),
+        )
     })?;
     let (host, port) = upstream.host_and_port();
     state.follow.set_upstream(&host, port);
-    let bytes = receive(&upstream, state)?;
+    state.follow.report_progress(number, 0);
+    let bytes = receive(&upstream, number, state)?;
     drop(upstream);
-    fallible(|| UpstreamList::read(&bytes)).map_err(|error| refused(&error.to_string()))?;
+    fallible(|| UpstreamList::read(&bytes))
+        .map_err(|error| Failure::refused(&error.to_string()))?;
     stored::write(&bytes, || state.follow.is_wanted(number))?;
     Ok(())
 }
 
 /// Receives the chunks of the list. It is of this cluster, which is known before all of it is
 /// here.
-fn receive(upstream: &Upstream, state: &State) -> Result<Vec<u8>, Failure> {
+fn receive(upstream: &Upstream, number: u32, state: &State) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
-    loop {
+    for chunks in 1.. {
         let text =
             upstream
                 .show(LIST_SETTING)
                 .map_err(|refusal| match refusal.is_unknown_setting() {
-                    true => no_list("it has not preloaded this library"),
+                    true => Failure::no_list("it has not preloaded this library"),
                     false => Failure::new(
-                        FetchResult::Failed,
+                        refusal.sqlstate(),
                         format!(
                             "could not fetch the block list: {}",
                             refusal.message.trim_end()
@@ -158,54 +192,45 @@ fn receive(upstream: &Upstream, state: &State) -> Result<Vec<u8>, Failure> {
         }
         let chunk = STANDARD
             .decode(&text)
-            .map_err(|error| refused(&error.to_string()))?;
+            .map_err(|error| Failure::refused(&error.to_string()))?;
         or_raise(|| bytes.try_reserve(chunk.len()));
         bytes.extend_from_slice(&chunk);
         state.follow.count_received(chunk.len());
+        state.follow.report_progress(number, chunks);
         // The upstream server may be anything.
         let announced = UpstreamList::announced(&bytes);
-        if let Some(list) = announced.map_err(|error| refused(&error.to_string()))? {
+        if let Some(list) = announced.map_err(|error| Failure::refused(&error.to_string()))? {
             check(&list.origin)?;
             if bytes.len() as u64 > list.length {
-                return Err(refused("it is longer than it says"));
+                return Err(Failure::refused("it is longer than it says"));
             }
         }
     }
     match bytes.is_empty() {
-        true => Err(no_list(
+        true => Err(Failure::no_list(
             "it is loading one itself, or has not fetched one yet",
         )),
         false => Ok(bytes),
     }
 }
 
-fn no_list(why: &str) -> Failure {
-    let message = format!("the upstream server has no block list: {why}");
-    Failure::new(FetchResult::NoList, message)
-}
-
-fn refused(why: &str) -> Failure {
-    let message = format!("the block list of the upstream server cannot be used: {why}");
-    Failure::new(FetchResult::Refused, message)
-}
-
 /// Whether the list is of this cluster, and of a server that this one can follow.
 fn check(origin: &Origin) -> Result<(), Failure> {
     let (mine, timeline) = (recovery::system_identifier(), recovery::timeline());
     if origin.system_identifier != mine {
-        return Err(refused(&format!(
+        return Err(Failure::refused(&format!(
             "its system identifier is {}, and that of this server is {mine}",
             origin.system_identifier
         )));
     }
     if origin.block_size != BLOCK_SIZE {
-        return Err(refused(&format!(
+        return Err(Failure::refused(&format!(
             "its block size is {}, and that of this server is {BLOCK_SIZE}",
             origin.block_size
         )));
     }
     if origin.timeline < timeline {
-        return Err(refused(&format!(
+        return Err(Failure::refused(&format!(
             "its timeline is {}, and this server is on timeline {timeline}",
             origin.timeline
         )));

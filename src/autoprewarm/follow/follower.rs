@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use pgrx::{PgLogLevel, PgSqlErrorCode};
 
 use super::fetch::FetchArgument;
-use super::state::{FetchResult, Stage};
+use super::state::{FetchProgress, FetchResult, Stage};
 use super::top_up::{self, Memory, TopUp};
 use super::{FETCHER, promote, stored};
 use crate::autoprewarm::mark::{self, Mark};
@@ -23,7 +23,8 @@ use crate::autoprewarm::state::State;
 use crate::autoprewarm::stats::LoadResult;
 use crate::autoprewarm::supervise::Halt;
 use crate::blocks::{Oid, UpstreamList};
-use crate::pg::process::error::{log, log_message};
+use crate::error::Error;
+use crate::pg::process::error::{Caught, log, log_message};
 use crate::pg::process::report::Message;
 use crate::pg::process::upstream::wal_receiver_timeout;
 use crate::pg::process::{background, recovery, transaction};
@@ -38,8 +39,13 @@ const PROMOTION_POLL: Duration = Duration::from_millis(250);
 /// then, too.
 const FETCH_POLL: Duration = Duration::from_millis(100);
 
-/// How long a fetch may make no progress if `wal_receiver_timeout` does not say it.
+/// How long a fetch may make no progress if `wal_receiver_timeout` does not say it; and how
+/// long the upstream server has to look through its buffers, whatever that says.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// After this time a fetch that was cancelled is terminated: it may be resolving a name, or
+/// not have begun.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often the pause after a failed fetch is doubled at most, and how long it is at most,
 /// unless the interval is longer.
@@ -67,6 +73,8 @@ pub struct Follower {
     round: Round,
     memory: Memory,
     lag: Lag,
+    /// The worker of a fetch that was cancelled, and when.
+    cancelled: Option<(Handle, Instant)>,
     /// How many fetches in a row have failed, and the failure that was logged last.
     failures: u32,
     logged: Option<String>,
@@ -101,10 +109,9 @@ struct Fetch {
     /// The last request that this round fulfils.
     request: u32,
     began: Instant,
-    /// How much had been received, and since when it has not been more.
-    received: u64,
+    /// How far it had come, and when that was first seen.
+    progress: FetchProgress,
     last_progress: Instant,
-    is_terminated: bool,
 }
 
 struct Running {
@@ -119,9 +126,42 @@ struct Running {
 /// Why a round has ended without success.
 enum Failure {
     /// No list was fetched, or it cannot be used.
-    Fetch(Stage, String),
+    Fetch(Stage, Reason),
     /// Its blocks could not be loaded.
     TopUp(String),
+}
+
+/// A reason: the code of the error, and its message.
+struct Reason {
+    sqlstate: PgSqlErrorCode,
+    message: String,
+}
+
+impl Reason {
+    fn new(sqlstate: PgSqlErrorCode, message: &str) -> Self {
+        Self {
+            sqlstate,
+            message: message.to_owned(),
+        }
+    }
+}
+
+impl From<Caught> for Reason {
+    fn from(caught: Caught) -> Self {
+        Self {
+            sqlstate: caught.sqlstate,
+            message: caught.message,
+        }
+    }
+}
+
+impl From<Error> for Reason {
+    fn from(error: Error) -> Self {
+        Self {
+            sqlstate: error.sqlstate(),
+            message: error.to_string(),
+        }
+    }
 }
 
 /// The pace of a top-up by how far replay is behind.
@@ -183,6 +223,7 @@ impl Follower {
                 halvings: 0,
                 next_look: Instant::now(),
             },
+            cancelled: None,
             failures: 0,
             logged: None,
             upstream: None,
@@ -230,6 +271,8 @@ impl Follower {
     /// Loads the rest of the last list.
     pub fn load_after_promotion(&mut self) {
         self.memory = Memory::default();
+        // The pace until all WAL is replayed.
+        self.state.follow.set_rate(self.lag.rate());
         let is_retry = !matches!(
             self.role,
             Role::Promoted {
@@ -299,8 +342,7 @@ impl Follower {
                 self.round = Round::Waiting(next);
                 next - Instant::now()
             }
-            // That of a former leader, or of a round that was ended, is about to exit.
-            Round::Waiting(next) if self.state.follow.fetcher().is_some() => {
+            Round::Waiting(next) if self.former_fetch_runs() => {
                 self.round = Round::Waiting(next);
                 FETCH_POLL
             }
@@ -317,6 +359,18 @@ impl Follower {
         Some(wait.min(PROMOTION_POLL))
     }
 
+    /// Whether a fetch that was cancelled, or that of a former leader, has not ended yet.
+    fn former_fetch_runs(&mut self) -> bool {
+        if let Some((worker, since)) = &self.cancelled {
+            if worker.status() == Status::Stopped {
+                self.cancelled = None;
+            } else if since.elapsed() >= CANCEL_TIMEOUT {
+                worker.terminate();
+            }
+        }
+        self.cancelled.is_some() || self.state.follow.fetcher().is_some()
+    }
+
     /// Begins to follow.
     fn begin(&mut self) {
         self.failures = 0;
@@ -329,29 +383,36 @@ impl Follower {
     fn begin_fetch(&mut self) {
         let request = self.state.follow.last_request();
         let number = self.state.follow.begin_fetch();
-        let failed = |message: &str| Failure::Fetch(Stage::Failed, message.to_owned());
+        let failed = |reason| Failure::Fetch(Stage::Failed, reason);
         let database = match transaction::run(Database::all) {
             Ok(databases) => database_of(databases.into_iter()),
-            Err(caught) => return self.fail(request, failed(&caught.message)),
+            Err(caught) => return self.fail(request, failed(caught.into())),
         };
         let Some(database) = database else {
-            return self.fail(request, failed("no database accepts connections"));
+            let reason = Reason::new(
+                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                "no database accepts connections",
+            );
+            return self.fail(request, failed(reason));
         };
         let argument = FetchArgument {
             fetch: number,
             database,
         };
         let Some(worker) = FETCHER.start(argument.into()) else {
-            return self.fail(request, failed("no background worker slot is free"));
+            let reason = Reason::new(
+                PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+                "no background worker slot is free",
+            );
+            return self.fail(request, failed(reason));
         };
         self.round = Round::Fetching(Fetch {
             worker,
             number,
             request,
             began: Instant::now(),
-            received: self.state.follow.totals().bytes_received,
+            progress: FetchProgress::None,
             last_progress: Instant::now(),
-            is_terminated: false,
         });
     }
 
@@ -360,51 +421,64 @@ impl Follower {
         let has_stopped = fetch.worker.status() == Status::Stopped;
         let reason = || {
             let error = self.state.follow.error.last();
-            error.map_or_else(String::new, |(message, _)| message)
+            Reason {
+                sqlstate: self.state.follow.sqlstate(),
+                message: error.map_or_else(String::new, |(message, _)| message),
+            }
         };
-        let (stage, message) = match self.state.follow.fetch_result(fetch.number) {
+        let failed = |message| {
+            let reason = Reason::new(PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE, message);
+            (Stage::Failed, reason)
+        };
+        let request = fetch.request;
+        let (stage, reason) = match self.state.follow.fetch_result(fetch.number) {
             Some(FetchResult::Fetched) => return self.begin_top_up(&fetch),
             Some(FetchResult::NoList) => (Stage::NoList, reason()),
             Some(FetchResult::Refused) => (Stage::Refused, reason()),
             Some(FetchResult::Failed) => (Stage::Failed, reason()),
-            None if has_stopped => (
-                Stage::Failed,
-                match fetch.is_terminated {
-                    true => "the upstream server has not answered in time".to_owned(),
-                    false => "the autoprewarm follower has exited unexpectedly".to_owned(),
-                },
-            ),
+            None if has_stopped => failed("the autoprewarm follower has exited unexpectedly"),
+            None if self.hangs(&mut fetch) => {
+                self.cancel_fetch(fetch);
+                failed("the upstream server has not answered in time")
+            }
             None => {
-                self.limit(&mut fetch);
                 self.round = Round::Fetching(fetch);
                 return;
             }
         };
-        self.fail(fetch.request, Failure::Fetch(stage, message));
+        self.fail(request, Failure::Fetch(stage, reason));
     }
 
-    /// Ends a fetch that makes no progress.
-    fn limit(&self, fetch: &mut Fetch) {
-        let received = self.state.follow.totals().bytes_received;
-        if received != fetch.received {
-            fetch.received = received;
+    /// Whether a fetch makes no progress.
+    fn hangs(&self, fetch: &mut Fetch) -> bool {
+        let progress = self.state.follow.progress_of_fetch(fetch.number);
+        if progress != fetch.progress {
+            fetch.progress = progress;
             fetch.last_progress = Instant::now();
         }
         let timeout = match wal_receiver_timeout() {
             0 => FETCH_TIMEOUT,
             milliseconds => Duration::from_millis(milliseconds),
         };
-        if fetch.last_progress.elapsed() >= timeout {
-            fetch.worker.terminate();
-            fetch.is_terminated = true;
-        }
+        let timeout = match progress {
+            FetchProgress::Connected => timeout.max(FETCH_TIMEOUT),
+            FetchProgress::None | FetchProgress::Received(_) => timeout,
+        };
+        fetch.last_progress.elapsed() >= timeout
+    }
+
+    /// Cancels a fetch, whose list is not wanted any more.
+    fn cancel_fetch(&mut self, fetch: Fetch) {
+        self.state.follow.begin_fetch();
+        fetch.worker.interrupt();
+        self.cancelled = Some((fetch.worker, Instant::now()));
     }
 
     fn begin_top_up(&mut self, fetch: &Fetch) {
         let list = match read_list() {
             Ok(list) => list,
-            Err(message) => {
-                return self.fail(fetch.request, Failure::Fetch(Stage::Failed, message));
+            Err(reason) => {
+                return self.fail(fetch.request, Failure::Fetch(Stage::Failed, reason));
             }
         };
         self.report_success();
@@ -471,7 +545,7 @@ impl Follower {
 
     /// Looks at what is cached of the last list. `Err` is why that is not possible.
     fn remember(&mut self) -> Result<(), String> {
-        let list = read_list()?;
+        let list = read_list().map_err(|reason| reason.message)?;
         transaction::run(|_| top_up::remember(list, &mut self.memory, self.state))
             .map_err(|caught| caught.message)
     }
@@ -488,11 +562,7 @@ impl Follower {
     fn end_round(&mut self, why: &str) {
         match std::mem::replace(&mut self.round, Round::None) {
             Round::None | Round::Waiting(_) => {}
-            Round::Fetching(fetch) => {
-                fetch.worker.terminate();
-                // Its list is not wanted any more.
-                self.state.follow.begin_fetch();
-            }
+            Round::Fetching(fetch) => self.cancel_fetch(fetch),
             Round::ToppingUp(running) => self.end_top_up(*running, LoadResult::Failed),
         }
         let follow = &self.state.follow;
@@ -507,7 +577,7 @@ impl Follower {
     fn fail(&mut self, request: u32, failure: Failure) {
         let interval = settings::autoprewarm_follow_interval();
         let (stage, primary, message, sqlstate, pause) = match &failure {
-            Failure::Fetch(stage, message) => {
+            Failure::Fetch(stage, reason) => {
                 let pause = interval * (1 << self.failures.min(MOST_DOUBLINGS));
                 self.failures += 1;
                 // What is cached of the old list may have changed meanwhile.
@@ -515,11 +585,8 @@ impl Follower {
                 (
                     *stage,
                     "autoprewarm could not follow the upstream server",
-                    message,
-                    match stage {
-                        Stage::Failed => PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
-                        _ => PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-                    },
+                    &reason.message,
+                    reason.sqlstate,
                     pause.min(LONGEST_PAUSE.max(interval)),
                 )
             }
@@ -584,11 +651,12 @@ fn database_of(databases: impl Iterator<Item = (Oid, Database)>) -> Option<Oid> 
 }
 
 /// The list that was fetched last. `Err` is why it cannot be read.
-fn read_list() -> Result<UpstreamList, String> {
-    match transaction::run(|_| stored::read()) {
-        Ok(Ok(Some(stored))) => Ok(stored.list),
-        Ok(Ok(None)) => Err(format!("file \"{}\" is missing", stored::FILE)),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(caught) => Err(caught.message),
+fn read_list() -> Result<UpstreamList, Reason> {
+    match transaction::run(|_| stored::read())?? {
+        Some(stored) => Ok(stored.list),
+        None => Err(Reason::new(
+            PgSqlErrorCode::ERRCODE_UNDEFINED_FILE,
+            &format!("file \"{}\" is missing", stored::FILE),
+        )),
     }
 }

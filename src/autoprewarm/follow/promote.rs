@@ -1,5 +1,6 @@
-//! After the promotion: the rest of the upstream's list is loaded at full rate, by all
-//! workers, and the usage counts that it has are restored.
+//! After the promotion: the rest of the upstream's list is loaded at full rate (as gently as
+//! before until all WAL is replayed), by all workers, and the usage counts that it has are
+//! restored.
 //!
 //! It is a load like those of the server's own list: `autoprewarm_wait()` waits for it,
 //! `autoprewarm_cancel()` cancels it, `pg_stat_autoprewarm` shows it, and new sessions are
@@ -20,7 +21,7 @@ use crate::autoprewarm::stats::LoadResult;
 use crate::autoprewarm::supervise::Halt;
 use crate::blocks::{SkipReason, UpstreamList};
 use crate::error::Error;
-use crate::pg::process::error::{log, log_message};
+use crate::pg::process::error::{is_shortage, log, log_message};
 use crate::pg::process::report::Message;
 use crate::pg::process::{activity, transaction};
 use crate::pg::storage::{buffer, room};
@@ -38,39 +39,17 @@ pub fn run(state: &'static State, is_retry: bool) -> bool {
     state.follow.set_stage(Stage::NotAStandby);
     state.follow.set_list_waits(false);
     activity::report(b"loading".to_vec());
-    let result = match transaction::run(|_| stored::read()) {
-        Ok(Ok(Some(stored))) => {
-            log(
-                "autoprewarm loads the block list of the former upstream server after the \
-                 promotion",
-            );
-            match mark::begin(&mark::PROMOTIONS, state, false) {
-                Ok(mark) => {
-                    let result = load(stored.list, state);
-                    mark.end();
-                    result
-                }
-                Err(crashes) => {
-                    let why = crashes.describe(&mark::PROMOTIONS);
-                    fail(&why, "The list is removed.", state);
-                    mark::remove(&mark::PROMOTIONS, state);
-                    LoadResult::Suspended
-                }
-            }
+    let result = match mark::begin(&mark::PROMOTIONS, state, false) {
+        Ok(mark) => {
+            let result = read_and_load(state);
+            mark.end();
+            result
         }
-        Ok(Ok(None)) => LoadResult::NoList,
-        // A damaged list does not get better.
-        Ok(Err(error @ Error::DamagedList { .. })) => {
-            give_up(error, state);
-            LoadResult::NoList
-        }
-        Ok(Err(error)) => {
-            give_up(error, state);
-            LoadResult::Failed
-        }
-        Err(caught) => {
-            state.warn(caught);
-            LoadResult::Failed
+        Err(crashes) => {
+            let why = crashes.describe(&mark::PROMOTIONS);
+            fail(&why, "The list is removed.", state);
+            mark::remove(&mark::PROMOTIONS, state);
+            LoadResult::Suspended
         }
     };
     activity::report_idle();
@@ -92,6 +71,32 @@ pub fn run(state: &'static State, is_retry: bool) -> bool {
     // Those of the time as a standby do not count when it is one again.
     mark::remove(&mark::TOP_UPS, state);
     is_done
+}
+
+fn read_and_load(state: &'static State) -> LoadResult {
+    match transaction::run(|_| stored::read()) {
+        Ok(Ok(Some(stored))) => {
+            log(
+                "autoprewarm loads the block list of the former upstream server after the \
+                 promotion",
+            );
+            load(stored.list, state)
+        }
+        Ok(Ok(None)) => LoadResult::NoList,
+        Ok(Err(error)) => {
+            // What is damaged, or no file that can be read, does not get better.
+            let result = match is_shortage(error.sqlstate()) {
+                true => LoadResult::Failed,
+                false => LoadResult::NoList,
+            };
+            give_up(error, state);
+            result
+        }
+        Err(caught) => {
+            state.warn(caught);
+            LoadResult::Failed
+        }
+    }
 }
 
 fn give_up(error: Error, state: &State) {

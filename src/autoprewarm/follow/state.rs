@@ -14,6 +14,8 @@
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32, AtomicU64};
 
+use pgrx::PgSqlErrorCode;
+
 use super::stored;
 use crate::autoprewarm::role::{NO_PID, acquire, holder, release};
 use crate::autoprewarm::stats::{LoadStats, SharedText};
@@ -28,8 +30,13 @@ pub struct FollowState {
     fetcher: AtomicI32,
     /// The number of the fetch that is under way, or was the last.
     fetch: AtomicU32,
+    /// The number of the last fetch that has connected, and above it how many chunks it has
+    /// received.
+    fetch_progress: AtomicU64,
     /// The number of a fetch, and above it a [`FetchResult`].
     fetch_result: AtomicU64,
+    /// The SQLSTATE of the last fetch that has failed.
+    fetch_sqlstate: AtomicI32,
     /// Whether a worker has logged an error since this server follows.
     has_warned: AtomicBool,
     /// How often a session has asked for a list at once, and up to which of these requests
@@ -121,6 +128,16 @@ pub enum FetchResult {
     Failed = 4,
 }
 
+/// How far a fetch has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FetchProgress {
+    /// It has not connected.
+    None,
+    Connected,
+    /// It has received so many chunks.
+    Received(u32),
+}
+
 /// What is known of the list that is followed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ListCounts {
@@ -149,7 +166,9 @@ impl FollowState {
             stage: AtomicU32::new(Stage::Off as u32),
             fetcher: AtomicI32::new(NO_PID),
             fetch: AtomicU32::new(0),
+            fetch_progress: AtomicU64::new(0),
             fetch_result: AtomicU64::new(0),
+            fetch_sqlstate: AtomicI32::new(0),
             has_warned: AtomicBool::new(false),
             requested: AtomicU32::new(0),
             fulfilled: AtomicU32::new(0),
@@ -188,6 +207,12 @@ impl FollowState {
         self.stage().follows() && recovery::has_ended_or_will()
     }
 
+    /// Whether the blocks of the list are still loaded as gently as on a standby: after a
+    /// promotion until all WAL is replayed.
+    pub fn is_replaying(&self) -> bool {
+        self.stage() == Stage::NotAStandby && recovery::is_in_progress()
+    }
+
     /// Whether this server is promoted, and the list of its upstream server is to be loaded
     /// before anything else.
     pub fn list_comes_first(&self) -> bool {
@@ -218,6 +243,32 @@ impl FollowState {
     /// Whether that is the number of the last fetch, so that its list is still wanted.
     pub fn is_wanted(&self, fetch: u32) -> bool {
         self.fetch.load(SeqCst) == fetch
+    }
+
+    /// Records that a fetch has received so many chunks: none when it has connected.
+    pub fn report_progress(&self, fetch: u32, chunks: u32) {
+        let progress = u64::from(chunks) << 32 | u64::from(fetch);
+        self.fetch_progress.store(progress, SeqCst);
+    }
+
+    /// How far that fetch has come.
+    pub fn progress_of_fetch(&self, fetch: u32) -> FetchProgress {
+        let progress = self.fetch_progress.load(SeqCst);
+        match progress >> 32 {
+            _ if progress & u64::from(u32::MAX) != u64::from(fetch) => FetchProgress::None,
+            0 => FetchProgress::Connected,
+            #[expect(clippy::cast_possible_truncation, reason = "32 bits are left")]
+            chunks => FetchProgress::Received(chunks as u32),
+        }
+    }
+
+    /// The code of the error of the last fetch that has failed.
+    pub fn sqlstate(&self) -> PgSqlErrorCode {
+        PgSqlErrorCode::from(self.fetch_sqlstate.load(SeqCst))
+    }
+
+    pub fn record_sqlstate(&self, sqlstate: PgSqlErrorCode) {
+        self.fetch_sqlstate.store(sqlstate as i32, SeqCst);
     }
 
     pub fn report_fetch(&self, fetch: u32, result: FetchResult) {
@@ -424,7 +475,13 @@ mod tests {
             assert_eq!(state.fetch_result(fetch), Some(result));
         }
         // What another fetch reports is not taken for the result of this one.
+        assert_eq!(state.progress_of_fetch(fetch), FetchProgress::None);
+        state.report_progress(fetch, 0);
+        assert_eq!(state.progress_of_fetch(fetch), FetchProgress::Connected);
+        state.report_progress(fetch, 7);
+        assert_eq!(state.progress_of_fetch(fetch), FetchProgress::Received(7));
         let next = state.begin_fetch();
+        assert_eq!(state.progress_of_fetch(next), FetchProgress::None);
         assert!(!state.is_wanted(fetch));
         assert_eq!(state.fetch_result(next), None);
     }

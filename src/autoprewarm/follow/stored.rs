@@ -45,25 +45,38 @@ pub fn read() -> Result<Option<Stored>, Error> {
     let out_of_memory = || fail("read")(io::ErrorKind::OutOfMemory.into());
     let size = usize::try_from(size).map_err(|_| out_of_memory())?;
     let mut bytes: Vec<u8> = Vec::new();
-    fallible(|| bytes.try_reserve_exact(size)).map_err(|_| out_of_memory())?;
-    bytes.resize(size, 0);
-    let mut length = 0;
-    while length < size {
+    let mut wanted = size.min(PIECE);
+    while bytes.len() < wanted {
         check_for_interrupts();
-        let end = size.min(length + PIECE);
-        match reader.read(&mut bytes[length..end]).map_err(fail("read"))? {
-            0 => break,
-            read => length += read,
+        let begin = bytes.len();
+        let end = wanted.min(begin + PIECE);
+        fallible(|| bytes.try_reserve_exact(wanted - begin)).map_err(|_| out_of_memory())?;
+        bytes.resize(end, 0);
+        let read = reader.read(&mut bytes[begin..]).map_err(fail("read"))?;
+        bytes.truncate(begin + read);
+        if read == 0 {
+            break;
+        }
+        // No memory is taken for more than the header says, whatever the file's size is.
+        if begin == 0 {
+            let announced = UpstreamList::announced(&bytes).map_err(damaged)?;
+            wanted = match announced {
+                Some(list) if list.length == size as u64 => size,
+                _ => return Err(damaged(UpstreamError::Incomplete)),
+            };
         }
     }
-    bytes.truncate(length);
     match fallible(|| UpstreamList::read(&bytes)) {
         Ok(list) => Ok(Some(Stored { bytes, list })),
         Err(UpstreamError::OutOfMemory(_)) => Err(out_of_memory()),
-        Err(error) => Err(Error::DamagedList {
-            path: FILE,
-            reason: error.to_string(),
-        }),
+        Err(error) => Err(damaged(error)),
+    }
+}
+
+fn damaged(error: UpstreamError) -> Error {
+    Error::DamagedList {
+        path: FILE,
+        reason: error.to_string(),
     }
 }
 

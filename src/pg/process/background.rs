@@ -31,6 +31,23 @@ pub fn handle_signals_as_worker() {
     }
 }
 
+/// Runs `body`, which is cancelled by [`crate::pg::shared::worker::Handle::interrupt`]: the
+/// server raises an ERROR when it next serves interrupts.
+///
+/// For workers only, which ignore SIGINT otherwise. `body` raises no ERROR itself.
+pub fn run_cancellable<T>(body: impl FnOnce() -> T) -> T {
+    // SAFETY: PostgreSQL's own handler, which only sets flags and the latch.
+    unsafe { set_handler(libc::SIGINT, signal::StatementCancelHandler) };
+    let result = body();
+    // SAFETY: a handler that does nothing, and a flag of this process.
+    unsafe {
+        set_handler(libc::SIGINT, signal::ignore_signal);
+        // The signal may have come when all was over. Nothing else is to be cancelled by it.
+        (&raw mut pg_sys::QueryCancelPending).write_volatile(0);
+    }
+    result
+}
+
 /// Terminates another background worker of this library, if it still runs.
 pub fn terminate(pid: i32) {
     // SAFETY: an entry of a server process is there for as long as the server is.

@@ -24,7 +24,20 @@ pub struct Refusal {
     pub message: String,
 }
 
+/// Whether an ERROR is that libpq cannot parse a connection string.
+pub fn is_syntax_error(sqlstate: PgSqlErrorCode) -> bool {
+    sqlstate == PgSqlErrorCode::ERRCODE_SYNTAX_ERROR
+}
+
 impl Refusal {
+    /// The error's code; that of a failed connection if it was lost.
+    pub fn sqlstate(&self) -> PgSqlErrorCode {
+        match self.sqlstate {
+            0 => PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
+            sqlstate => PgSqlErrorCode::from(sqlstate),
+        }
+    }
+
     /// Whether the upstream server does not know the setting.
     pub fn is_unknown_setting(&self) -> bool {
         self.sqlstate == PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT as i32
@@ -33,10 +46,14 @@ impl Refusal {
 
 impl<'t> Upstream<'t> {
     /// Connects as `conninfo` says, but by a name of its own: otherwise the upstream server
-    /// would seem to have this standby twice. `Err` is why that failed. May raise an ERROR.
-    /// This process is connected to a database.
+    /// would seem to have this standby twice. `Err` is why that failed. This process is
+    /// connected to a database.
+    ///
+    /// May raise an ERROR. Of one of a syntax error ([`is_syntax_error`]) the message quotes
+    /// from `conninfo`, perhaps from a password.
     pub fn connect(transaction: &'t Transaction, conninfo: &str) -> Result<Self, String> {
         let conninfo = CString::new(with_name(conninfo)).map_err(|error| error.to_string())?;
+        walreceiver::check(&conninfo);
         Ok(Self {
             connection: walreceiver::connect(&conninfo, NAME)?,
             transaction,
@@ -73,17 +90,30 @@ impl Drop for Upstream<'_> {
     }
 }
 
-/// The connection string with [`NAME`] as `application_name`, whatever it has itself.
+/// The connection string with [`NAME`] as `application_name`, whatever it has itself: the
+/// last one counts.
 fn with_name(conninfo: &str) -> String {
     let name = NAME.to_string_lossy();
-    let is_uri = ["postgresql://", "postgres://"]
+    let uri = ["postgresql://", "postgres://"]
         .iter()
-        .any(|scheme| conninfo.trim_start().starts_with(scheme));
-    match (is_uri, conninfo.contains('?')) {
-        (false, _) => format!("{conninfo} application_name={name}"),
-        (true, false) => format!("{conninfo}?application_name={name}"),
-        (true, true) => format!("{conninfo}&application_name={name}"),
-    }
+        .find_map(|scheme| conninfo.strip_prefix(scheme));
+    let Some(uri) = uri else {
+        // A backslash at the end escapes nothing, and would escape the space.
+        let backslashes = conninfo.len() - conninfo.trim_end_matches('\\').len();
+        let conninfo = &conninfo[..conninfo.len() - backslashes % 2];
+        return format!("{conninfo} application_name={name}");
+    };
+    // A password may have a question mark.
+    let after_user = match uri.find(['@', '/']) {
+        Some(at) if uri[at..].starts_with('@') => &uri[at..],
+        _ => uri,
+    };
+    let separator = match after_user.contains('?') {
+        false => "?",
+        true if after_user.ends_with(['?', '&']) => "",
+        true => "&",
+    };
+    format!("{conninfo}{separator}application_name={name}")
 }
 
 /// `primary_conninfo`: how this standby connects to its upstream server. Empty if it does
@@ -127,6 +157,23 @@ mod tests {
                 "postgres://a?application_name=b",
                 "postgres://a?application_name=b&application_name=pg_prewarm",
             ),
+            (
+                "postgresql://r:what?@a/",
+                "postgresql://r:what?@a/?application_name=pg_prewarm",
+            ),
+            (
+                "postgresql:///?host=/tmp&",
+                "postgresql:///?host=/tmp&application_name=pg_prewarm",
+            ),
+            (
+                "postgresql:///?",
+                "postgresql:///?application_name=pg_prewarm",
+            ),
+            (
+                r"password=a\\ host=b\",
+                r"password=a\\ host=b application_name=pg_prewarm",
+            ),
+            (r"password=a\\", r"password=a\\ application_name=pg_prewarm"),
         ] {
             assert_eq!(with_name(conninfo), expected);
         }

@@ -115,7 +115,8 @@ impl Handle {
         status == pg_sys::BgwHandleStatus::BGWH_STARTED
     }
 
-    /// Ends its wait for a lock, if it waits within [`crate::pg::process::lock_timeout`].
+    /// Cancels what it runs within [`crate::pg::process::background::run_cancellable`], such as a
+    /// wait for a lock. Otherwise nothing happens.
     pub fn interrupt(&self) {
         let mut pid = 0;
         // SAFETY: the handle was made by the server, and is freed by `drop` only.

@@ -84,7 +84,8 @@ impl LoadRoom {
         }
     }
 
-    /// The same for a load after which the usage counts of what is here are as before.
+    /// The same for a load after which the usage counts of what is here are as before, except
+    /// that 5, which cannot be raised, becomes 4, and 0 of a dirty block becomes 1.
     /// `raised_until` is what [`Self::raised_until`] of the last such load returned: what was
     /// raised and has not been passed yet is not raised again.
     pub fn keeping_usage_counts(budget: Budget, raised_until: u64) -> Self {

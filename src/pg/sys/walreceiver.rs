@@ -24,6 +24,23 @@ fn functions() -> &'static pg_sys::WalReceiverFunctionsType {
     }
 }
 
+/// Raises an ERROR if libpq cannot parse a connection string: a syntax error, whose message
+/// quotes from it.
+pub fn check(conninfo: &CStr) {
+    let check = functions()
+        .walrcv_check_conninfo
+        .expect("the library has it");
+    // SAFETY: a C string; the arguments are those of this version.
+    unsafe {
+        pg_guard_ffi_boundary(|| {
+            #[cfg(feature = "pg15")]
+            check(conninfo.as_ptr());
+            #[cfg(not(feature = "pg15"))]
+            check(conninfo.as_ptr(), false);
+        });
+    }
+}
+
 /// Connects for physical replication. `Err` is why that failed, as libpq says it. May raise
 /// an ERROR.
 pub fn connect(conninfo: &CStr, name: &CStr) -> Result<*mut pg_sys::WalReceiverConn, String> {

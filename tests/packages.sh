@@ -33,7 +33,7 @@ stop_servers() {
 clean_up
 trap clean_up EXIT
 mkdir -p "$work"
-chmod a+rx "$work"
+chmod a+rwx "$work"
 passed=0
 
 # What a check has printed, and that it holds.
@@ -363,7 +363,6 @@ test_beside() {
     bin=$("$contrib" --bindir)
     before=$(cd "$("$contrib" --pkglibdir)" && sha256sum pg_prewarm.so)
     name=pg_prewarm-$version-pg$major-$(uname -m)
-    chmod a+rwx "$work"
 
     make -s archive PG=$major
     tar -xf "$packages/$name.tar.gz" -C "$work"
@@ -438,6 +437,12 @@ test_upgrade_beside() {
 test_source() {
     local dist=pg_prewarm_rs-$version pg_config
     make -s dist
+    expect "META.json is valid for PGXN's client" /usr/bin/python3 tests/pgxn_meta.py "$packages/$dist.zip"
+    unzip -q "$packages/$dist.zip" -d "$work"
+    sed -i "s/$version/${version%.*}/" "$work/$dist/META.json"
+    (cd "$work" && python3 -m zipfile -c bad.zip "$dist")
+    expect_failure "one with a version that is not PGXN's" "bad version number" \
+        /usr/bin/python3 tests/pgxn_meta.py "$work/bad.zip"
     # A copy, since it is installed into.
     cp -a "$(pg_root 15)" "$work/pg15"
     pg_config=$work/pg15/lib/postgresql/15/bin/pg_config
@@ -453,6 +458,12 @@ test_source() {
     rm -rf "$work/offline" "$work/cargo" "$("$pg_config" --pkglibdir)/pg_prewarm.so"
     expect "pgxn installs its archive" env -u CARGO_TARGET_DIR pgxn install --nosudo --pg_config "$pg_config" "$packages/$dist.zip"
     expect "its library is there" test -s "$("$pg_config" --pkglibdir)/pg_prewarm.so"
+    bin=$("$pg_config" --bindir)
+    new_server "$work/pgxn"
+    expect "pgxn creates the extension that META.json names" pgxn load --pg_config "$pg_config" \
+        -h "$work" -U postgres -d postgres "$packages/$dist.zip"
+    expect_output "it is this version" "${version%.*}" query "SELECT extversion FROM pg_extension WHERE extname = 'pg_prewarm'"
+    stop "$work/pgxn"
 }
 
 # --- two builds are the same

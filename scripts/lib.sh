@@ -42,6 +42,9 @@ hide_build_directories() {
     while read -r directory; do
         flags+=("--remap-path-prefix=$directory=/build")
     done < <(build_directories)
+    # Crates that came with the source (see scripts/dist) have the paths of fetched ones.
+    [ ! -d "$project/vendor" ] ||
+        flags+=("--remap-path-prefix=$project/vendor=/build/registry/src/index.crates.io-1949cf8c6b5b557f")
     [ -z "${CARGO_TARGET_DIR:-}" ] || flags+=("--remap-path-prefix=$CARGO_TARGET_DIR=/build/target")
     CARGO_ENCODED_RUSTFLAGS=$(IFS=$separator; printf '%s' "${flags[*]}")
     export CARGO_ENCODED_RUSTFLAGS

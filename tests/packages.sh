@@ -367,6 +367,7 @@ test_beside() {
     make -s archive PG=$major
     tar -xf "$packages/$name.tar.gz" -C "$work"
     files=$work/$name
+    names_licences "$files"
     beside=("shared_preload_libraries = 'pg_prewarm'"
         "extension_control_path = '$files/share:\$system'" "dynamic_library_path = '$files/lib:\$libdir'")
     new_server "$work/beside" "${beside[@]}"
@@ -387,6 +388,7 @@ test_beside() {
     tar -xf "$packages/$name.oci.tar" -C "$work/image"
     umoci unpack --rootless --image "$work/image:$version-pg$major" "$work/bundle" >"$output" 2>&1 || fail "the image can be unpacked"
     files=$work/bundle/rootfs
+    names_licences "$files"
     expect_output "all can read the image's files" "" find "$files/lib" "$files/share" ! -perm -444
     # CloudNativePG's settings have PostgreSQL's own directories first, and later ones win.
     chmod a+rx "$work/bundle" "$files"
@@ -403,6 +405,23 @@ test_beside() {
     expect_output "contrib's library is unchanged" "$before" sh -c "cd '$("$contrib" --pkglibdir)' && sha256sum pg_prewarm.so"
 
     test_upgrade_beside
+}
+
+# That the licences in this directory name the crates whose paths are in its library, and those
+# of Rust's standard library: of these, only the part of it that is for tests and macros is
+# not linked.
+names_licences() {
+    local library=$1/lib/pg_prewarm.so copyright=$1/share/doc/pg_prewarm/copyright
+    grep -aoE '/build/registry/src/[^/]+/[^/]+/' "$library" | sed -E 's|.*/([^/]+)/$|Files: vendor/\1/*|' | sort -u >"$work/crates"
+    expect "the library has crates" grep -q '/pgrx-[0-9]' "$work/crates"
+    grep '^Files: ' "$copyright" | sort -u >"$work/licences"
+    expect_output "the licences of ${1##*/} name all of them" "" comm -23 "$work/crates" "$work/licences"
+    find "$(rustc --print target-libdir)" -name '*.rlib' -printf '%f\n' | sed -E 's/^lib(.*)-[0-9a-f]+\.rlib$/\1/' |
+        grep -vE '^(alloc|core|std|std_detect|panic_.*|unwind|profiler_builtins|sysroot|rustc_std_workspace_.*|proc_macro|rustc_literal_escaper|test|getopts)$' |
+        sort >"$work/crates"
+    expect "Rust's standard library has crates" grep -qx addr2line "$work/crates"
+    sed -nE 's!^Files: rust/(library|vendor)/([a-z0-9_-]+[a-z0-9_])(-\*|/\*)$!\2!p' "$copyright" | tr - _ | sort >"$work/licences"
+    expect_output "the licences of ${1##*/} name all of these" "" comm -23 "$work/crates" "$work/licences"
 }
 
 # pg_upgrade from 15, with ours in the place of contrib's, to 18 with ours beside it.

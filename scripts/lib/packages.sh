@@ -36,8 +36,21 @@ tar_of() {
         --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX --directory "$directory" "$@"
 }
 
-# Writes the part of a Debian copyright file that is about the crates that the library is
-# linked with, other than this project's own.
+# Writes the licences of all that the library is made of, as a Debian copyright file.
+copyright() {
+    printf 'Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\n'
+    printf 'Upstream-Name: pg_prewarm for Rust\n'
+    printf 'Comment: The library is linked with the crates below, each under the licence whose text\n'
+    printf ' is here. Many can be had under the Apache License, version 2.0, as well, which on\n'
+    printf ' Debian is in /usr/share/common-licenses/Apache-2.0.\n\n'
+    printf 'Files: *\nCopyright: %s\nLicense: PostgreSQL\n' "$(sed -n 's/^Copyright (c) //p' "$project/LICENSE")"
+    sed '1,/^Copyright/d' "$project/LICENSE" | sed '1{/^$/d}' | as_paragraphs
+    crates_copyright
+    rust_copyright
+}
+
+# The part of it that is about the crates that the library is linked with, other than this
+# project's own.
 crates_copyright() {
     local linked metadata name version licence authors directory
     linked=$(cargo tree --locked --edges normal,no-proc-macro --prefix none --no-dedupe "${pg_features[@]}" \
@@ -52,6 +65,19 @@ crates_copyright() {
         printf 'License: %s-%s\n' "$name" "$version"
         crate_licence "$name" "$licence" "$authors" "$(dirname "$directory")" | as_paragraphs
     done < <(LC_ALL=C sort <<<"$metadata")
+}
+
+# The part about Rust's standard library, which has crates of its own.
+rust_copyright() {
+    local licenses=$project/packaging/licenses
+    cat "$licenses/rust-library"
+    printf '\nLicense: MIT\n'
+    as_paragraphs <"$licenses/MIT"
+    printf '\nLicense: Apache-2.0 with LLVM exception\n The Apache License, version 2.0 (on Debian in\n'
+    printf ' /usr/share/common-licenses/Apache-2.0), with this exception:\n .\n'
+    as_paragraphs <"$licenses/LLVM-exception"
+    printf '\nLicense: Unicode-3.0\n'
+    as_paragraphs <"$licenses/Unicode-3.0"
 }
 
 # The text of a crate's licence: MIT's, if that is among those to choose from.

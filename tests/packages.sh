@@ -11,7 +11,7 @@ cd "$project"
 [ "$(id -u)" = 0 ] || die "these tests set up a Debian of their own, which only root can do"
 grep -qs '^VERSION_CODENAME=bookworm' /etc/os-release || die "these tests need Debian 12"
 prepare 15 18 || exit
-install_packages debootstrap lintian unzip umoci pgxnclient
+install_packages debootstrap jq lintian unzip umoci pgxnclient
 # Each build has its own flags.
 unset CARGO_ENCODED_RUSTFLAGS
 
@@ -358,7 +358,7 @@ stop() { as_server_user "$bin/pg_ctl" -D "$1" -s stop; }
 query() { "$bin/psql" -XAtq -v ON_ERROR_STOP=1 -h "$work" -U postgres -d postgres -c "$1"; }
 
 test_beside() {
-    local contrib major=18 files before name
+    local contrib major=18 files before name manifest
     contrib=$(contrib_pg_config_of $major)
     bin=$("$contrib" --bindir)
     before=$(cd "$("$contrib" --pkglibdir)" && sha256sum pg_prewarm.so)
@@ -386,6 +386,12 @@ test_beside() {
     make -s image PG=$major
     mkdir "$work/image"
     tar -xf "$packages/$name.oci.tar" -C "$work/image"
+    expect_output "the image's index names one image, and its platform" "[\"linux\",\"$(dpkg --print-architecture)\"]" \
+        jq --compact-output '.manifests[] | [.platform.os, .platform.architecture]' "$work/image/index.json"
+    blob() { printf '%s/image/blobs/%s' "$work" "${1/://}"; }
+    manifest=$(blob "$(jq -r '.manifests[0].digest' "$work/image/index.json")")
+    expect_output "so does its configuration" "[\"linux\",\"$(dpkg --print-architecture)\"]" \
+        jq --compact-output '[.os, .architecture]' "$(blob "$(jq -r .config.digest "$manifest")")"
     umoci unpack --rootless --image "$work/image:$version-pg$major" "$work/bundle" >"$output" 2>&1 || fail "the image can be unpacked"
     files=$work/bundle/rootfs
     names_licences "$files"

@@ -19,6 +19,8 @@
 #                          build for release, for that PostgreSQL
 #   make install PG_CONFIG=/path/to/pg_config
 #                          the same, and install into it
+#   make uninstall PG_CONFIG=/path/to/pg_config
+#                          remove it, and put contrib's files back
 #   make deb [PG=18]       a Debian package
 #   make apt-repo          an apt repository of the Debian packages that were built
 #   make archive [PG=18]   a tar file that is used from any directory (18 and later)
@@ -33,7 +35,7 @@ PG ?= 15
 PG_CONFIG ?= pg_config
 
 .PHONY: demo demo-failover test test-all test-scripts test-packages torture restarts bench check \
-	fuzz valgrind all install deb apt-repo archive image dist clean
+	fuzz valgrind all install uninstall deb apt-repo archive image dist clean
 
 demo:
 	@scripts/demo
@@ -77,6 +79,9 @@ all:
 
 install:
 	@scripts/install $(PG_CONFIG)
+
+uninstall:
+	@scripts/uninstall $(PG_CONFIG)
 
 deb:
 	@scripts/deb $(PG)

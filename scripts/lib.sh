@@ -169,12 +169,12 @@ contrib_tests_of() {
 use_pg_config() {
     local pg_config=$1 major
     [ -x "$pg_config" ] || command -v "$pg_config" >/dev/null ||
-        die "no pg_config at '$pg_config': use make install PG_CONFIG=/path/to/pg_config"
+        die "no pg_config at '$pg_config': use PG_CONFIG=/path/to/pg_config"
     pg_config=$(realpath -s "$(command -v "$pg_config")")
     major=$({ "$pg_config" --version || true; } | sed -E 's/^PostgreSQL ([0-9]+).*/\1/')
     case $major in
         [0-9]*) is_supported "$major" || not_supported "$major" "'$pg_config' belongs to $major" ;;
-        *) die "'$pg_config' is not a pg_config: use make install PG_CONFIG=/path/to/pg_config" ;;
+        *) die "'$pg_config' is not a pg_config: use PG_CONFIG=/path/to/pg_config" ;;
     esac
     export PG_CONFIG=$pg_config PGRX_PG_CONFIG_PATH=$pg_config
     export CARGO_PGRX_DISABLE_GC_SECTIONS_WORKAROUND=1
@@ -196,8 +196,8 @@ build_extension() {
     library=$(target_directory)/$profile/libpg_prewarm.so
 }
 
-# Copies the library that was built to one directory, the control file and all SQL scripts to
-# another. Each file is replaced by a rename, since a running server must not see its library
+# Copies the library that was built to one directory, then the control file and all SQL scripts
+# to another. Each file is replaced by a rename, since a running server must not see its library
 # change.
 copy_extension() {
     local libraries=$1 extension=$2 file

@@ -174,7 +174,7 @@ add_file() {
 state() { in_root dpkg-query -W -f '${db:Status-Status}' "$package"; }
 
 test_debian_package() {
-    local ours contrib before
+    local ours contrib before file
     package=postgresql-15-pg-prewarm-rs
     make -s deb PG=15
     ours=("$packages/${package}"_*.deb)
@@ -304,6 +304,14 @@ test_debian_package() {
     expect "removing it" in_root dpkg --purge "$package"
     grep -q "Run: apt-get install --reinstall postgresql-15" "$output" || fail "it does not say what to do"
     expect "reinstalling PostgreSQL's package" dpkg_i contrib.deb
+    expect_output "contrib's is in place after that" "contrib's" in_place
+    for file in "$root/$library" "$root"/usr/share/postgresql/15/extension/pg_prewarm*; do cp -p "$file" "$file.contrib"; done
+    mv "$root/$bitcode" "$root/$bitcode.contrib"
+    cp "$work/ours/$library" "$root/$library"
+    cp "$work/ours/usr/share/postgresql/15/extension/"* "$root/usr/share/postgresql/15/extension/"
+    expect "installing it over files of make install, which has kept contrib's" dpkg_i ours.deb
+    expect_output "ours is in place after that" ours in_place
+    expect "removing it" in_root dpkg --purge "$package"
     expect_output "contrib's is in place after that" "contrib's" in_place
 
     # Two majors, of which this Debian has one: a package with contrib's module stands for the
@@ -460,7 +468,7 @@ test_upgrade_beside() {
 # --- the source archives
 
 test_source() {
-    local dist=pg_prewarm_rs-$version pg_config
+    local dist=pg_prewarm_rs-$version pg_config libraries extension contrib
     make -s dist
     expect "META.json is valid for PGXN's client" /usr/bin/python3 tests/pgxn_meta.py "$packages/$dist.zip"
     unzip -q "$packages/$dist.zip" -d "$work"
@@ -471,7 +479,12 @@ test_source() {
     # A copy, since it is installed into.
     cp -a "$(pg_root 15)" "$work/pg15"
     pg_config=$work/pg15/lib/postgresql/15/bin/pg_config
-    rm -f "$("$pg_config" --pkglibdir)/pg_prewarm.so"
+    libraries=$("$pg_config" --pkglibdir)
+    extension=$("$pg_config" --sharedir)/extension
+    contrib=$(contrib_pg_config_of 15)
+    rm -f "$libraries"/pg_prewarm.so* "$extension"/pg_prewarm*
+    cp "$("$contrib" --pkglibdir)/pg_prewarm.so" "$libraries/"
+    cp "$("$contrib" --sharedir)"/extension/pg_prewarm* "$extension/"
     # pgxn looks whether it can write there.
     mkdir -p "$("$pg_config" --libdir)" "$work/offline"
     tar -xf "$packages/$dist-vendored.tar.xz" -C "$work/offline"
@@ -479,17 +492,21 @@ test_source() {
         env -u CARGO_TARGET_DIR CARGO_HOME="$work/cargo" unshare --net make -s -C "$work/offline/$dist" install PG_CONFIG="$pg_config"
     }
     expect "the archive with crates is built and installed without a network" without_network
-    expect "its library is there" test -s "$("$pg_config" --pkglibdir)/pg_prewarm.so"
-    mv "$("$pg_config" --pkglibdir)/pg_prewarm.so" "$work/offline.so"
+    mv "$libraries/pg_prewarm.so" "$work/offline.so"
+    expect "its library is there, and contrib's is kept" cmp "$libraries/pg_prewarm.so.contrib" "$("$contrib" --pkglibdir)/pg_prewarm.so"
     rm -rf "$work/offline" "$work/cargo"
     expect "pgxn installs its archive" env -u CARGO_TARGET_DIR pgxn install --nosudo --pg_config "$pg_config" "$packages/$dist.zip"
-    expect "it is the same library" cmp "$("$pg_config" --pkglibdir)/pg_prewarm.so" "$work/offline.so"
+    expect "it is the same library" cmp "$libraries/pg_prewarm.so" "$work/offline.so"
     bin=$("$pg_config" --bindir)
     new_server "$work/pgxn"
     expect "pgxn creates the extension that META.json names" pgxn load --pg_config "$pg_config" \
         -h "$work" -U postgres -d postgres "$packages/$dist.zip"
     expect_output "it is this version" "${version%.*}" query "SELECT extversion FROM pg_extension WHERE extname = 'pg_prewarm'"
     stop "$work/pgxn"
+    expect "pgxn uninstalls it" pgxn uninstall --nosudo --pg_config "$pg_config" "$packages/$dist.zip"
+    expect "contrib's library is in place again" cmp "$libraries/pg_prewarm.so" "$("$contrib" --pkglibdir)/pg_prewarm.so"
+    expect_output "and so are its other files" "" diff <(cd "$extension" && md5sum pg_prewarm*) \
+        <(cd "$("$contrib" --sharedir)/extension" && md5sum pg_prewarm*)
 }
 
 # --- two builds are the same

@@ -80,10 +80,115 @@ for major in 14 20; do
     expect "a pg_config of $major" 2 "error: PostgreSQL $major is not supported: 15 16 17 18 19 are" -- \
         make -s install PG_CONFIG="$directory/pg$major/pg_config"
 done
-expect "no pg_config" 2 'use make install PG_CONFIG=/path/to/pg_config' -- make -s install PG_CONFIG="$directory/none/pg_config"
+expect "no pg_config" 2 'use PG_CONFIG=/path/to/pg_config' -- make -s install PG_CONFIG="$directory/none/pg_config"
 fake broken pg_config 'no library' 1
 expect "a pg_config that does not run" 2 'is not a pg_config' -- make -s install PG_CONFIG="$directory/broken/pg_config"
 expect "something else for a pg_config" 2 'is not a pg_config' -- make -s install PG_CONFIG="$directory/old/cargo"
+
+# --- make install and make uninstall, with a library that cargo need not build
+prefix=$directory/prefix
+mkdir -p "$directory"/{builds,stops}
+cp "$directory"/new/rust{c,fmt} "$directory/builds/"
+cat >"$directory/builds/cargo" <<CARGO
+#!/bin/sh
+case \$1 in
+    --version) echo cargo 9.0.0 ;;
+    metadata) echo '{"target_directory":"$directory/built"}' ;;
+    build) mkdir -p "$directory/built/release" && echo pg_finfo_autoprewarm_cancel >"$directory/built/release/libpg_prewarm.so" ;;
+esac
+CARGO
+cat >"$directory/builds/pg_config" <<PG_CONFIG
+#!/bin/sh
+case \$1 in
+    --version) echo PostgreSQL 15.1 ;;
+    --pkglibdir) echo "$prefix/lib" ;;
+    --sharedir) echo "$prefix/share" ;;
+    --bindir) echo "$prefix/bin" ;;
+esac
+PG_CONFIG
+# Of these programs, only so many calls succeed.
+for program in cp mv rm; do
+    cat >"$directory/stops/$program" <<PROGRAM
+#!/bin/sh
+calls=\$(cat "$directory/calls")
+echo \$((calls - 1)) >"$directory/calls"
+[ "\$calls" -gt 0 ] || exit 1
+exec /bin/$program "\$@"
+PROGRAM
+done
+chmod a+x "$directory"/{builds,stops}/*
+make_() { with builds make -s "$1" PG_CONFIG="$directory/builds/pg_config"; }
+# What a package of contrib's does.
+install_contrib() {
+    local file extension=share/extension/pg_prewarm
+    mkdir -p "$prefix"/{lib/bitcode,share/extension}
+    for file in lib/pg_prewarm.so lib/bitcode/pg_prewarm.index.bc $extension.control $extension--1.0--1.1.sql $extension--1.1.sql $extension--1.1--1.2.sql; do
+        echo "contrib's, $1" >"$prefix/$file.dpkg-new"
+        mv "$prefix/$file.dpkg-new" "$prefix/$file"
+    done
+}
+files() { (cd "$prefix" && find . -type f -printf '%P %m ' -exec md5sum {} \; | sort); }
+with_contrib() { rm -rf "$prefix"; install_contrib "$1"; }
+must_be_ours() { must_be "$(cat "$prefix/lib/pg_prewarm.so")" = pg_finfo_autoprewarm_cancel; }
+
+with_contrib 2; after=$(files)
+with_contrib 1; before=$(files)
+expect "make install over contrib's files" 0 'are kept' -- make_ install
+must_be_ours
+must_be "$(cat "$prefix/lib/pg_prewarm.so.contrib")" = "contrib's, 1"
+must_be ! -e "$prefix/lib/bitcode/pg_prewarm.index.bc"
+expect "make install once more" 0 -- make_ install
+must_be_ours
+expect "make uninstall" 0 "contrib's pg_prewarm is in place in PostgreSQL 15.1" -- make_ uninstall
+must_be "$(files)" = "$before"
+expect "make uninstall once more" 0 "contrib's pg_prewarm is in place" -- make_ uninstall
+must_be "$(files)" = "$before"
+make_ install 2>/dev/null
+install_contrib 2
+expect "make install after an update of contrib's" 0 'are kept' -- make_ install
+must_be_ours
+expect "make uninstall then" 0 "contrib's pg_prewarm is in place" -- make_ uninstall
+must_be "$(files)" = "$after"
+make_ install 2>/dev/null
+install_contrib 1
+expect "make uninstall after an update of contrib's" 0 "contrib's pg_prewarm is in place" -- make_ uninstall
+must_be "$(files)" = "$before"
+rm -rf "$prefix"
+expect "make install without contrib's files" 0 -- make_ install
+must_be_ours
+expect "make uninstall then" 0 'PostgreSQL 15.1 has no pg_prewarm now' "install the contrib modules of PostgreSQL again" -- make_ uninstall
+must_be -z "$(files)"
+fake packaged dpkg-query "postgresql-15: $prefix/bin/postgres"
+expect "make uninstall, of a packaged server" 0 'apt-get install --reinstall postgresql-15' -- with packaged make_ uninstall
+fake diverted dpkg-divert postgresql-15-pg-prewarm-rs
+with_contrib 1
+for target in install uninstall; do
+    expect "make $target with our package" 2 'belongs to package postgresql-15-pg-prewarm-rs' -- with diverted make_ $target
+done
+must_be "$(files)" = "$before"
+
+interrupted() {
+    echo "$1" >"$directory/calls"
+    with stops make_ "$2" >"$directory/output" 2>&1
+}
+for target in install uninstall; do
+    stopped=0
+    for calls in {0..99}; do
+        for then in uninstall 'install uninstall'; do
+            with_contrib 1
+            [ $target = install ] || make_ install 2>/dev/null
+            ! interrupted "$calls" $target || break 2
+            stopped=$((stopped + 1))
+            must_be -s "$prefix/lib/pg_prewarm.so"
+            for next in $then; do
+                make_ "$next" >"$directory/output" 2>&1 || fail "make $next after an interrupted make $target" "it fails"
+            done
+            must_be "$(files)" = "$before"
+        done
+    done
+    must_be "$stopped" -gt 10
+    expect "make $target, interrupted anywhere, and what may follow it" 0 -- true
+done
 
 # --- which versions were tested
 sum_up() { bash -c 'source scripts/lib.sh; sum_up "$@"' - "$@"; }

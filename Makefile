@@ -23,6 +23,7 @@
 #                          remove it, and put contrib's files back
 #   make deb [PG=18]       a Debian package
 #   make apt-repo          an apt repository of the Debian packages that were built
+#                          (SIGN_WITH=KEY signs it; URL=https://HOST/PATH, where it is served)
 #   make archive [PG=18]   a tar file that is used from any directory (18 and later)
 #   make image [PG=18]     the same as an OCI image
 #   make dist              archives of the source: for PGXN, and with all crates
@@ -87,7 +88,7 @@ deb:
 	@scripts/deb $(PG)
 
 apt-repo:
-	@scripts/apt-repo
+	@SIGN_WITH="$(SIGN_WITH)" URL="$(URL)" scripts/apt-repo
 
 # Only a PG that was given counts.
 archive:

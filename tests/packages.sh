@@ -11,7 +11,7 @@ cd "$project"
 [ "$(id -u)" = 0 ] || die "these tests set up a Debian of their own, which only root can do"
 grep -qs '^VERSION_CODENAME=bookworm' /etc/os-release || die "these tests need Debian 12"
 prepare 15 18 || exit
-install_packages debootstrap jq lintian unzip umoci pgxnclient
+install_packages debootstrap gnupg jq lintian unzip umoci pgxnclient
 # Each build has its own flags.
 unset CARGO_ENCODED_RUSTFLAGS
 
@@ -19,6 +19,7 @@ work=$cache/packages-test
 root=$work/root
 clean_up() {
     stop_servers
+    [ ! -d "$work/gnupg" ] || GNUPGHOME=$work/gnupg gpgconf --kill all
     for mount in dev/shm dev proc; do ! mountpoint -q "$root/$mount" || umount "$root/$mount"; done
     rm -rf --one-file-system "$work"
 }
@@ -174,7 +175,7 @@ add_file() {
 state() { in_root dpkg-query -W -f '${db:Status-Status}' "$package"; }
 
 test_debian_package() {
-    local ours contrib before file
+    local ours contrib before file key
     package=postgresql-15-pg-prewarm-rs
     make -s deb PG=15
     ours=("$packages/${package}"_*.deb)
@@ -327,14 +328,37 @@ test_debian_package() {
 
     # The repository.
     expect "removing it" in_root dpkg --purge "$package"
-    make -s apt-repo
-    cp -r "$packages/apt" "$root/packages/apt"
-    echo "deb [trusted=yes] file:/packages/apt bookworm main" >"$root/etc/apt/sources.list.d/pg_prewarm.list"
-    expect "apt-get update with the repository" in_root apt-get -qq update
+    make_repository
+    expect_output "a web server can read all of it" "" \
+        find "$root/packages/apt" -type f ! -perm -o=r -o -type d ! -perm -o=rx
+    expect "apt-get update with a repository that is not signed" update
+    export GNUPGHOME=$work/gnupg
+    mkdir -m 700 "$GNUPGHOME"
+    for key in ours another; do
+        gpg --batch --quiet --passphrase '' --quick-generate-key "$key@invalid" ed25519 sign never
+    done
+    make_repository SIGN_WITH=ours@invalid
+    expect "apt-get update with one that is signed" update
     expect "installing it from there" in_root apt-get -qq install -y "$package"
     expect_output "ours is in place after that" ours in_place
+    cp "$root/etc/apt/sources.list.d/pg_prewarm.sources" "$work/"
+    make_repository SIGN_WITH=another@invalid
+    cp "$work/pg_prewarm.sources" "$root/etc/apt/sources.list.d/"
+    expect_failure "apt-get update with one that another key has signed" NO_PUBKEY update
+    make_repository SIGN_WITH=ours@invalid
+    sed -i 's/^Label: .*/&, changed/' "$root/packages/apt/dists/bookworm/InRelease"
+    expect_failure "apt-get update with one that was changed" BADSIG update
     cluster stop
 }
+
+# Makes an apt repository with these settings, and has apt use it.
+make_repository() {
+    rm -rf "$root/packages/apt"
+    (umask 077 && make -s apt-repo URL=file:/packages/apt "$@")
+    cp -rp "$packages/apt" "$root/packages/apt"
+    cp "$packages/apt/pg_prewarm.sources" "$root/etc/apt/sources.list.d/"
+}
+update() { in_root apt-get -qq -o APT::Update::Error-Mode=any update; }
 
 # A package with the files of contrib's module for that major.
 stand_in() {

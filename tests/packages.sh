@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Tests what is built to be installed: the Debian package in a Debian of its own, the archive
 # and the image beside contrib's module, the source archives, and that two builds are the
-# same. Needs Debian 12 and root; some 15 minutes on a prepared machine. PARTS selects among
-# debian, beside, source and same.
+# same. Needs Debian 12 and root; some 25 minutes on a prepared machine. PARTS selects among
+# debian, majors, beside, source and same.
 source "$(dirname "$0")/../scripts/lib.sh"
 source "$project/scripts/lib/download.sh"
 source "$project/scripts/lib/packages.sh"
@@ -62,8 +62,8 @@ expect_output() {
     [ "$got" = "$wanted" ] || { printf '%s\n' "$got" >>"$output"; fail "$name: not '$wanted'"; }
     ok "$name"
 }
-for part in ${PARTS:=debian beside source same}; do
-    case $part in debian | beside | source | same) ;; *) die "there is no part '$part'" ;; esac
+for part in ${PARTS:=debian majors beside source same}; do
+    case $part in debian | majors | beside | source | same) ;; *) die "there is no part '$part'" ;; esac
 done
 runs() { case " $PARTS " in *" $1 "*) ;; *) return 1 ;; esac; }
 
@@ -389,31 +389,44 @@ start() { as_server_user "$bin/pg_ctl" -D "$1" -l "$1/log" -s -w start </dev/nul
 stop() { as_server_user "$bin/pg_ctl" -D "$1" -s stop; }
 query() { "$bin/psql" -XAtq -v ON_ERROR_STOP=1 -h "$work" -U postgres -d postgres -c "$1"; }
 
+# Installs the archive for that major, and leaves the settings of a server that uses it in
+# beside, its programs in bin.
+use_archive() {
+    local major=$1 name
+    bin=$("$(contrib_pg_config_of "$major")" --bindir)
+    name=pg_prewarm-$version-pg$major-$(uname -m)
+    make -s archive PG="$major"
+    tar -xf "$packages/$name.tar.gz" -C "$work"
+    files=$work/$name
+    beside=("shared_preload_libraries = 'pg_prewarm'"
+        "extension_control_path = '$files/share:\$system'" "dynamic_library_path = '$files/lib:\$libdir'")
+}
+
+# A server with the archive for that major, and then with contrib's module again.
+test_archive() {
+    local major=$1 data=$work/beside-$1 files
+    use_archive "$major"
+    names_licences "$files"
+    new_server "$data" "${beside[@]}"
+    query "CREATE EXTENSION pg_prewarm; CREATE TABLE t AS SELECT generate_series(1, 100000)"
+    stop "$data"
+    start "$data"
+    expect_output "the archive's extension loads beside contrib's of $major" t query "SELECT autoprewarm_wait('1 min')"
+    expect_output "it is the new one" completed query "SELECT load_result FROM pg_stat_autoprewarm"
+    query "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'"
+    stop "$data"
+    sed -i '/^extension_control_path\|^dynamic_library_path/d' "$data/postgresql.conf"
+    start "$data"
+    expect_output "contrib's goes on with its database" t query "SELECT pg_prewarm('t') > 0"
+    stop "$data"
+}
+
 test_beside() {
     local contrib major=18 files before name manifest
     contrib=$(contrib_pg_config_of $major)
-    bin=$("$contrib" --bindir)
     before=$(cd "$("$contrib" --pkglibdir)" && sha256sum pg_prewarm.so)
     name=pg_prewarm-$version-pg$major-$(uname -m)
-
-    make -s archive PG=$major
-    tar -xf "$packages/$name.tar.gz" -C "$work"
-    files=$work/$name
-    names_licences "$files"
-    beside=("shared_preload_libraries = 'pg_prewarm'"
-        "extension_control_path = '$files/share:\$system'" "dynamic_library_path = '$files/lib:\$libdir'")
-    new_server "$work/beside" "${beside[@]}"
-    query "CREATE EXTENSION pg_prewarm; CREATE TABLE t AS SELECT generate_series(1, 100000)"
-    stop "$work/beside"
-    start "$work/beside"
-    expect_output "the archive's extension loads beside contrib's" t query "SELECT autoprewarm_wait('1 min')"
-    expect_output "it is the new one" completed query "SELECT load_result FROM pg_stat_autoprewarm"
-    query "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'"
-    stop "$work/beside"
-    sed -i '/^extension_control_path\|^dynamic_library_path/d' "$work/beside/postgresql.conf"
-    start "$work/beside"
-    expect_output "contrib's goes on with its database" t query "SELECT pg_prewarm('t') > 0"
-    stop "$work/beside"
+    test_archive $major
 
     make -s image PG=$major
     mkdir "$work/image"
@@ -442,7 +455,9 @@ test_beside() {
     stop "$work/from-image"
     expect_output "contrib's library is unchanged" "$before" sh -c "cd '$("$contrib" --pkglibdir)' && sha256sum pg_prewarm.so"
 
-    test_upgrade_beside
+    make -s install PG_CONFIG="$(pg_config_of 15)"
+    test_upgrade 15 "$("$(pg_config_of 15)" --bindir)" --new-options "-c shared_preload_libraries=''" -- \
+        "shared_preload_libraries = 'pg_prewarm'"
 }
 
 # That the licences in this directory name the crates whose paths are in its library, and those
@@ -462,16 +477,18 @@ names_licences() {
     expect_output "the licences of ${1##*/} name all of these" "" comm -23 "$work/crates" "$work/licences"
 }
 
-# pg_upgrade from 15, with ours in the place of contrib's, to 18 with ours beside it.
-test_upgrade_beside() {
-    local new_bin=$bin old_bin old=$work/old new=$work/upgraded
-    old_bin=$("$(pg_config_of 15)" --bindir)
-    make -s install PG_CONFIG="$(pg_config_of 15)"
+# pg_upgrade from that major, with its programs, pg_upgrade's options and -- before the settings
+# of its server, to a server with ours beside contrib's, as use_archive has left it.
+test_upgrade() {
+    local major=$1 old_bin=$2 new_bin=$bin old=$work/old-$1 new=$work/new-$1 options=()
+    shift 2
+    while [ "$1" != -- ]; do options+=("$1"); shift; done
+    shift
     bin=$old_bin
-    new_server "$old" "shared_preload_libraries = 'pg_prewarm'"
+    new_server "$old" "$@"
     query "CREATE EXTENSION pg_prewarm; CREATE TABLE t AS SELECT generate_series(1, 100000)"
     # See pg_upgrade_keeps_the_extension_… in tests/upgrade.rs.
-    query "UPDATE pg_attribute SET attoptions = NULL WHERE attoptions::text LIKE '{pg_attver=%'"
+    [ "$major" != 15 ] || query "UPDATE pg_attribute SET attoptions = NULL WHERE attoptions::text LIKE '{pg_attver=%'"
     stop "$old"
     bin=$new_bin
     new_server "$new" "${beside[@]}"
@@ -480,13 +497,48 @@ test_upgrade_beside() {
         (cd "$work" && as_server_user "$bin/pg_upgrade" -b "$old_bin" -B "$bin" \
             -d "$old" -D "$new" -s "$work" -U postgres "$@")
     }
-    expect "pg_upgrade to a server with ours beside contrib's" upgrade --new-options "-c shared_preload_libraries=''"
+    expect "pg_upgrade from $major to a server with ours beside contrib's" upgrade "${options[@]}"
     cp "$old/autoprewarm.blocks" "$new/"
     chown postgres: "$new/autoprewarm.blocks"
     start "$new"
     expect_output "the upgraded server has loaded the list" t query "SELECT autoprewarm_wait('1 min')"
     expect_output "its database has 2.0" completed query "SELECT load_result FROM pg_stat_autoprewarm"
     stop "$new"
+}
+
+# --- the other majors
+
+files_of_package() {
+    local file
+    printf 'usr/lib/postgresql/%s/lib/pg_prewarm.so\n' "$1"
+    for file in pg_prewarm.control sql/*.sql; do
+        printf 'usr/share/postgresql/%s/extension/%s\n' "$1" "${file##*/}"
+    done | LC_ALL=C sort
+}
+
+test_majors() {
+    local major package deb files old old_bin
+    prepare 16 17 19 || exit
+    for major in 16 17 19; do
+        package=postgresql-$major-pg-prewarm-rs
+        make -s deb PG="$major"
+        deb=("$packages/${package}"_*.deb)
+        expect "lintian finds no error in the package for $major" lintian --fail-on error "${deb[0]}"
+        expect "it depends on that PostgreSQL" grep -q "postgresql-$major" <(dpkg-deb --field "${deb[0]}" Depends)
+        dpkg-deb -x "${deb[0]}" "$work/majors"
+        expect_output "its files are where Debian's PostgreSQL $major finds them" "$(files_of_package "$major")" \
+            sh -c "cd '$work/majors' && find usr/lib usr/share/postgresql -type f | LC_ALL=C sort"
+        bin=$("$(pg_config_of "$major")" --bindir)
+        new_server "$work/server-$major"
+        expect "PostgreSQL $major loads its library" query "LOAD '$work/majors/usr/lib/postgresql/$major/lib/pg_prewarm.so'"
+        stop "$work/server-$major"
+        rm -rf "$work/majors"
+    done
+    use_archive 18
+    old=("${beside[@]}")
+    old_bin=$bin
+    test_archive 19
+    test_upgrade 18 "$old_bin" -- "${old[@]}"
 }
 
 # --- the source archives
@@ -548,6 +600,7 @@ test_same() {
 }
 
 ! runs debian || test_debian_package
+! runs majors || test_majors
 ! runs beside || test_beside
 ! runs source || test_source
 ! runs same || test_same

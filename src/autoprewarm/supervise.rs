@@ -225,7 +225,7 @@ impl Supervisor {
     /// exits, when the load is cancelled, and when the configuration is reloaded. `None`
     /// if no blocks are left to be loaded.
     pub fn advance(&mut self) -> Result<Option<Duration>, Halt> {
-        let rate = match self.is_top_up() || self.state.follow.is_replaying() {
+        let rate = match self.is_top_up() {
             true => self.state.follow.rate(),
             false => settings::autoprewarm_max_rate(),
         };

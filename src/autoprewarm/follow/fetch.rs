@@ -62,7 +62,11 @@ impl From<Caught> for Failure {
         let message = match caught.detail {
             // Its message may have a part of a password.
             _ if is_syntax_error(caught.sqlstate) => {
-                "the connection string cannot be parsed".to_owned()
+                let setting = match settings::autoprewarm_follow_conninfo() {
+                    Some(_) => "pg_prewarm.autoprewarm_follow_conninfo",
+                    None => "primary_conninfo",
+                };
+                format!("\"{setting}\" cannot be parsed as a connection string")
             }
             // libpq's reason, for example.
             Some(detail) => format!("{}: {detail}", caught.message),
@@ -142,6 +146,10 @@ pub fn main(argument: FetchArgument) {
 }
 
 fn fetch(transaction: &Transaction, number: u32, state: &State) -> Result<(), Failure> {
+    // Until now, a cancel had no effect.
+    if !state.follow.is_wanted(number) {
+        return Ok(());
+    }
     let conninfo = match settings::autoprewarm_follow_conninfo() {
         Some(conninfo) => conninfo,
         None => primary_conninfo(),

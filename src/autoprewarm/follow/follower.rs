@@ -27,10 +27,10 @@ use crate::error::Error;
 use crate::pg::process::error::{Caught, log, log_message};
 use crate::pg::process::report::Message;
 use crate::pg::process::upstream::wal_receiver_timeout;
-use crate::pg::process::{background, recovery, transaction};
+use crate::pg::process::{background, latch, recovery, transaction};
 use crate::pg::shared::worker::{Handle, Status};
 use crate::pg::storage::database::Database;
-use crate::settings;
+use crate::{settings, wait_events};
 
 /// How often the leader looks whether the standby is promoted.
 const PROMOTION_POLL: Duration = Duration::from_millis(250);
@@ -43,9 +43,11 @@ const FETCH_POLL: Duration = Duration::from_millis(100);
 /// long the upstream server has to look through its buffers, whatever that says.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// After this time a fetch that was cancelled is terminated: it may be resolving a name, or
-/// not have begun.
+/// After this time a fetch that was cancelled is terminated.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the leader waits for the end of a fetch at a promotion. It may be storing its list.
+const STORE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How often the pause after a failed fetch is doubled at most, and how long it is at most,
 /// unless the interval is longer.
@@ -243,6 +245,7 @@ impl Follower {
     /// Whether the rest of the last list is to be loaded now, since this standby was promoted.
     pub fn was_promoted(&mut self) -> bool {
         if matches!(self.role, Role::Standby) && recovery::has_ended_or_will() {
+            self.end_fetch();
             self.end_round("this server was promoted");
             self.round = Round::None;
             self.role = Role::Promoted {
@@ -271,8 +274,6 @@ impl Follower {
     /// Loads the rest of the last list.
     pub fn load_after_promotion(&mut self) {
         self.memory = Memory::default();
-        // The pace until all WAL is replayed.
-        self.state.follow.set_rate(self.lag.rate());
         let is_retry = !matches!(
             self.role,
             Role::Promoted {
@@ -323,14 +324,16 @@ impl Follower {
     /// long to wait before the next call, or until the latch is set. `None` if nothing is to
     /// be done.
     pub fn advance(&mut self) -> Option<Duration> {
+        let poll = self.cancelled_fetch_runs().then_some(FETCH_POLL);
         match self.role {
             Role::Standby if settings::autoprewarm_follow() => {}
             Role::Promoted { when, .. } => {
-                return Some(when.saturating_duration_since(Instant::now()));
+                let wait = when.saturating_duration_since(Instant::now());
+                return Some(poll.map_or(wait, |poll| wait.min(poll)));
             }
             Role::Standby | Role::Primary => {
                 self.stop();
-                return None;
+                return poll;
             }
         }
         let wait = match std::mem::replace(&mut self.round, Round::None) {
@@ -342,7 +345,8 @@ impl Follower {
                 self.round = Round::Waiting(next);
                 next - Instant::now()
             }
-            Round::Waiting(next) if self.former_fetch_runs() => {
+            // Or that of a former leader.
+            Round::Waiting(next) if poll.is_some() || self.state.follow.fetcher().is_some() => {
                 self.round = Round::Waiting(next);
                 FETCH_POLL
             }
@@ -359,8 +363,8 @@ impl Follower {
         Some(wait.min(PROMOTION_POLL))
     }
 
-    /// Whether a fetch that was cancelled, or that of a former leader, has not ended yet.
-    fn former_fetch_runs(&mut self) -> bool {
+    /// Whether a fetch that was cancelled has not ended yet.
+    fn cancelled_fetch_runs(&mut self) -> bool {
         if let Some((worker, since)) = &self.cancelled {
             if worker.status() == Status::Stopped {
                 self.cancelled = None;
@@ -368,7 +372,7 @@ impl Follower {
                 worker.terminate();
             }
         }
-        self.cancelled.is_some() || self.state.follow.fetcher().is_some()
+        self.cancelled.is_some()
     }
 
     /// Begins to follow.
@@ -470,8 +474,19 @@ impl Follower {
     /// Cancels a fetch, whose list is not wanted any more.
     fn cancel_fetch(&mut self, fetch: Fetch) {
         self.state.follow.begin_fetch();
-        fetch.worker.interrupt();
+        cancel(&fetch.worker);
         self.cancelled = Some((fetch.worker, Instant::now()));
+    }
+
+    /// Cancels a fetch, if one is under way, but lets it store a list that it has received.
+    fn end_fetch(&mut self) {
+        if let Round::Fetching(fetch) = &self.round {
+            cancel(&fetch.worker);
+            let since = Instant::now();
+            while fetch.worker.status() != Status::Stopped && since.elapsed() < STORE_TIMEOUT {
+                latch::sleep_as_worker(Some(Duration::from_millis(10)), &wait_events::LEADER_MAIN);
+            }
+        }
     }
 
     fn begin_top_up(&mut self, fetch: &Fetch) {
@@ -637,6 +652,14 @@ impl Follower {
         }
         self.failures = 0;
         self.upstream = upstream;
+    }
+}
+
+/// Cancels a fetch. One that has not begun is not started.
+fn cancel(worker: &Handle) {
+    match worker.status() {
+        Status::NotYetStarted => worker.terminate(),
+        Status::Started | Status::Stopped => worker.interrupt(),
     }
 }
 

@@ -1,6 +1,5 @@
-//! After the promotion: the rest of the upstream's list is loaded at full rate (as gently as
-//! before until all WAL is replayed), by all workers, and the usage counts that it has are
-//! restored.
+//! After the promotion: the rest of the upstream's list is loaded at full rate, by all
+//! workers, and the usage counts that it has are restored.
 //!
 //! It is a load like those of the server's own list: `autoprewarm_wait()` waits for it,
 //! `autoprewarm_cancel()` cancels it, `pg_stat_autoprewarm` shows it, and new sessions are
@@ -21,10 +20,10 @@ use crate::autoprewarm::stats::LoadResult;
 use crate::autoprewarm::supervise::Halt;
 use crate::blocks::{SkipReason, UpstreamList};
 use crate::error::Error;
-use crate::pg::process::error::{is_shortage, log, log_message};
+use crate::pg::process::error::{log, log_message};
 use crate::pg::process::report::Message;
 use crate::pg::process::{activity, transaction};
-use crate::pg::storage::{buffer, room};
+use crate::pg::storage::{buffer, file, room};
 use crate::settings;
 
 /// Loads the rest of the list, if there is one. The caller has noticed a promotion, which
@@ -84,10 +83,11 @@ fn read_and_load(state: &'static State) -> LoadResult {
         }
         Ok(Ok(None)) => LoadResult::NoList,
         Ok(Err(error)) => {
-            // What is damaged, or no file that can be read, does not get better.
-            let result = match is_shortage(error.sqlstate()) {
-                true => LoadResult::Failed,
-                false => LoadResult::NoList,
+            // What is damaged, or no file, does not get better.
+            let result = match error {
+                Error::DamagedList { .. } => LoadResult::NoList,
+                Error::File { ref source, .. } if file::is_no_file(source) => LoadResult::NoList,
+                _ => LoadResult::Failed,
             };
             give_up(error, state);
             result

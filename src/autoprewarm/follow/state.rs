@@ -3,8 +3,8 @@
 //!
 //! | word | written by |
 //! | --- | --- |
-//! | the state, the counts of the list, the rate | the leader |
-//! | the result of a fetch, the upstream server, bytes received | the worker that fetches |
+//! | the state, the number of the fetch, the counts of the list, the rate | the leader |
+//! | how far a fetch is, its result and SQLSTATE, the upstream server, bytes received | the worker that fetches |
 //! | how many lists were served | walsenders |
 //! | the last error | the leader and the worker that fetches |
 //! | the request | SQL callers; the leader says how far it is |
@@ -205,12 +205,6 @@ impl FollowState {
     /// Whether this server follows, and is promoted, and the leader has not noticed yet.
     pub fn promotion_is_due(&self) -> bool {
         self.stage().follows() && recovery::has_ended_or_will()
-    }
-
-    /// Whether the blocks of the list are still loaded as gently as on a standby: after a
-    /// promotion until all WAL is replayed.
-    pub fn is_replaying(&self) -> bool {
-        self.stage() == Stage::NotAStandby && recovery::is_in_progress()
     }
 
     /// Whether this server is promoted, and the list of its upstream server is to be loaded

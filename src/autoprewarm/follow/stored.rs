@@ -43,28 +43,23 @@ pub fn read() -> Result<Option<Stored>, Error> {
         Err(error) => return Err(fail("open")(error)),
     };
     let out_of_memory = || fail("read")(io::ErrorKind::OutOfMemory.into());
-    let size = usize::try_from(size).map_err(|_| out_of_memory())?;
     let mut bytes: Vec<u8> = Vec::new();
-    let mut wanted = size.min(PIECE);
-    while bytes.len() < wanted {
-        check_for_interrupts();
+    let mut read_until = |end: usize, bytes: &mut Vec<u8>| {
         let begin = bytes.len();
-        let end = wanted.min(begin + PIECE);
-        fallible(|| bytes.try_reserve_exact(wanted - begin)).map_err(|_| out_of_memory())?;
+        fallible(|| bytes.try_reserve_exact(end - begin)).map_err(|_| out_of_memory())?;
         bytes.resize(end, 0);
-        let read = reader.read(&mut bytes[begin..]).map_err(fail("read"))?;
-        bytes.truncate(begin + read);
-        if read == 0 {
-            break;
+        for piece in bytes[begin..].chunks_mut(PIECE) {
+            check_for_interrupts();
+            reader.read_exact(piece).map_err(fail("read"))?;
         }
-        // No memory is taken for more than the header says, whatever the file's size is.
-        if begin == 0 {
-            let announced = UpstreamList::announced(&bytes).map_err(damaged)?;
-            wanted = match announced {
-                Some(list) if list.length == size as u64 => size,
-                _ => return Err(damaged(UpstreamError::Incomplete)),
-            };
-        }
+        Ok(())
+    };
+    let size = usize::try_from(size).map_err(|_| out_of_memory())?;
+    // No memory is taken for more than the header says, whatever the file's size is.
+    read_until(size.min(PIECE), &mut bytes)?;
+    match UpstreamList::announced(&bytes).map_err(damaged)? {
+        Some(list) if list.length == size as u64 => read_until(size, &mut bytes)?,
+        _ => return Err(damaged(UpstreamError::Incomplete)),
     }
     match fallible(|| UpstreamList::read(&bytes)) {
         Ok(list) => Ok(Some(Stored { bytes, list })),
@@ -112,8 +107,12 @@ pub fn write(bytes: &[u8], is_wanted: impl Fn() -> bool) -> Result<(), Error> {
     Ok(())
 }
 
-/// Removes the list, and one that was not completed. Raises an ERROR if it cannot be removed.
+/// Removes the list, and one that was not completed. A directory of that name is left to those
+/// who have made it. Raises an ERROR if the list cannot be removed.
 pub fn remove() {
+    if fs::symlink_metadata(FILE).is_ok_and(|metadata| metadata.is_dir()) {
+        return;
+    }
     // Most likely there is none.
     let _ = fs::remove_file(FILE_BEING_WRITTEN);
     file::remove_durably(FILE);

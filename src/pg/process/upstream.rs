@@ -101,17 +101,23 @@ fn with_name(conninfo: &str) -> String {
         // A backslash at the end escapes nothing, and would escape the space.
         let backslashes = conninfo.len() - conninfo.trim_end_matches('\\').len();
         let conninfo = &conninfo[..conninfo.len() - backslashes % 2];
-        return format!("{conninfo} application_name={name}");
+        // An empty value at the end would be the name.
+        let last = conninfo.split_whitespace().next_back().unwrap_or_default();
+        let value = match last.find('=') {
+            Some(at) if at + 1 == last.len() => "''",
+            _ => "",
+        };
+        return format!("{conninfo}{value} application_name={name}");
     };
     // A password may have a question mark.
     let after_user = match uri.find(['@', '/']) {
         Some(at) if uri[at..].starts_with('@') => &uri[at..],
         _ => uri,
     };
-    let separator = match after_user.contains('?') {
-        false => "?",
-        true if after_user.ends_with(['?', '&']) => "",
-        true => "&",
+    let separator = match after_user.find('?') {
+        None => "?",
+        Some(at) if at + 1 == after_user.len() || after_user.ends_with('&') => "",
+        Some(_) => "&",
     };
     format!("{conninfo}{separator}application_name={name}")
 }
@@ -164,6 +170,22 @@ mod tests {
             (
                 "postgresql:///?host=/tmp&",
                 "postgresql:///?host=/tmp&application_name=pg_prewarm",
+            ),
+            (
+                "postgresql://a/?password=b?",
+                "postgresql://a/?password=b?&application_name=pg_prewarm",
+            ),
+            (
+                "host=a sslcert=",
+                "host=a sslcert='' application_name=pg_prewarm",
+            ),
+            (
+                "host=a sslcert= ",
+                "host=a sslcert= '' application_name=pg_prewarm",
+            ),
+            (
+                "password=a=",
+                "password=a= application_name=pg_prewarm",
             ),
             (
                 "postgresql:///?",

@@ -12,6 +12,12 @@ use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 use crate::pg::process::check_for_interrupts;
 use crate::pg::sys::ffi;
 
+/// Whether [`open`] has failed since there is something else of that name, such as a directory
+/// or a pipe.
+pub fn is_no_file(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EISDIR | libc::EINVAL))
+}
+
 /// A file that may be open for a long time. The server counts it, so that this process
 /// keeps to its limit of open files.
 pub struct OpenFile {

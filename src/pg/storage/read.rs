@@ -8,8 +8,9 @@
 //! 2. **In runs, into shared buffers**: one of several processes of a call, and any call
 //!    on 15 and 16. The process reads runs of consecutive blocks itself, as many at once
 //!    as the server can, and makes requests to the operating system ahead of them
-//!    ([`ReadAhead`]). From 18 on, I/O workers read half of a long run meanwhile, if
-//!    `io_method` says so. Several processes that used read streams would compete for them.
+//!    ([`ReadAhead`]). From 18 on, it hands half of a long run to I/O workers, or what
+//!    `io_method` says. Several processes that used read streams would hand all of them over,
+//!    and compete.
 //! 3. **In runs, as long as there is room**: a load. As 2., but before each run it looks
 //!    for buffers that it may fill, and ends if there are none ([`LoadRoom`]).
 //! 4. **Not into shared buffers**: the modes `read` and `prefetch`, for the operating

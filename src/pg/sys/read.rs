@@ -95,10 +95,9 @@ pub fn max_buffers_at_once() -> usize {
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
     // SAFETY: a setting, and this process's own count of pins.
     unsafe {
-        #[cfg(feature = "pg17")]
         let max = READ_BLOCKS_MAX.min(pg_sys::io_combine_limit as usize);
         #[cfg(not(feature = "pg17"))]
-        let max = 2 * max_of_one_read();
+        let max = handed_over().map_or(max, |half| 2 * half);
         #[expect(
             clippy::cast_possible_truncation,
             reason = "it is at most READ_BLOCKS_MAX"
@@ -109,12 +108,19 @@ pub fn max_buffers_at_once() -> usize {
     }
 }
 
-/// How many blocks are read by one system call, if [`read_buffers`] makes two.
+/// How many blocks [`read_buffers`] hands over, if it reads more than those: half of what it
+/// reads at once. `None` if nobody else would read them.
 #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17")))]
-fn max_of_one_read() -> usize {
-    // SAFETY: a setting.
-    let limit = unsafe { (&raw const pg_sys::io_combine_limit).read() };
-    (READ_BLOCKS_MAX / 2).min(limit as usize)
+fn handed_over() -> Option<usize> {
+    // SAFETY: two settings.
+    let (method, limit) = unsafe {
+        (
+            (&raw const pg_sys::io_method).read(),
+            (&raw const pg_sys::io_combine_limit).read(),
+        )
+    };
+    let is_asynchronous = method != pg_sys::IoMethod::IOMETHOD_SYNC as i32;
+    is_asynchronous.then(|| (READ_BLOCKS_MAX / 2).min(limit as usize))
 }
 
 /// Reads blocks of one segment file from `first` on into buffers: as many as the server
@@ -152,110 +158,118 @@ pub unsafe fn read_buffers(
     }
     #[cfg(not(any(feature = "pg15", feature = "pg16")))]
     {
-        #[cfg(feature = "pg17")]
-        const IN_THIS_PROCESS: u32 = 0;
-        #[cfg(not(feature = "pg17"))]
-        const IN_THIS_PROCESS: u32 = pg_sys::READ_BUFFERS_SYNCHRONOUSLY;
-
-        // SAFETY: the relation is open. Each operation is over when this returns, or is
-        // forgotten by the server after an ERROR, and does not move before.
+        // SAFETY: the relation is open. The operations stay where they are until they are over.
+        // After an ERROR, the end of the (sub)transaction has the server forget them; until then
+        // this process reads nothing else.
         unsafe {
             #[cfg(not(feature = "pg17"))]
-            if buffers.len() > max_of_one_read() {
-                let (handed_over, own) = buffers.split_at_mut(max_of_one_read());
-                let mut other = Operation::new(relation, fork);
-                let mut read = other.start(first, handed_over, 0);
+            if let Some(half) = handed_over()
+                && buffers.len() > half
+            {
+                let (handed_over, own) = buffers.split_at_mut(half);
+                let mut other = new_operation(relation, fork);
+                let other = &raw mut other;
+                let (mut read, other_is_to_wait) = start(other, first, handed_over, 0);
                 // Otherwise a block among them is cached, or is being read already.
-                if read == handed_over.len() {
-                    let mut operation = Operation::new(relation, fork);
+                if read == half {
                     #[expect(
                         clippy::cast_possible_truncation,
                         reason = "it is less than READ_BLOCKS_MAX"
                     )]
-                    let next = first + read as BlockNumber;
-                    read += operation.start(next, own, IN_THIS_PROCESS);
-                    operation.wait();
+                    let next = first + half as BlockNumber;
+                    read += read_here(relation, fork, next, own);
                 }
-                other.wait();
+                if other_is_to_wait {
+                    pg_sys::WaitReadBuffers(other);
+                }
                 return read;
             }
-            let mut operation = Operation::new(relation, fork);
-            let read = operation.start(first, buffers, IN_THIS_PROCESS);
-            operation.wait();
-            read
+            read_here(relation, fork, first, buffers)
         }
     }
 }
 
-/// A read of consecutive blocks.
+/// Reads blocks in this process. See [`read_buffers`].
+///
+/// # Safety
+/// As for [`read_buffers`].
 #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-struct Operation {
-    operation: pg_sys::ReadBuffersOperation,
-    is_to_wait: bool,
+unsafe fn read_here(
+    relation: pg_sys::Relation,
+    fork: Fork,
+    first: BlockNumber,
+    buffers: &mut [pg_sys::Buffer],
+) -> usize {
+    #[cfg(feature = "pg17")]
+    const FLAGS: u32 = 0;
+    #[cfg(not(feature = "pg17"))]
+    const FLAGS: u32 = pg_sys::READ_BUFFERS_SYNCHRONOUSLY;
+    // SAFETY: the relation is open. The operation stays where it is until it is over.
+    unsafe {
+        let mut operation = new_operation(relation, fork);
+        let operation = &raw mut operation;
+        let (read, is_to_wait) = start(operation, first, buffers, FLAGS);
+        if is_to_wait {
+            pg_sys::WaitReadBuffers(operation);
+        }
+        read
+    }
 }
 
+/// A read of consecutive blocks, which has not begun.
+///
+/// # Safety
+/// `relation` is open.
 #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-impl Operation {
-    /// # Safety
-    /// `relation` is open, as long as this is used.
-    unsafe fn new(relation: pg_sys::Relation, fork: Fork) -> Self {
-        // SAFETY: the relation is open.
-        unsafe {
-            let persistence = (*(*relation).rd_rel).relpersistence;
-            Self {
-                operation: pg_sys::ReadBuffersOperation {
-                    rel: relation,
-                    smgr: pg_sys::RelationGetSmgr(relation),
-                    forknum: fork as i32,
-                    #[cfg(feature = "pg17")]
-                    smgr_persistence: persistence,
-                    #[cfg(not(feature = "pg17"))]
-                    persistence,
-                    ..Default::default()
-                },
-                is_to_wait: false,
-            }
+unsafe fn new_operation(
+    relation: pg_sys::Relation,
+    fork: Fork,
+) -> pg_sys::ReadBuffersOperation {
+    // SAFETY: the relation is open.
+    unsafe {
+        let persistence = (*(*relation).rd_rel).relpersistence;
+        pg_sys::ReadBuffersOperation {
+            rel: relation,
+            smgr: pg_sys::RelationGetSmgr(relation),
+            forknum: fork as i32,
+            #[cfg(feature = "pg17")]
+            smgr_persistence: persistence,
+            #[cfg(not(feature = "pg17"))]
+            persistence,
+            ..Default::default()
         }
     }
+}
 
-    /// Begins to read from `first` on, and returns how many blocks are read, or cached.
-    ///
-    /// # Safety
-    /// As for [`read_buffers`]. `self` and `buffers` do not move before [`Self::wait`].
-    unsafe fn start(
-        &mut self,
-        first: BlockNumber,
-        buffers: &mut [pg_sys::Buffer],
-        flags: u32,
-    ) -> usize {
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "there are at most READ_BLOCKS_MAX buffers"
-        )]
-        let mut started = buffers.len() as i32;
-        // SAFETY: `started` is the length of `buffers`; for the rest, see the contract.
-        unsafe {
-            self.is_to_wait = pg_sys::StartReadBuffers(
-                &mut self.operation,
-                buffers.as_mut_ptr(),
-                first,
-                &mut started,
-                flags as i32,
-            );
-        }
-        started as usize
-    }
-
-    /// Waits until they are read.
-    ///
-    /// # Safety
-    /// [`Self::start`] was called.
-    unsafe fn wait(&mut self) {
-        if self.is_to_wait {
-            // SAFETY: the operation has begun.
-            unsafe { pg_sys::WaitReadBuffers(&mut self.operation) };
-        }
-    }
+/// Begins to read from `first` on. Returns how many blocks are read, or cached, and whether
+/// to wait for that.
+///
+/// # Safety
+/// `operation` is new, and stays where it is until it is over; so do `buffers`, for which see
+/// [`read_buffers`].
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+unsafe fn start(
+    operation: *mut pg_sys::ReadBuffersOperation,
+    first: BlockNumber,
+    buffers: &mut [pg_sys::Buffer],
+    flags: u32,
+) -> (usize, bool) {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "there are at most READ_BLOCKS_MAX buffers"
+    )]
+    let mut started = buffers.len() as i32;
+    // SAFETY: `started` is the length of `buffers`; for the rest, see the contract.
+    let is_to_wait = unsafe {
+        pg_sys::StartReadBuffers(
+            operation,
+            buffers.as_mut_ptr(),
+            first,
+            &mut started,
+            flags as i32,
+        )
+    };
+    (started as usize, is_to_wait)
 }
 
 /// Reads blocks, in ascending order, through a read stream: with I/O workers or

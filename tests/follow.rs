@@ -14,10 +14,10 @@ use crate::common::{
 };
 
 /// The list of the upstream server, in the standby's data directory.
-const UPSTREAM: &str = "autoprewarm.upstream";
+pub const UPSTREAM: &str = "autoprewarm.upstream";
 
 /// A primary with the extensions that the tests need.
-fn primary(settings: &[&str]) -> Cluster {
+pub fn primary(settings: &[&str]) -> Cluster {
     let mut builder = Cluster::build();
     for setting in settings {
         builder = builder.setting(setting);
@@ -28,7 +28,7 @@ fn primary(settings: &[&str]) -> Cluster {
 }
 
 /// A standby that follows: when it starts, and after that only once an hour by itself.
-fn follower_of(upstream: &Cluster) -> Cluster {
+pub fn follower_of(upstream: &Cluster) -> Cluster {
     let standby = upstream.standby();
     standby.configure(
         "pg_prewarm.autoprewarm_follow = on\n\
@@ -40,7 +40,7 @@ fn follower_of(upstream: &Cluster) -> Cluster {
 
 /// A pair whose standby has replayed all that the primary has written, and has fetched the
 /// first list. The tables are hot.
-fn pair(tables: &[(&str, u32)]) -> (Cluster, Cluster) {
+pub fn pair(tables: &[(&str, u32)]) -> (Cluster, Cluster) {
     let primary = primary(&[]);
     for (table, blocks) in tables {
         primary.table(table, *blocks);
@@ -55,7 +55,7 @@ fn pair(tables: &[(&str, u32)]) -> (Cluster, Cluster) {
 
 /// The same with a standby that begins to load a hot table of 400 blocks, and is slow: at so
 /// many kB a second.
-fn slow_pair(rate: u32) -> (Cluster, Cluster, Block) {
+pub fn slow_pair(rate: u32) -> (Cluster, Cluster, Block) {
     let primary = primary(&[]);
     let table = primary.table("t", 400);
     heat(&primary, "t");
@@ -69,25 +69,25 @@ fn slow_pair(rate: u32) -> (Cluster, Cluster, Block) {
 }
 
 /// Lets a slow standby load as fast as it can.
-fn hurry(standby: &Cluster) {
+pub fn hurry(standby: &Cluster) {
     standby.configure("pg_prewarm.autoprewarm_follow_max_rate = 0");
     standby.reload();
 }
 
 /// Makes all blocks of a table hot.
-fn heat(cluster: &Cluster, table: &str) {
+pub fn heat(cluster: &Cluster, table: &str) {
     let mut client = cluster.connect("postgres");
     for _ in 0..6 {
         let _: i64 = value(&mut client, &format!("SELECT pg_prewarm('{table}')"));
     }
 }
 
-fn follow_now(standby: &Cluster) {
+pub fn follow_now(standby: &Cluster) {
     standby.sql("SELECT autoprewarm_follow_now()");
 }
 
 /// How many blocks of a relation are cached, and the sum of their usage counts.
-fn cached(cluster: &Cluster, table: Block) -> (i64, i64) {
+pub fn cached(cluster: &Cluster, table: Block) -> (i64, i64) {
     let row = cluster
         .connect("postgres")
         .query_one(
@@ -100,7 +100,7 @@ fn cached(cluster: &Cluster, table: Block) -> (i64, i64) {
 }
 
 /// What `pg_stat_autoprewarm_follow` shows: state and last error.
-fn shown(client: &mut Client) -> (String, Option<String>) {
+pub fn shown(client: &mut Client) -> (String, Option<String>) {
     let row = client
         .query_one(
             "SELECT state, last_error FROM pg_stat_autoprewarm_follow",
@@ -110,13 +110,13 @@ fn shown(client: &mut Client) -> (String, Option<String>) {
     (row.get(0), row.get(1))
 }
 
-fn wait_for_state(standby: &Cluster, state: &str) {
+pub fn wait_for_state(standby: &Cluster, state: &str) {
     let mut client = standby.connect("postgres");
     wait_until(state, || shown(&mut client).0 == state);
 }
 
 /// The error of `autoprewarm_follow_now()`.
-fn refusal(standby: &Cluster) -> SqlError {
+pub fn refusal(standby: &Cluster) -> SqlError {
     error(
         &mut standby.connect("postgres"),
         "SELECT autoprewarm_follow_now()",
@@ -124,7 +124,7 @@ fn refusal(standby: &Cluster) -> SqlError {
 }
 
 /// Promotes a standby and waits until it has loaded the rest of the list.
-fn promote(standby: &Cluster) {
+pub fn promote(standby: &Cluster) {
     let mark = standby.log_end();
     standby.promote();
     standby.wait_for_log(mark, "blocks after the promotion;");

@@ -11,6 +11,7 @@ mod bad_files;
 mod carry;
 mod crash_loop;
 mod discard;
+mod failover;
 mod follow;
 mod functions;
 mod give_way;

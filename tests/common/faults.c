@@ -4,9 +4,9 @@
  * faults. Every process maps it, so a change takes effect in all of them at once.
  *
  * Reads are those of user relations' files, and of the list by autoprewarm_blocks().
- * Writes are those of the new list. As on a real disk, signals do not interrupt a
- * delay. Memory is refused to the library, or to all code of one process. Dynamic shared memory is
- * short for the whole server.
+ * Writes are those of a new list, be it the server's own or the upstream server's. As on
+ * a real disk, signals do not interrupt a delay. Memory is refused to the library, or to
+ * all code of one process. Dynamic shared memory is short for the whole server.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -27,6 +27,7 @@
 #define FIRST_USER_FILE 16384
 #define LIST "/autoprewarm.blocks"
 #define NEW_LIST LIST ".tmp"
+#define NEW_UPSTREAM_LIST "/autoprewarm.upstream.tmp"
 
 /* The same as `Fault` in mod.rs. */
 struct faults
@@ -103,6 +104,11 @@ static int is_named(int file, const char *name)
 	ssize_t end = strlen(name);
 
 	return length >= end && strcmp(path + length - end, name) == 0;
+}
+
+static int is_new_list(int file)
+{
+	return is_named(file, NEW_LIST) || is_named(file, NEW_UPSTREAM_LIST);
 }
 
 static void delay(long milliseconds)
@@ -223,7 +229,7 @@ ssize_t write(int file, const void *from, size_t length)
 		is_too_large(lseek(file, 0, SEEK_CUR) + length))
 		return -1;
 
-	if ((milliseconds > 0 || error > 0) && is_named(file, NEW_LIST))
+	if ((milliseconds > 0 || error > 0) && is_new_list(file))
 	{
 		/* Half of it is written before the delay or the error. */
 		ssize_t half = length > 1 ? next(file, from, length / 2) : 0;
@@ -245,7 +251,7 @@ int close(int file)
 	NEXT(close);
 	int kept = errno, error = faults->list_close;
 
-	if (error > 0 && is_named(file, NEW_LIST))
+	if (error > 0 && is_new_list(file))
 	{
 		next(file);
 		errno = error;
@@ -260,7 +266,7 @@ int fsync(int file)
 	NEXT(fsync);
 	long milliseconds = faults->flush_delay, error = faults->list_flush;
 
-	if ((milliseconds > 0 || error > 0) && is_named(file, NEW_LIST))
+	if ((milliseconds > 0 || error > 0) && is_new_list(file))
 	{
 		delay(milliseconds);
 		if (error > 0)
@@ -277,7 +283,7 @@ int fdatasync(int file)
 	NEXT(fdatasync);
 	long milliseconds = faults->flush_delay, error = faults->list_flush;
 
-	if ((milliseconds > 0 || error > 0) && is_named(file, NEW_LIST))
+	if ((milliseconds > 0 || error > 0) && is_new_list(file))
 	{
 		delay(milliseconds);
 		if (error > 0)
@@ -293,7 +299,7 @@ int rename(const char *from, const char *to)
 {
 	NEXT(rename);
 
-	if (strcmp(from, NEW_LIST + 1) == 0)
+	if (strcmp(from, NEW_LIST + 1) == 0 || strcmp(from, NEW_UPSTREAM_LIST + 1) == 0)
 	{
 		delay(faults->list_delay);
 		if (faults->list_rename > 0)

@@ -24,7 +24,7 @@ use crate::common::{
 pub const DATABASES: [&str; 3] = ["postgres", "one", "two"];
 
 /// Longer than anything that the server does should take.
-const STATEMENT_TIMEOUT: &str = "SET statement_timeout = '30s'";
+pub const STATEMENT_TIMEOUT: &str = "SET statement_timeout = '30s'";
 
 pub struct Arena {
     pub cluster: Cluster,
@@ -68,6 +68,8 @@ pub struct Round {
     pub list_replaced: bool,
     /// The round has set the clock.
     pub clock_set: bool,
+    /// Sessions are busy during the whole round.
+    pub is_busy: bool,
 }
 
 impl Round {
@@ -81,6 +83,7 @@ impl Round {
             may_skip: false,
             list_replaced: false,
             clock_set: false,
+            is_busy: false,
         }
     }
 

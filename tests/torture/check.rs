@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use postgres::Row;
+use postgres::{Client, Row};
 
-use super::arena::{Arena, BUFFERS, DATABASES, has_amcheck};
-use super::census::Count;
+use super::arena::{Arena, BUFFERS, DATABASES, STATEMENT_TIMEOUT, has_amcheck};
+use super::census::{Census, Count};
 use super::process;
-use crate::common::{Block, Installation, PATIENCE, Shutdown, run};
+use crate::common::{Block, Cluster, Installation, PATIENCE, Shutdown, run, value};
 
 /// Reasons for skipped blocks that are always allowed: relations may have changed since
 /// the dump, and template databases are never loaded.
@@ -158,9 +158,8 @@ impl Arena {
         row
     }
 
-    /// The listed blocks that still exist must be cached. No process may hold a buffer
-    /// pin or a lock, or report progress. Returns whether a block of an anchor is
-    /// missing.
+    /// The listed blocks that still exist must be cached, and no process may hold anything.
+    /// Returns whether a block of an anchor is missing.
     fn check_cache(&self) -> bool {
         let cached = self.cluster.cached_without_extension();
         let missing = self.missing_anchors(&cached);
@@ -168,49 +167,14 @@ impl Arena {
             missing == 0 || self.round.may_skip || self.may_have_evicted(),
             "{missing} blocks that nothing was done to are not cached"
         );
-        for (what, sql) in [
-            (
-                "buffer pins",
-                "SELECT count(*) FROM pg_buffercache WHERE pinning_backends > 0",
-            ),
-            (
-                "locks of processes that are gone, or at rest",
-                "SELECT count(*) FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid) \
-                 WHERE l.pid <> pg_backend_pid() \
-                   AND (a.pid IS NULL OR a.backend_type LIKE 'autoprewarm%')",
-            ),
-            (
-                "rows of progress",
-                "SELECT count(*) FROM pg_stat_progress_prewarm",
-            ),
-            (
-                "workers at rest",
-                "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'",
-            ),
-        ] {
-            self.wait_for_zero(what, sql);
-        }
+        check_at_rest(&self.cluster);
         missing > 0
     }
 
     /// The number of the anchors' blocks that are not among `blocks`.
-    fn missing_anchors(&self, blocks: &BTreeSet<Block>) -> usize {
+    pub fn missing_anchors(&self, blocks: &BTreeSet<Block>) -> usize {
         let missing = self.anchors.iter().filter(|block| !blocks.contains(block));
         missing.count()
-    }
-
-    fn wait_for_zero(&self, what: &str, sql: &str) {
-        let mut client = self.connect("postgres");
-        let start = Instant::now();
-        loop {
-            let left: i64 = client.query_one(sql, &[]).unwrap().get(0);
-            if left == 0 {
-                return;
-            }
-            // A process that exits takes a while.
-            assert!(start.elapsed() < PATIENCE / 6, "{left} {what}");
-            std::thread::sleep(Duration::from_millis(20));
-        }
     }
 
     /// The list must be complete, be the last one that was written, and have all the
@@ -300,16 +264,7 @@ impl Arena {
 
     /// No files, memory or segments may have leaked.
     fn check_census(&mut self, leader: i32) {
-        let start = Instant::now();
-        loop {
-            let count = Count::take(&self.cluster, leader);
-            let Some(wrong) = self.census.judge(&count, 0) else {
-                self.census.note(&count);
-                return;
-            };
-            assert!(start.elapsed() < PATIENCE / 6, "{wrong}");
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        check_census(&mut self.census, &self.cluster, leader);
     }
 
     /// No process may have died of anything but what the round has done, and
@@ -340,20 +295,86 @@ impl Arena {
     }
 }
 
-/// Checks all tables and indexes of a database, which may be a standby's.
-pub fn amcheck(client: &mut postgres::Client) {
+/// Counts what a server at rest has, which may not be more than before.
+pub fn check_census(census: &mut Census, server: &Cluster, leader: i32) {
+    let start = Instant::now();
+    loop {
+        let count = Count::take(server, leader);
+        let Some(wrong) = census.judge(&count, 0) else {
+            census.note(&count);
+            return;
+        };
+        assert!(start.elapsed() < PATIENCE / 6, "{wrong}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// When nothing is loaded, no process may hold a buffer pin or a lock, or report progress.
+pub fn check_at_rest(server: &Cluster) {
+    for (what, sql) in [
+        (
+            "buffer pins",
+            "SELECT count(*) FROM pg_buffercache WHERE pinning_backends > 0",
+        ),
+        (
+            "locks of processes that are gone, or at rest",
+            "SELECT count(*) FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid) \
+             WHERE l.pid <> pg_backend_pid() \
+               AND (a.pid IS NULL OR a.backend_type LIKE 'autoprewarm%')",
+        ),
+        (
+            "rows of progress",
+            "SELECT count(*) FROM pg_stat_progress_prewarm",
+        ),
+        (
+            "workers at rest",
+            "SELECT count(*) FROM pg_stat_activity \
+             WHERE backend_type IN ('autoprewarm worker', 'autoprewarm follower')",
+        ),
+    ] {
+        wait_for_zero(server, what, sql);
+    }
+}
+
+/// Waits until the count is zero.
+pub fn wait_for_zero(server: &Cluster, what: &str, sql: &str) {
+    let mut client = server.connect("postgres");
+    client.batch_execute(STATEMENT_TIMEOUT).unwrap();
+    let start = Instant::now();
+    loop {
+        let left: i64 = value(&mut client, sql);
+        if left == 0 {
+            return;
+        }
+        // A process that exits takes a while.
+        assert!(start.elapsed() < PATIENCE / 6, "{left} {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Checks all tables and indexes of a database.
+fn amcheck(client: &mut Client) {
+    amcheck_of(client, "true");
+}
+
+/// The same for those of which a condition on `pg_class c` is true. The server may be a
+/// standby.
+pub fn amcheck_of(client: &mut Client, condition: &str) {
     client
-        .batch_execute(
+        .batch_execute(&format!(
             "SELECT bt_index_check(indexrelid, true) FROM pg_index i JOIN pg_class c \
                 ON c.oid = i.indexrelid \
              WHERE c.relam = 403 AND i.indisvalid AND c.oid >= 16384 \
-               AND c.relpersistence <> 't'",
-        )
+               AND c.relpersistence <> 't' AND {condition}"
+        ))
         .unwrap_or_else(|error| panic!("{error:?}"));
     let corrupt = client
         .query(
-            "SELECT c.relname, v.msg FROM pg_class c, verify_heapam(c.oid) v \
-             WHERE c.relkind IN ('r', 't') AND c.oid >= 16384 AND c.relpersistence <> 't'",
+            &format!(
+                "SELECT c.relname, v.msg FROM pg_class c, verify_heapam(c.oid) v \
+                 WHERE c.relkind IN ('r', 't') AND c.oid >= 16384 AND c.relpersistence <> 't' \
+                   AND {condition}"
+            ),
             &[],
         )
         .unwrap_or_else(|error| panic!("{error:?}"));

@@ -223,8 +223,11 @@ fn one_round(arena: &mut Arena, seed: u64, round: u64, (_, fault): Kind) {
     arena.round = Round::new(seed, round, arena.cluster.log_end());
     arena.round.allocated = arena.count_allocated();
     arena.work();
-    let churn = arena.round.rng.random_bool(0.5);
-    let churn = churn.then(|| Churn::begin(arena, churn::ordinary, 1));
+    arena.round.is_busy = arena.round.coin();
+    let churn = arena
+        .round
+        .is_busy
+        .then(|| Churn::begin(arena, churn::ordinary, 1));
     fault(arena);
     if let Some(churn) = churn {
         churn.end();

@@ -1,13 +1,15 @@
 //! A standby that loads while it replays: what the primary does conflicts with the
 //! load, and the standby is promoted during it. Or it follows its primary, while the
 //! processes of both that this needs are terminated, and is promoted at some moment; the
-//! former primary may follow it then, and take over again.
+//! former primary may follow it then, and take over again. If nothing is disturbed, the
+//! standby must become as warm as the primary.
 
 use postgres::NoTls;
 use rand::Rng;
 
-use super::arena::{Arena, DATABASES, has_amcheck};
-use super::check::{amcheck, check_log};
+use super::arena::{Arena, BUFFERS, DATABASES, has_amcheck};
+use super::census::Census;
+use super::check::{amcheck_of, check_at_rest, check_census, check_log, wait_for_zero};
 use super::churn::{self, Churn};
 use super::list::List;
 use super::process;
@@ -65,31 +67,28 @@ fn check_standby(arena: &Arena, standby: &Cluster) {
             );
         }
     }
-    check_pages(standby);
-    let cached = standby.cached_without_extension();
-    let missing = arena
-        .anchors
-        .iter()
-        .filter(|block| !cached.contains(block))
-        .count();
+    check_pages(standby, ALL);
+    check_at_rest(standby);
+    let missing = arena.missing_anchors(&standby.cached_without_extension());
     assert_eq!(missing, 0, "blocks that nothing was done to are not cached");
     standby.stop(Shutdown::Fast);
     process::wait_for_none(&standby.data(""));
     let list = List::read(&standby.data(LIST));
-    let missing = arena
-        .anchors
-        .iter()
-        .filter(|block| !list.blocks.contains(block))
-        .count();
+    let missing = arena.missing_anchors(&list.blocks);
     assert_eq!(missing, 0, "blocks that the standby's list lacks");
     check_log(&standby.log(), &arena.round);
 }
 
+/// Which tables and indexes amcheck looks at: a condition on `pg_class`. The others come and
+/// go while sessions are busy.
+const ALL: &str = "true";
+const ANCHORS: &str = "c.relname LIKE 'anchor%'";
+
 /// The tables and indexes must be sound.
-fn check_pages(server: &Cluster) {
+fn check_pages(server: &Cluster, which: &str) {
     if has_amcheck(server) {
         for database in DATABASES {
-            amcheck(&mut server.connect(database));
+            amcheck_of(&mut server.connect(database), which);
         }
     }
 }
@@ -130,19 +129,90 @@ fn following(arena: &mut Arena) {
     round.allowed.push("due to conflict with recovery");
     round.allowed.push("could not follow the upstream server");
     arena.settle();
+    let is_quiet = !arena.round.is_busy && arena.round.coin() && is_warm(arena);
     let mut standby = arena.cluster.standby();
     standby.expect_crash();
-    let rate = arena.round.choose(&["0", "1MB", "64kB"]);
+    let rates: &[&str] = match is_quiet {
+        true => &["0", "8MB"],
+        false => &["0", "1MB", "64kB"],
+    };
+    let rate = arena.round.choose(rates);
     standby.configure(&format!(
-        "pg_prewarm.autoprewarm_follow = on\n\
-         pg_prewarm.autoprewarm_follow_interval = 1\n\
+        "pg_prewarm.autoprewarm_follow_interval = 1\n\
          pg_prewarm.autoprewarm_follow_max_rate = {rate}"
     ));
-    standby.start();
+    if is_quiet {
+        // Nothing but the primary's list warms it.
+        std::fs::remove_file(standby.data(LIST)).unwrap();
+    }
+    let mut census = Census::default();
+    let follow = "pg_prewarm.autoprewarm_follow = on";
+    if arena.round.coin() {
+        standby.start();
+        check_census(&mut census, &standby, wait_for_rest(&standby));
+        standby.configure(follow);
+        standby.reload();
+    } else {
+        standby.configure(follow);
+        standby.start();
+    }
+    if is_quiet {
+        arena.work();
+        wait_until("a standby that is as warm as its primary", || {
+            standby.value("SELECT autoprewarm_failover_ready(0.9)")
+        });
+    } else {
+        disturb(arena, &standby);
+    }
+    wait_for_list(&standby);
+    let is_switchover = arena.round.coin();
+    if is_switchover {
+        // The standby gets all WAL, if it is connected.
+        wait_until("replication", || {
+            let standbys = "SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'";
+            arena.cluster.value(standbys)
+        });
+        arena.cluster.stop(Shutdown::Fast);
+    } else {
+        arena.round.pause(1000);
+    }
+    promote(&standby);
+    let leader = wait_for_rest(&standby);
+    check_census(&mut census, &standby, leader);
+    check_files(&standby);
+    if is_switchover {
+        rejoin(arena, &standby);
+    } else {
+        let senders = "SELECT count(*) FROM pg_stat_replication \
+                       WHERE application_name = 'pg_prewarm'";
+        wait_for_zero(&arena.cluster, "fetches that have not ended", senders);
+    }
+    check_standby(arena, &standby);
+    if is_switchover {
+        promote(&arena.cluster);
+        arena.reset("primary_conninfo");
+        arena.reset("pg_prewarm.autoprewarm_follow");
+        arena.reset("pg_prewarm.autoprewarm_follow_interval");
+        arena.reload();
+    }
+}
+
+/// Whether the primary has all anchors cached, and no more than a standby has room for.
+fn is_warm(arena: &Arena) -> bool {
+    let cached = arena.cluster.cached_without_extension();
+    arena.missing_anchors(&cached) == 0 && (cached.len() as i64) < BUFFERS - 1000
+}
+
+/// Terminates what following needs, again and again.
+fn disturb(arena: &mut Arena, standby: &Cluster) {
     let churn = arena
         .round
         .coin()
         .then(|| Churn::begin(arena, churn::rewrites, 2));
+    let checked = match churn.is_some() || arena.round.is_busy {
+        true => ANCHORS,
+        false => ALL,
+    };
     arena.work();
     for _ in 0..arena.round.rng.random_range(2..8) {
         arena.round.pause(600);
@@ -165,34 +235,30 @@ fn following(arena: &mut Arena) {
         for pid in victims {
             process::signal(pid, libc::SIGTERM);
         }
+        check_pages(standby, checked);
     }
     if let Some(churn) = churn {
         churn.end();
     }
-    wait_for_list(&standby);
-    let is_switchover = arena.round.coin();
-    if is_switchover {
-        // The standby gets all WAL, if it is connected.
-        wait_until("replication", || {
-            let standbys = "SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'";
-            arena.cluster.value(standbys)
-        });
-        arena.cluster.stop(Shutdown::Fast);
-    } else {
-        arena.round.pause(1000);
-    }
-    promote(&standby);
-    if is_switchover {
-        rejoin(arena, &standby);
-    }
-    check_standby(arena, &standby);
-    if is_switchover {
-        promote(&arena.cluster);
-        arena.reset("primary_conninfo");
-        arena.reset("pg_prewarm.autoprewarm_follow");
-        arena.reset("pg_prewarm.autoprewarm_follow_interval");
-        arena.reload();
-    }
+}
+
+/// Waits until nothing is loaded, and returns the leader's process ID.
+fn wait_for_rest(server: &Cluster) -> i32 {
+    assert!(server.value::<bool>("SELECT autoprewarm_wait('30 s')"));
+    server.wait_for_leader()
+}
+
+/// A server that was promoted must have no file of ours but its list.
+fn check_files(server: &Cluster) {
+    let files = || -> Vec<String> {
+        ["", "pg_stat_tmp"]
+            .iter()
+            .flat_map(|directory| std::fs::read_dir(server.data(directory)).unwrap())
+            .map(|file| file.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name.starts_with("autoprewarm."))
+            .collect()
+    };
+    wait_until("no file but the list", || files() == [LIST]);
 }
 
 fn wait_for_list(follower: &Cluster) {
@@ -223,6 +289,6 @@ fn rejoin(arena: &mut Arena, primary: &Cluster) {
     arena.cluster.start();
     primary.sql("CREATE TABLE own AS SELECT generate_series(1, 1000); DROP TABLE own");
     arena.cluster.wait_for_replay(primary);
-    check_pages(&arena.cluster);
+    check_pages(&arena.cluster, ALL);
     wait_for_list(&arena.cluster);
 }

@@ -521,6 +521,11 @@ fn a_promotion_goes_through_whatever_is_in_the_place_of_the_list() {
 }
 
 #[test]
+fn a_promotion_goes_through_with_a_directory_in_the_place_of_the_list() {
+    promote_with(Bad::Directory);
+}
+
+#[test]
 fn a_full_disk_keeps_the_former_list() {
     let primary = primary(&[]);
     primary.table("t", 100);

@@ -58,7 +58,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
-use rand::Rng;
 use rand::seq::SliceRandom;
 
 use arena::{Arena, Round};

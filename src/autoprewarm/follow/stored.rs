@@ -44,7 +44,7 @@ pub fn read() -> Result<Option<Stored>, Error> {
     };
     let out_of_memory = || fail("read")(io::ErrorKind::OutOfMemory.into());
     let mut bytes: Vec<u8> = Vec::new();
-    let mut read_until = |end: usize, bytes: &mut Vec<u8>| {
+    let mut read_until = |end: usize, bytes: &mut Vec<u8>| -> Result<(), Error> {
         let begin = bytes.len();
         fallible(|| bytes.try_reserve_exact(end - begin)).map_err(|_| out_of_memory())?;
         bytes.resize(end, 0);

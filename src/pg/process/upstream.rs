@@ -183,10 +183,7 @@ mod tests {
                 "host=a sslcert= ",
                 "host=a sslcert= '' application_name=pg_prewarm",
             ),
-            (
-                "password=a=",
-                "password=a= application_name=pg_prewarm",
-            ),
+            ("password=a=", "password=a= application_name=pg_prewarm"),
             (
                 "postgresql:///?",
                 "postgresql:///?application_name=pg_prewarm",

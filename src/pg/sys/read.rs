@@ -221,10 +221,7 @@ unsafe fn read_here(
 /// # Safety
 /// `relation` is open.
 #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-unsafe fn new_operation(
-    relation: pg_sys::Relation,
-    fork: Fork,
-) -> pg_sys::ReadBuffersOperation {
+unsafe fn new_operation(relation: pg_sys::Relation, fork: Fork) -> pg_sys::ReadBuffersOperation {
     // SAFETY: the relation is open.
     unsafe {
         let persistence = (*(*relation).rd_rel).relpersistence;

@@ -310,10 +310,17 @@ test_debian_package() {
     mv "$root/$bitcode" "$root/$bitcode.contrib"
     cp "$work/ours/$library" "$root/$library"
     cp "$work/ours/usr/share/postgresql/15/extension/"* "$root/usr/share/postgresql/15/extension/"
-    expect "installing it over files of make install, which has kept contrib's" dpkg_i ours.deb
-    expect_output "ours is in place after that" ours in_place
-    expect "removing it" in_root dpkg --purge "$package"
-    expect_output "contrib's is in place after that" "contrib's" in_place
+    expect_failure "installing it over files of make install, which has kept contrib's" \
+        'run "make uninstall" first' dpkg_i ours.deb
+    cmp -s "$work/ours/$library" "$root/$library" || fail "the library of make install has changed"
+    in_root dpkg --purge "$package" >/dev/null 2>&1 || true
+    # What "make uninstall" does.
+    rm "$root"/usr/share/postgresql/15/extension/pg_prewarm--*2.0*.sql "$root/usr/share/postgresql/15/extension/pg_prewarm--1.2.sql"
+    for file in "$root/$library" "$root/$bitcode" "$root"/usr/share/postgresql/15/extension/pg_prewarm*.contrib; do
+        file=${file%.contrib}
+        [ ! -e "$file.contrib" ] || mv -f "$file.contrib" "$file"
+    done
+    expect_output "contrib's is in place after make uninstall" "contrib's" in_place
 
     # Two majors, of which this Debian has one: a package with contrib's module stands for the
     # other.
@@ -465,6 +472,7 @@ test_beside() {
 # not linked.
 names_licences() {
     local library=$1/lib/pg_prewarm.so copyright=$1/share/doc/pg_prewarm/copyright
+    [ -s "$1/share/doc/pg_prewarm/Apache-2.0" ] || fail "the licence that $copyright refers to is missing"
     grep -aoE '/build/registry/src/[^/]+/[^/]+/' "$library" | sed -E 's|.*/([^/]+)/$|Files: vendor/\1/*|' | sort -u >"$work/crates"
     expect "the library has crates" grep -q '/pgrx-[0-9]' "$work/crates"
     grep '^Files: ' "$copyright" | sort -u >"$work/licences"

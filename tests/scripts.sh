@@ -141,6 +141,9 @@ expect "make install once more" 0 -- make_ install
 must_be_ours
 expect "make uninstall" 0 "contrib's pg_prewarm is in place in PostgreSQL 15.1" -- make_ uninstall
 must_be "$(files)" = "$before"
+touch "$prefix/share/extension/pg_prewarm--1.2--mine.sql"
+expect "make uninstall leaves scripts that are not ours" 0 -- make_ uninstall
+rm "$prefix/share/extension/pg_prewarm--1.2--mine.sql" || fail "make uninstall" "it removes a script that is not ours"
 expect "make uninstall once more" 0 "contrib's pg_prewarm is in place" -- make_ uninstall
 must_be "$(files)" = "$before"
 make_ install 2>/dev/null
@@ -161,7 +164,9 @@ must_be -z "$(files)"
 fake packaged dpkg-query "postgresql-15: $prefix/bin/postgres"
 expect "make uninstall, of a packaged server" 0 'apt-get install --reinstall postgresql-15' -- with packaged make_ uninstall
 fake diverted dpkg-divert postgresql-15-pg-prewarm-rs
+fake local dpkg-divert LOCAL
 with_contrib 1
+expect "make install over a local diversion" 2 'is diverted by a local diversion' -- with local make_ install
 for target in install uninstall; do
     expect "make $target with our package" 2 'belongs to package postgresql-15-pg-prewarm-rs' -- with diverted make_ $target
 done

@@ -18,10 +18,19 @@ find_installation() {
     # With this file, JIT would inline the functions of contrib's module.
     bitcode=$libraries/bitcode/pg_prewarm.index.bc
     owner=$(dpkg-divert --listpackage "$installed" 2>/dev/null) || true
-    [ -z "$owner" ] || die "$installed belongs to package $owner: use apt-get to update or remove it"
+    case $owner in
+        '') ;;
+        LOCAL) die "$installed is diverted by a local diversion: move it away if it exists, and use dpkg-divert --rename --remove $installed" ;;
+        *) die "$installed belongs to package $owner: use apt-get to update or remove it" ;;
+    esac
 }
 
-has_contrib() { [ -e "$installed" ] && ! grep -aq pg_finfo_autoprewarm_cancel "$installed"; }
+# Whether the library there is not ours.
+has_contrib() {
+    [ -s "$installed" ] || return
+    [ -r "$installed" ] || die "cannot read $installed"
+    ! grep -aq pg_finfo_autoprewarm_cancel "$installed"
+}
 
 # The Debian package that has that file, if there is one.
 package_of() { { dpkg-query --search "$1" 2>/dev/null || true; } | sed -n 's/:.*//p'; }
@@ -45,10 +54,11 @@ put_contrib_back() {
     for file in "${contrib_files[@]/#/$extension/}"; do
         [ -z "$ours" ] || put_back "$file"
     done
-    for file in "$extension"/pg_prewarm--*.sql{,.new}; do
+    for file in "$project"/sql/*.sql; do
+        file=${file##*/}
         case " ${contrib_files[*]} " in
-            *" ${file##*/} "*) ;;
-            *) remove "$file" ;;
+            *" $file "*) ;;
+            *) remove "$extension/$file" "$extension/$file.new" ;;
         esac
     done
     [ -z "$ours" ] || put_back "$installed"
@@ -68,5 +78,6 @@ put_back() {
     fi
 }
 
-copy_file() { cp -p "$1" "$2.new" && mv -f "$2.new" "$2" || die "cannot write $2"; }
+# Durably, since the other file is replaced then.
+copy_file() { cp -dp "$1" "$2.new" && sync "$2.new" && mv -f "$2.new" "$2" || die "cannot write $2"; }
 remove() { rm -f "$@" || die "cannot remove $1"; }

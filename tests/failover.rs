@@ -9,6 +9,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use postgres::Client;
@@ -304,6 +305,55 @@ fn a_top_up_uses_one_worker_and_the_load_after_the_promotion_as_many_as_allowed(
         let (blocks, usage_counts) = cached(&standby, table);
         // A few that were being read when the promotion was noticed may have kept theirs.
         assert!(blocks == 500 && usage_counts > 2400, "{usage_counts}");
+    }
+}
+
+const FETCHES: &str =
+    "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'autoprewarm follower'";
+
+/// Has a standby fetch from a server that accepts connections and says nothing.
+fn hanging_fetch(standby: &Cluster) -> (TcpListener, JoinHandle<bool>) {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    fetch_from(
+        standby,
+        &format!("host=127.0.0.1 port={port} user=postgres"),
+    );
+    let mut client = standby.connect("postgres");
+    let request = std::thread::spawn(move || {
+        let refused = client.batch_execute("SELECT autoprewarm_follow_now()");
+        refused.is_err()
+    });
+    wait_until("a fetch", || standby.value::<i64>(FETCHES) == 1);
+    (silent, request)
+}
+
+#[test]
+fn a_fetch_that_is_not_wanted_any_more_ends_at_once() {
+    for promotes in [false, true] {
+        let (_primary, standby) = pair(&[("t", 100)]);
+        let table = standby.file_of("postgres", "t");
+        let (_silent, request) = hanging_fetch(&standby);
+        let mark = standby.log_end();
+        let start = Instant::now();
+        if promotes {
+            standby.promote();
+            standby.wait_for_log(mark, "blocks after the promotion;");
+        } else {
+            standby.configure("pg_prewarm.autoprewarm_follow = off");
+            standby.reload();
+        }
+        wait_until("the end of the fetch", || {
+            standby.value::<i64>(FETCHES) == 0
+        });
+        // Otherwise it would wait for a minute, as `wal_receiver_timeout` says.
+        assert!(start.elapsed() < Duration::from_secs(20));
+        assert!(request.join().unwrap());
+        assert_eq!(cached(&standby, table).0, 100);
+        let log = standby.log_since(mark);
+        for unwanted in ["terminating background worker", "exited with exit code 1"] {
+            assert!(!log.contains(unwanted), "{log}");
+        }
     }
 }
 

@@ -860,19 +860,23 @@ fn no_dirty_block_is_evicted_for_the_list() {
     // The background writer would write dirty blocks as well.
     standby.configure("bgwriter_lru_maxpages = 0\ncheckpoint_timeout = 1d");
     standby.start();
-    // More dirty blocks than can be left if those of the list are loaded.
     primary.table("written", 1700);
-    standby.wait_for_replay(&primary);
     // The server writes this to pg_control before it writes a block that is younger.
     let consistent = "SELECT min_recovery_end_lsn::text FROM pg_control_recovery()";
     // Sessions may evict what is older than that.
     let dirty = "SELECT count(*) FROM pg_buffercache \
                  WHERE isdirty AND relfilenode = pg_relation_filenode('written')";
+    // More dirty blocks than can be left if those of the list are loaded. What replay itself
+    // has evicted, it reads again.
+    wait_until("dirty blocks", || {
+        primary.sql("SELECT FROM written FOR UPDATE");
+        standby.wait_for_replay(&primary);
+        standby.value::<i64>(dirty) > 1600
+    });
     let before = (
         standby.value::<i64>(dirty),
         standby.value::<String>(consistent),
     );
-    assert!(before.0 > 1600, "{before:?}");
     for _ in 0..3 {
         heat(&primary, "t");
         follow_now(&standby);

@@ -18,7 +18,7 @@
 #   make all PG_CONFIG=/path/to/pg_config
 #                          build for release, for that PostgreSQL
 #   make install PG_CONFIG=/path/to/pg_config
-#                          the same, and install into it
+#                          the same, and install into it (with DESTDIR=/path, below that)
 #   make uninstall PG_CONFIG=/path/to/pg_config
 #                          remove it, and put contrib's files back
 #   make deb [PG=18]       a Debian package

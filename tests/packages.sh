@@ -19,11 +19,13 @@ work=$cache/packages-test
 root=$work/root
 clean_up() {
     stop_servers
+    [ -z "$web_server" ] || kill "$web_server" || true
     [ ! -d "$work/gnupg" ] || GNUPGHOME=$work/gnupg gpgconf --kill all
     for mount in dev/shm dev proc; do ! mountpoint -q "$root/$mount" || umount "$root/$mount"; done
     rm -rf --one-file-system "$work"
 }
 servers=()
+web_server=
 stop_servers() {
     local data
     for data in "${servers[@]}"; do
@@ -159,7 +161,9 @@ repack() {
     dpkg-deb -Znone --build "$files" "$root/packages/$to" >/dev/null
 }
 change_contrib() { printf 'changed' >>"$1/$library"; (cd "$1" && md5sum "$library") >"$work/sum"; sed -i "\|  $library\$|d" "$1/DEBIAN/md5sums"; cat "$work/sum" >>"$1/DEBIAN/md5sums"; }
-kill_in_preinst() { echo 'kill -9 $PPID' >>"$1/DEBIAN/preinst"; }
+# Kills dpkg in an installation: at the end of the script, or after the line with that text.
+kill_in_preinst() { sed -i "${kill_after:+\\|$kill_after|}${kill_after:-\$}a kill -9 \$PPID; kill -9 \$\$" "$1/DEBIAN/preinst"; }
+kill_in_postinst() { sed -i '2i kill -9 $PPID; kill -9 $$' "$1/DEBIAN/postinst"; }
 fail_in_preinst() { echo 'exit 1' >>"$1/DEBIAN/preinst"; }
 # Kills dpkg and the script in a removal: at the beginning, or after the line with that text.
 kill_in_postrm() {
@@ -175,7 +179,7 @@ add_file() {
 state() { in_root dpkg-query -W -f '${db:Status-Status}' "$package"; }
 
 test_debian_package() {
-    local ours contrib before file key
+    local ours contrib contrib18 before file key kill_after commands
     package=postgresql-15-pg-prewarm-rs
     make -s deb PG=15
     ours=("$packages/${package}"_*.deb)
@@ -274,6 +278,8 @@ test_debian_package() {
         expect "installing one whose removal is interrupted, after '$kill_after'" dpkg_i kills.deb
         expect_failure "a removal that is interrupted" "" in_root dpkg --remove "$package"
         expect_output "dpkg was killed" half-installed state
+        expect_failure "an installation that fails then" "" dpkg_i failed.deb
+        expect_output "contrib's is in place after that" "contrib's" in_place
         expect "installing it then" dpkg_i ours.deb
         expect_output "ours is in place after that" ours in_place
         expect "installing the other one" dpkg_i kills.deb
@@ -285,18 +291,33 @@ test_debian_package() {
     expect_failure "an installation that fails" "own pg_prewarm is in place again" dpkg_i failed.deb
     in_root dpkg --purge "$package" >/dev/null 2>&1 || true
     expect_output "contrib's is in place after it" "contrib's" in_place
+    # After each step for a file, and after unpacking.
+    for kill_after in '  ln -f' ' --add ' '  rm -f' unpacked; do
+        if [ "$kill_after" = unpacked ]; then
+            repack "${ours[0]}" kills.deb '' kill_in_postinst
+        else
+            repack "${ours[0]}" kills.deb '' kill_in_preinst
+        fi
+        expect_failure "an installation that is interrupted, after '$kill_after'" "" dpkg_i kills.deb
+        expect "the server starts after it" restart
+        expect "installing it once more" dpkg_i ours.deb
+        expect_output "ours is in place after that" ours in_place
+        expect "removing it" in_root dpkg --purge "$package"
+        expect_output "contrib's is in place after that" "contrib's" in_place
+    done
+    kill_after=
 
     in_root dpkg-divert --quiet --local --rename --add "/$library"
     touch "$root/$library"
     expect_failure "a diversion of somebody else" "is diverted by a local diversion already" dpkg_i ours.deb
-    grep -q "own pg_prewarm stays in place" "$output" || fail "it does not say what is in place"
+    grep -q "Nothing was changed" "$output" || fail "it does not say that nothing was changed"
     ! grep -q "in place again" "$output" || fail "it says that something was changed"
     rm "$root/$library"
     expect "what the hint says" in_root dpkg-divert --rename --remove "/$library"
     in_root dpkg --purge "$package" >/dev/null 2>&1 || true
     expect_output "contrib's is in place after that" "contrib's" in_place
 
-    # What "make install" does.
+    # Over files of make install, whose older versions did not keep contrib's.
     cp "$work/ours/$library" "$root/$library"
     cp "$work/ours/usr/share/postgresql/15/extension/"* "$root/usr/share/postgresql/15/extension/"
     rm "$root/$bitcode"
@@ -306,20 +327,15 @@ test_debian_package() {
     grep -q "Run: apt-get install --reinstall postgresql-15" "$output" || fail "it does not say what to do"
     expect "reinstalling PostgreSQL's package" dpkg_i contrib.deb
     expect_output "contrib's is in place after that" "contrib's" in_place
-    for file in "$root/$library" "$root"/usr/share/postgresql/15/extension/pg_prewarm*; do cp -p "$file" "$file.contrib"; done
-    mv "$root/$bitcode" "$root/$bitcode.contrib"
-    cp "$work/ours/$library" "$root/$library"
-    cp "$work/ours/usr/share/postgresql/15/extension/"* "$root/usr/share/postgresql/15/extension/"
+    pg_config_in_root >"$work/pg_config"
+    chmod +x "$work/pg_config"
+    expect "make install" make -s install PG_CONFIG="$work/pg_config"
+    cp "$root/$library" "$work/installed.so"
     expect_failure "installing it over files of make install, which has kept contrib's" \
         'run "make uninstall" first' dpkg_i ours.deb
-    cmp -s "$work/ours/$library" "$root/$library" || fail "the library of make install has changed"
+    cmp -s "$work/installed.so" "$root/$library" || fail "the library of make install has changed"
     in_root dpkg --purge "$package" >/dev/null 2>&1 || true
-    # What "make uninstall" does.
-    rm "$root"/usr/share/postgresql/15/extension/pg_prewarm--*2.0*.sql "$root/usr/share/postgresql/15/extension/pg_prewarm--1.2.sql"
-    for file in "$root/$library" "$root/$bitcode" "$root"/usr/share/postgresql/15/extension/pg_prewarm*.contrib; do
-        file=${file%.contrib}
-        [ ! -e "$file.contrib" ] || mv -f "$file.contrib" "$file"
-    done
+    expect "make uninstall" make -s uninstall PG_CONFIG="$work/pg_config"
     expect_output "contrib's is in place after make uninstall" "contrib's" in_place
 
     # Two majors, of which this Debian has one: a package with contrib's module stands for the
@@ -327,43 +343,79 @@ test_debian_package() {
     make -s deb PG=18
     stand_in "$work/pg18" 18
     mv "$packages"/postgresql-18-pg-prewarm-rs_*.deb "$root/packages/ours18.deb"
+    dpkg-deb -x "$root/packages/ours18.deb" "$work/ours18"
+    contrib18=$("$(contrib_pg_config_of 18)" --pkglibdir)/pg_prewarm.so
     expect "two majors at once" in_root dpkg -i /packages/pg18.deb /packages/ours.deb /packages/ours18.deb
     expect_output "ours is in place for the one" ours in_place
+    expect "and for the other" cmp "$root/${library/15/18}" "$work/ours18/${library/15/18}"
+    expect "beside contrib's" cmp "$root/${library/15/18}.contrib" "$contrib18"
+    expect "without contrib's bitcode" [ ! -e "$root/${bitcode/15/18}" ]
     expect "removing the other" in_root dpkg --purge postgresql-18-pg-prewarm-rs
     expect_output "ours is still in place for the one" ours in_place
-    expect "contrib's is in place for the other" cmp "$root/${library/15/18}" "$("$(contrib_pg_config_of 18)" --pkglibdir)/pg_prewarm.so"
+    expect "contrib's is in place for the other" cmp "$root/${library/15/18}" "$contrib18"
+    expect "and its bitcode" [ -e "$root/${bitcode/15/18}" ]
 
     # The repository.
     expect "removing it" in_root dpkg --purge "$package"
+    expect "installing wget" in_root apt-get -qq install -y --no-install-recommends wget
+    serve
+    commands=$(sed -n '/^wget -O/,/^apt-get install/p' README.md)
+    expect_output "the README has three lines" 3 wc -l <<<"$commands"
     make_repository
     expect_output "a web server can read all of it" "" \
-        find "$root/packages/apt" -type f ! -perm -o=r -o -type d ! -perm -o=rx
-    expect "apt-get update with a repository that is not signed" update
+        find "$packages/apt" -type f ! -perm -o=r -o -type d ! -perm -o=rx
+    expect "the README's lines, with a repository that is not signed" install_from_repository
+    expect_output "ours is in place after that" ours in_place
+    expect "removing it" in_root dpkg --purge "$package"
     export GNUPGHOME=$work/gnupg
     mkdir -m 700 "$GNUPGHOME"
     for key in ours another; do
         gpg --batch --quiet --passphrase '' --quick-generate-key "$key@invalid" ed25519 sign never
     done
     make_repository SIGN_WITH=ours@invalid
-    expect "apt-get update with one that is signed" update
-    expect "installing it from there" in_root apt-get -qq install -y "$package"
+    expect "the same, with one that is signed" install_from_repository
     expect_output "ours is in place after that" ours in_place
-    cp "$root/etc/apt/sources.list.d/pg_prewarm.sources" "$work/"
+    make -s deb PG=15 REVISION=2
+    make_repository SIGN_WITH=ours@invalid
+    expect "apt-get update" update
+    expect "apt-get upgrade brings a newer revision" in_root apt-get -qq upgrade -y
+    expect_output "that is installed" "$version-2" in_root dpkg-query -W -f '${Version}' "$package"
+    expect_output "ours is in place after that" ours in_place
     make_repository SIGN_WITH=another@invalid
-    cp "$work/pg_prewarm.sources" "$root/etc/apt/sources.list.d/"
     expect_failure "apt-get update with one that another key has signed" NO_PUBKEY update
     make_repository SIGN_WITH=ours@invalid
-    sed -i 's/^Label: .*/&, changed/' "$root/packages/apt/dists/bookworm/InRelease"
+    sed -i 's/^Label: .*/&, changed/' "$work/web/dists/bookworm/InRelease"
     expect_failure "apt-get update with one that was changed" BADSIG update
     cluster stop
 }
 
-# Makes an apt repository with these settings, and has apt use it.
+# A pg_config of PostgreSQL 15 whose files are in that Debian.
+pg_config_in_root() {
+    printf '#!/bin/sh\ncase $1 in\n'
+    printf '%s) echo "%s" ;;\n' --pkglibdir "$root/${library%/*}" --sharedir "$root/usr/share/postgresql/15"
+    printf '*) exec "%s" "$@" ;;\nesac\n' "$(pg_config_of 15)"
+}
+
+# Has a web server serve what is in $work/web, at $url.
+serve() {
+    local log=$work/web.log
+    mkdir "$work/web"
+    python3 -u -m http.server --bind 127.0.0.1 --directory "$work/web" 0 >"$log" 2>&1 &
+    web_server=$!
+    until grep -q '^Serving' "$log"; do kill -0 "$web_server" || fail "a web server starts"; sleep 0.1; done
+    url=http://127.0.0.1:$(sed -nE 's/^Serving .* port ([0-9]+) .*/\1/p' "$log")
+    printf 'Acquire::http::Proxy::127.0.0.1 "DIRECT";\n' >"$root/etc/apt/apt.conf.d/web-server"
+}
+# The README's three lines.
+install_from_repository() {
+    in_root sh -exc "${commands//https:\/\/HOST\/PATH/"$url"}" </dev/null
+}
+
+# Makes an apt repository with these settings, and serves it.
 make_repository() {
-    rm -rf "$root/packages/apt"
-    (umask 077 && make -s apt-repo URL=file:/packages/apt "$@")
-    cp -rp "$packages/apt" "$root/packages/apt"
-    cp "$packages/apt/pg_prewarm.sources" "$root/etc/apt/sources.list.d/"
+    (umask 077 && make -s apt-repo URL="$url" "$@")
+    rm -rf "$work/web"/*
+    cp -rp "$packages/apt"/* "$work/web/"
 }
 update() { in_root apt-get -qq -o APT::Update::Error-Mode=any update; }
 
@@ -373,6 +425,8 @@ stand_in() {
     pg_config=$(contrib_pg_config_of "$major")
     mkdir -p "$files/DEBIAN" "$files/usr/lib/postgresql/$major/lib" "$files/usr/share/postgresql/$major/extension"
     cp "$("$pg_config" --pkglibdir)/pg_prewarm.so" "$files/usr/lib/postgresql/$major/lib/"
+    mkdir "$files/usr/lib/postgresql/$major/lib/bitcode"
+    echo index >"$files/usr/lib/postgresql/$major/lib/bitcode/pg_prewarm.index.bc"
     cp "$("$pg_config" --sharedir)"/extension/pg_prewarm* "$files/usr/share/postgresql/$major/extension/"
     printf 'Package: postgresql-%s\nVersion: %s.0\nArchitecture: all\nMaintainer: nobody <nobody@invalid>\nDescription: stands for it\n' \
         "$major" "$major" >"$files/DEBIAN/control"
@@ -404,7 +458,8 @@ use_archive() {
     name=pg_prewarm-$version-pg$major-$(uname -m)
     make -s archive PG="$major"
     tar -xf "$packages/$name.tar.gz" -C "$work"
-    files=$work/$name
+    ln -sfn "$name" "$work/pg_prewarm-$major"
+    files=$work/pg_prewarm-$major
     beside=("shared_preload_libraries = 'pg_prewarm'"
         "extension_control_path = '$files/share:\$system'" "dynamic_library_path = '$files/lib:\$libdir'")
 }
@@ -527,7 +582,7 @@ files_of_package() {
 test_majors() {
     local major package deb files old old_bin
     prepare 16 17 19 || exit
-    for major in 16 17 19; do
+    for major in 16 17 18 19; do
         package=postgresql-$major-pg-prewarm-rs
         make -s deb PG="$major"
         deb=("$packages/${package}"_*.deb)

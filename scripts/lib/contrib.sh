@@ -9,11 +9,12 @@
 # Of the files that we install, those that contrib has as well, other than the library.
 contrib_files=(pg_prewarm.control pg_prewarm--1.0--1.1.sql pg_prewarm--1.1.sql pg_prewarm--1.1--1.2.sql)
 
-# Sets the directories of the PostgreSQL in use, and the files there that are not SQL's.
+# Sets the directories of the PostgreSQL in use, below DESTDIR if that is set, and the files
+# there that are not SQL's.
 find_installation() {
     local owner
-    libraries=$("$PG_CONFIG" --pkglibdir)
-    extension=$("$PG_CONFIG" --sharedir)/extension
+    libraries=${DESTDIR:-}$("$PG_CONFIG" --pkglibdir)
+    extension=${DESTDIR:-}$("$PG_CONFIG" --sharedir)/extension
     installed=$libraries/pg_prewarm.so
     # With this file, JIT would inline the functions of contrib's module.
     bitcode=$libraries/bitcode/pg_prewarm.index.bc

@@ -264,7 +264,6 @@ prepare_from_packages() {
 # programs use on this machine.
 unpack_packages() {
     local major=$1 packages=$2 debs names name version
-    [ "$(uname -m)" = x86_64 ] || { why_not="only those for x86-64 can be unpacked"; return 1; }
     use_suites "$major"
     need_room 450 "PostgreSQL $major"
     names=$(package_names "$major")
@@ -277,7 +276,7 @@ unpack_packages() {
     work_directory
     must mkdir -p "$work/unpacked" "$work/pg/lib" "$work/pg/share" "$work/pg/include"
     for name in "$debs"/*.deb; do must dpkg-deb -x "$name" "$work/unpacked"; done
-    must mv "$work/unpacked/usr/lib/x86_64-linux-gnu" "$work/lib"
+    must mv "$work/unpacked/usr/lib/$(gcc -print-multiarch)" "$work/lib"
     for name in lib share include; do
         must mv "$work/unpacked/usr/$name/postgresql" "$work/pg/$name/"
     done
@@ -313,9 +312,10 @@ package_names() {
 # Makes every program below $1, such as pg_regress, use the libraries in $2 and their
 # loader. The libraries that they load then do so as well.
 patch_programs() {
-    local program
+    local program loader
+    loader=("$2"/ld-linux-*.so.*)
     while read -r program; do
-        patchelf --set-interpreter "$2/ld-linux-x86-64.so.2" --force-rpath --set-rpath "$2" "$program" || return
+        patchelf --set-interpreter "${loader[0]}" --force-rpath --set-rpath "$2" "$program" || return
     done < <(find "$1/lib/postgresql" -type f -perm -u+x ! -name '*.so*' -exec sh -c \
         'for file; do head -c 4 "$file" | grep -q ELF && echo "$file"; done' - {} +)
 }

@@ -95,12 +95,12 @@ fn new_sessions_wait_until_the_most_used_blocks_are_loaded() {
     let (mut client, waiting) = start_and_hold(&cluster);
     assert_eq!(LoadStats::get(&mut client).state, "loading");
     if cluster.major() >= 18 {
-        let event: Option<String> = value(
-            &mut client,
-            "SELECT wait_event FROM pg_stat_activity \
-             WHERE state = 'starting' AND backend_type = 'client backend'",
-        );
-        assert_eq!(event.as_deref(), Some("AutoprewarmHoldConnections"));
+        let event = "SELECT wait_event FROM pg_stat_activity \
+                     WHERE state = 'starting' AND backend_type = 'client backend'";
+        wait_until("the wait event", || {
+            let event: Option<String> = value(&mut client, event);
+            event.as_deref() == Some("AutoprewarmHoldConnections")
+        });
     }
     assert_let_in(&mut client, waiting);
     let stats = LoadStats::get(&mut client);
@@ -151,10 +151,12 @@ fn superusers_monitors_and_walsenders_do_not_wait() {
 
 #[test]
 fn a_session_waits_no_longer_than_the_limit() {
-    let cluster = slow_cluster("2s");
+    let cluster = slow_cluster("5s");
     let (mut client, waiting) = start_and_hold(&cluster);
     let waited = assert_let_in(&mut client, waiting);
-    assert!(waited >= Duration::from_millis(1900), "{waited:?}");
+    // The load began before the session.
+    assert!(waited >= Duration::from_secs(2), "{waited:?}");
+    assert!(waited < Duration::from_secs(20), "{waited:?}");
     let stats = LoadStats::get(&mut client);
     assert_eq!(stats.state, "loading");
     assert!(stats.loaded < i64::from(HOT), "{stats:?}");
@@ -245,14 +247,14 @@ fn a_raised_limit_is_that_of_a_session_that_waits() {
     let cluster = slow_cluster("4s");
     let (mut client, waiting) = start_and_hold(&cluster);
     for statement in [
-        "ALTER SYSTEM SET pg_prewarm.autoprewarm_hold_connections = '8s'",
+        "ALTER SYSTEM SET pg_prewarm.autoprewarm_hold_connections = '12s'",
         "SELECT pg_reload_conf()",
     ] {
         client.batch_execute(statement).unwrap();
     }
     let waited = assert_let_in(&mut client, waiting);
     // The load began before the session.
-    assert!(waited >= Duration::from_millis(5500), "{waited:?}");
+    assert!(waited >= Duration::from_secs(6), "{waited:?}");
 }
 
 #[test]
@@ -334,9 +336,11 @@ fn a_shutdown_ends_the_wait_at_once() {
 }
 
 #[test]
-fn a_smart_shutdown_ends_the_wait() {
+fn a_smart_shutdown_ends_the_wait_whatever_the_leader_does() {
     let cluster = slow_cluster(LONG);
     let (client, waiting) = start_and_hold(&cluster);
+    let leader = cluster.leader().unwrap();
+    signal(leader, libc::SIGSTOP);
     thread::scope(|scope| {
         let shutdown = scope.spawn(|| cluster.stop(Shutdown::Smart));
         let (app, waited) = waiting.join().unwrap();
@@ -345,6 +349,7 @@ fn a_smart_shutdown_ends_the_wait() {
             "{waited:?}"
         );
         drop((app, client));
+        signal(leader, libc::SIGCONT);
         shutdown.join().unwrap();
     });
 }
@@ -400,6 +405,33 @@ fn the_first_tier_of_every_database_is_loaded_before_the_rest_of_any() {
     cluster.reload();
     let stats = LoadStats::wait_for_end(&mut client);
     assert_eq!(stats.skipped, 0, "{stats:?}");
+}
+
+#[test]
+fn a_worker_with_a_locked_table_leaves_for_the_first_tier_of_another_database() {
+    let builder = Cluster::build().setting("max_prepared_transactions = 1");
+    let (cluster, table) = cluster(builder, LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0\npg_prewarm.autoprewarm_workers = 1");
+    cluster.start();
+    cluster.sql("CREATE DATABASE other");
+    let other = cluster.table_of_blocks("other", "t", HOT + COLD);
+    // Its lock outlives the restart.
+    let mut client = cluster.connect("postgres");
+    let lock = "BEGIN; LOCK TABLE t; PREPARE TRANSACTION 'lock'";
+    client.batch_execute(lock).unwrap();
+    drop(client);
+    cluster.stop(Shutdown::Fast);
+    let digits = "5".repeat(HOT as usize) + &"1".repeat(COLD as usize);
+    let blocks = table.first(HOT + COLD).chain(other.first(HOT + COLD));
+    cluster.write_list(list_with_usage_counts(blocks, &digits.repeat(2)));
+    let mark = cluster.log_end();
+    cluster.start();
+    let (app, waited) = connect(&cluster).join().unwrap();
+    // A worker tries for ten seconds to get a lock.
+    assert!(app.is_ok() && waited < Duration::from_secs(7), "{waited:?}");
+    let (loaded, _) = cluster.wait_for_load(mark);
+    assert!(loaded >= u64::from(HOT + COLD), "{loaded}");
+    cluster.sql("ROLLBACK PREPARED 'lock'");
 }
 
 #[test]
@@ -504,9 +536,12 @@ fn a_session_waits_less_than_transaction_timeout() {
         return;
     }
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
-    cluster.configure("transaction_timeout = 3s");
+    cluster.configure("transaction_timeout = 4s");
     let (mut client, waiting) = start_and_hold(&cluster);
-    assert_let_in(&mut client, waiting);
+    // The other half is for the rest of the session's start.
+    let waited = assert_let_in(&mut client, waiting);
+    let range = Duration::from_secs(1)..Duration::from_millis(3500);
+    assert!(range.contains(&waited), "{waited:?}");
 }
 
 #[test]
@@ -546,16 +581,23 @@ fn without_a_leader_sessions_begin_soon() {
 #[test]
 fn without_autoprewarm_or_preloading_nobody_waits() {
     let (cluster, table) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
     for setting in [
         "pg_prewarm.autoprewarm = off",
         "shared_preload_libraries = ''",
     ] {
-        write_list(&cluster, table);
         cluster.configure(setting);
-        cluster.start();
-        let (app, waited) = connect(&cluster).join().unwrap();
-        assert!(app.is_ok() && waited < Duration::from_secs(5), "{waited:?}");
-        cluster.stop(Shutdown::Fast);
+        // A session that waits for a leader does so for two seconds, each time.
+        let waits = (0..3).map(|_| {
+            write_list(&cluster, table);
+            cluster.start();
+            let (app, waited) = connect(&cluster).join().unwrap();
+            assert!(app.is_ok());
+            cluster.stop(Shutdown::Fast);
+            waited
+        });
+        let shortest = waits.min().unwrap();
+        assert!(shortest < Duration::from_secs(1), "{setting}: {shortest:?}");
     }
     cluster.configure("pg_prewarm.autoprewarm = on");
     cluster.start();
@@ -569,6 +611,7 @@ fn without_autoprewarm_or_preloading_nobody_waits() {
 #[test]
 fn a_load_on_demand_holds_nobody() {
     let (cluster, table) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
     cluster.write_list("<<0>>\n");
     cluster.start();
     let mut client = cluster.connect("postgres");

@@ -77,7 +77,7 @@ pub fn create_segment(
         stats.skip(number, reason, blocks);
     }
     let databases = layout.databases.into_iter().map(|(database, _)| database);
-    let supervisor = Supervisor::new(state, segment, databases);
+    let supervisor = Supervisor::new(state, segment, databases, plan.list_has_first_tier());
     Ok((supervisor, plan.into_over_budget()))
 }
 

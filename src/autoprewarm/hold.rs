@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use super::state::State;
 use crate::pg::process::authentication::NewSession;
-use crate::pg::process::{self, activity};
+use crate::pg::process::{self, activity, postmaster};
 use crate::pg::shared::condition_variable::ConditionVariable;
 use crate::{settings, wait_events};
 
@@ -29,7 +29,7 @@ const LEADER_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a session looks at the setting and the clock.
 const POLL: Duration = Duration::from_millis(250);
 
-/// How much of `authentication_timeout` is left to the rest of a session's start.
+/// How much of `authentication_timeout` is left to the rest of the authentication.
 const RESERVE: Duration = Duration::from_millis(500);
 
 #[repr(C)]
@@ -113,6 +113,14 @@ pub fn is_possible() -> bool {
     !settings::autoprewarm_hold_connections().is_zero() && settings::leader_starts_with_server()
 }
 
+/// How long a session may wait at most, so that no timeout of the server ends it.
+fn longest_wait(session: &NewSession) -> Duration {
+    // All of the session's start is in one transaction, and reads catalogs.
+    let in_transaction = session.transaction_time_left() / 2;
+    let for_client = session.authentication_time_left().saturating_sub(RESERVE);
+    in_transaction.min(for_client)
+}
+
 /// Has a new session wait, if it should. An ERROR refuses the session: if its wait is
 /// cancelled, or memory is short meanwhile.
 pub fn hold(session: &NewSession) {
@@ -121,7 +129,8 @@ pub fn hold(session: &NewSession) {
     }
     let state = session.attempt(|| {
         let state = State::attach();
-        // Without an unreserved connection, the server is about to refuse the session.
+        // Without an unreserved connection, the server refuses the session, or lets it in as
+        // one that may use the reserved ones.
         let waits =
             !state.hold.is_over() && session.has_unreserved_connection() && !session.may_monitor();
         if waits {
@@ -137,6 +146,7 @@ pub fn hold(session: &NewSession) {
     };
     let hold = &state.hold;
     let start = Instant::now();
+    let longest = longest_wait(session);
     session.without_snapshot(|| {
         hold.enter();
         activity::report_title(c"waiting for autoprewarm");
@@ -145,10 +155,14 @@ pub fn hold(session: &NewSession) {
             let is_wanted = session.is_connected();
             process::reload_configuration_if_due();
             let limit = settings::autoprewarm_hold_connections();
+            let waited = start.elapsed();
             let left = limit
-                .saturating_sub(start.elapsed().max(hold.load_time()))
-                .min(session.time_left().saturating_sub(RESERVE));
-            let goes_on = is_wanted && !hold.is_over() && state.first_load_may_run(LEADER_TIMEOUT);
+                .saturating_sub(waited.max(hold.load_time()))
+                .min(longest.saturating_sub(waited));
+            let goes_on = is_wanted
+                && !hold.is_over()
+                && state.first_load_may_run(LEADER_TIMEOUT)
+                && !postmaster::is_stopping();
             (goes_on && !left.is_zero()).then(|| left.min(POLL))
         });
         hold.leave();

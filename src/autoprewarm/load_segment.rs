@@ -364,6 +364,11 @@ impl Load {
         self.first_tier_waits.store(waits, SeqCst);
     }
 
+    /// Whether another database's first tier waits for a worker.
+    pub fn first_tier_waits(&self) -> bool {
+        self.first_tier_waits.load(SeqCst)
+    }
+
     /// The next chunk for the slot's worker. `None` if no chunk of its database is
     /// left, if the load has ended, if the worker is to leave, or if it would be one of the
     /// second tier while another database's first tier waits for a worker.
@@ -400,7 +405,7 @@ impl Load {
         both.into_iter()
             .filter(|cursor| is_first_tier(cursor))
             .find_map(Cursor::claim)
-            .or_else(|| match self.first_tier_waits.load(SeqCst) {
+            .or_else(|| match self.first_tier_waits() {
                 true => None,
                 false => both.into_iter().find_map(Cursor::claim),
             })

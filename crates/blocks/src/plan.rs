@@ -31,9 +31,6 @@ use crate::{Age, BlockNumber, ByUsageCount, Fork, Oid, Record, UsageCount};
 /// chunk must be small; a worker claims one at a time, so it should not be too small.
 pub const CHUNK_BLOCKS: u32 = 512;
 
-/// The lowest usage count of the first tier, which has the hot blocks.
-const FIRST_TIER_FROM: u32 = UsageCount::HOT.get();
-
 /// The number of tiers.
 const TIERS: usize = 2;
 
@@ -67,6 +64,7 @@ pub struct Plan {
     keys: Vec<Key>,
     illegal: u64,
     cached: u64,
+    list_has_first_tier: bool,
     /// The blocks left out because they exceed the budget, or do not fit into what the
     /// plan was shrunk to.
     over_budget: Vec<Key>,
@@ -232,6 +230,7 @@ impl Plan {
             })
             .collect();
         self.illegal = (total - keys.len()) as u64;
+        self.list_has_first_tier = keys.iter().any(|key| is_hot(key.usage_count()));
         keys
     }
 
@@ -287,6 +286,11 @@ impl Plan {
     /// The number of records with an invalid fork, file or block number.
     pub fn illegal(&self) -> u64 {
         self.illegal
+    }
+
+    /// Whether the list has blocks of the first tier, be they cached already or not.
+    pub fn list_has_first_tier(&self) -> bool {
+        self.list_has_first_tier
     }
 
     /// The number of blocks left out because they are cached already.
@@ -419,8 +423,13 @@ impl LoadOrder {
 
     /// The place of those blocks of a file that have that usage count.
     fn find(&self, file: usize, usage_count: UsageCount) -> u32 {
-        self.places_of[file][usize::from(usage_count.get() < FIRST_TIER_FROM)]
+        self.places_of[file][usize::from(!is_hot(usage_count))]
     }
+}
+
+/// Whether a block with that usage count is in the first tier.
+fn is_hot(usage_count: UsageCount) -> bool {
+    usage_count >= UsageCount::HOT
 }
 
 /// Removes the keys of cached blocks, and returns how many it has removed.
@@ -525,7 +534,7 @@ impl<'a> PlanView<'a> {
 
     /// Whether a chunk is of the first tier. In each database's chunks, these come first.
     pub fn is_first_tier(self, index: u32) -> bool {
-        self.chunk(index).1.usage_count(0).get() >= FIRST_TIER_FROM
+        is_hot(self.chunk(index).1.usage_count(0))
     }
 
     /// The chunk at that index, and its blocks.

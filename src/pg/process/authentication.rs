@@ -15,8 +15,8 @@ use super::reserve::{self, with_reserve};
 use super::transaction::Transaction;
 use super::{is_walsender, now};
 use crate::pg::sys::authentication::{
-    ClientAuthentication_hook, Hook, Port, STATUS_OK, client_is_connected, deadline,
-    leaves_reserved_connections,
+    ClientAuthentication_hook, Hook, Port, STATUS_OK, authentication_deadline, client_is_connected,
+    leaves_reserved_connections, transaction_deadline,
 };
 
 /// A session whose client was authenticated.
@@ -89,6 +89,12 @@ pub fn call_for_each_session(is_needed: fn() -> bool, callback: fn(&NewSession))
     }
 }
 
+fn time_left(deadline: Option<pg_sys::TimestampTz>) -> Duration {
+    deadline.map_or(Duration::MAX, |deadline| {
+        Duration::from_micros(u64::try_from(deadline - now()).unwrap_or(0))
+    })
+}
+
 impl NewSession<'_> {
     /// Whether it is a replication connection.
     pub fn is_walsender(&self) -> bool {
@@ -128,12 +134,14 @@ impl NewSession<'_> {
         client_is_connected()
     }
 
-    /// How long it may still take before `authentication_timeout` or `transaction_timeout`
-    /// ends it.
-    pub fn time_left(&self) -> Duration {
-        deadline().map_or(Duration::MAX, |deadline| {
-            Duration::from_micros(u64::try_from(deadline - now()).unwrap_or(0))
-        })
+    /// How long it may still take before `authentication_timeout` ends it.
+    pub fn authentication_time_left(&self) -> Duration {
+        time_left(authentication_deadline())
+    }
+
+    /// How long it may still take before `transaction_timeout` ends it.
+    pub fn transaction_time_left(&self) -> Duration {
+        time_left(transaction_deadline())
     }
 
     /// Runs `wait` without the snapshot that the server has taken, if it has: it would hold

@@ -62,27 +62,41 @@ unsafe extern "C" {
 pub const STATUS_OK: c_int = pg_sys::STATUS_OK as c_int;
 
 /// The server's timestamp of the moment when it ends this process unless the client's
-/// session has begun, or its transaction has ended. `None` if nothing limits it.
-pub fn deadline() -> Option<pg_sys::TimestampTz> {
-    // Values of `TimeoutId` in timeout.h. The one of statements serves for
-    // `authentication_timeout` before a session has begun.
+/// session has begun, for `authentication_timeout`. `None` if nothing limits it.
+pub fn authentication_deadline() -> Option<pg_sys::TimestampTz> {
+    // The timeout of statements serves for this one before a session has begun.
     const STATEMENT_TIMEOUT: c_int = 3;
-    #[cfg(any(feature = "pg15", feature = "pg16"))]
-    const TIMEOUTS: &[c_int] = &[STATEMENT_TIMEOUT];
-    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-    const TRANSACTION_TIMEOUT: c_int = 8;
-    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
-    const TIMEOUTS: &[c_int] = &[STATEMENT_TIMEOUT, TRANSACTION_TIMEOUT];
+    // SAFETY: the number is that of `STATEMENT_TIMEOUT` in timeout.h of all versions.
+    unsafe { finish_of_timeout(STATEMENT_TIMEOUT) }
+}
 
+/// The server's timestamp of the moment when it ends this process unless its transaction has
+/// ended, for `transaction_timeout`. `None` if nothing limits it, as before 17.
+pub fn transaction_deadline() -> Option<pg_sys::TimestampTz> {
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    {
+        None
+    }
+    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+    {
+        const TRANSACTION_TIMEOUT: c_int = 8;
+        // SAFETY: the number is that of `TRANSACTION_TIMEOUT` in timeout.h since 17.
+        unsafe { finish_of_timeout(TRANSACTION_TIMEOUT) }
+    }
+}
+
+/// When a timeout ends, if it is active.
+///
+/// # Safety
+/// `id` is the number of a timeout in this version's `TimeoutId`.
+unsafe fn finish_of_timeout(id: c_int) -> Option<pg_sys::TimestampTz> {
     // These raise no ERROR.
     unsafe extern "C" {
         fn get_timeout_active(id: c_int) -> bool;
         fn get_timeout_finish_time(id: c_int) -> pg_sys::TimestampTz;
     }
-    // SAFETY: this version has timeouts of these numbers.
-    let finish =
-        |&id: &c_int| unsafe { get_timeout_active(id).then(|| get_timeout_finish_time(id)) };
-    TIMEOUTS.iter().filter_map(finish).min()
+    // SAFETY: the server has that timeout.
+    unsafe { get_timeout_active(id).then(|| get_timeout_finish_time(id)) }
 }
 
 /// Whether the client is still connected. Resets this process's latch. May raise an ERROR.

@@ -28,6 +28,7 @@ use crate::pg::process::{background, check_for_interrupts};
 use crate::pg::storage::database::Database;
 use crate::pg::storage::file::{self, OpenFile};
 use crate::pg::storage::{buffer, room};
+use crate::settings;
 
 /// The DETAIL that tells when a failed load is retried.
 const RETRIED: &str = "The load is retried after \"pg_prewarm.autoprewarm_interval\" (five \
@@ -154,7 +155,7 @@ fn prepare(
     let should_stop = || background::shutdown_requested() || state.cancel_is_requested();
     let list = read_list(list, should_stop)?;
     report_defects(&list, state);
-    let buffers = room::survey();
+    let buffers = room::survey(settings::autoprewarm_workers());
     plan_list(
         transaction,
         list,

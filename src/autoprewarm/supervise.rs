@@ -25,7 +25,7 @@ use crate::blocks::{Age, Oid, PlanView, Record, SkipReason, UsageCount};
 use crate::pg::process::error::{catch, log, log_message};
 use crate::pg::process::latch;
 use crate::pg::process::report::Message;
-use crate::pg::process::{self, activity, background, postmaster, transaction};
+use crate::pg::process::{self, activity, background, transaction};
 use crate::pg::shared::segment::Segment;
 use crate::pg::shared::slots;
 use crate::pg::shared::worker::{Handle, Status};
@@ -83,7 +83,7 @@ pub struct Supervisor {
     no_slot_since: Option<Instant>,
     waiting_was_logged: bool,
     next_look: Instant,
-    /// Whether the plan has two tiers. Otherwise all of it counts as the first.
+    /// Whether the list has two tiers. Otherwise all of it counts as the first.
     has_first_tier: bool,
     /// Where the first tier of shared catalogs ends.
     shared_first_tier_end: u32,
@@ -123,15 +123,16 @@ pub enum Halt {
 }
 
 impl Supervisor {
-    /// Supervises the load in that segment, whose cursors are of these databases.
+    /// Supervises the load in that segment, whose cursors are of these databases. The list
+    /// may have a first tier that the plan lacks: one that was cached already.
     pub fn new(
         state: &'static State,
         segment: Segment<Load, Cursor>,
         databases: impl Iterator<Item = Oid>,
+        has_first_tier: bool,
     ) -> Self {
         let plan = PlanView::new(segment.words());
         let cells = segment.cells();
-        let has_first_tier = (0..plan.chunks()).any(|chunk| plan.is_first_tier(chunk));
         let first_tier_end = |chunks: Range<u32>| match has_first_tier {
             true => chunks
                 .clone()
@@ -201,6 +202,19 @@ impl Supervisor {
     /// ended before.
     pub fn interrupt(&self) {
         self.segment.header().end_for(SkipReason::Interrupted);
+    }
+
+    /// Waits for workers to finish, which they do soon after the load was ended.
+    pub fn wait_for_workers(&self, limit: Duration) {
+        let since = Instant::now();
+        let is_at_work = |worker: &Worker| {
+            let stage = self.segment.header().workers[worker.slot].stage();
+            matches!(stage, Stage::Connected | Stage::Retrying)
+                && worker.handle.status() != Status::Stopped
+        };
+        while self.workers.iter().any(is_at_work) && since.elapsed() < limit {
+            latch::sleep_as_worker(Some(Duration::from_millis(10)), &wait_events::LOAD);
+        }
     }
 
     pub fn terminate_workers(&self) {
@@ -276,15 +290,13 @@ impl Supervisor {
         self.segment.header().purpose() == Purpose::TopUp
     }
 
-    /// Lets new sessions go on when the first tier is done, when they have waited for long
-    /// enough, and when the server is shutting down. Until then, has workers leave databases
+    /// Lets new sessions go on when the first tier is done, and when they have waited for long
+    /// enough. Until then, has workers leave databases
     /// whose first tier is done for others.
     fn end_hold_if_due(&self) {
         let limit = settings::autoprewarm_hold_connections();
         if self.sessions_are_held()
-            && (self.first_tier_is_done()
-                || self.state.hold.load_time() >= limit
-                || postmaster::is_stopping())
+            && (self.first_tier_is_done() || self.state.hold.load_time() >= limit)
         {
             self.state.hold.end();
         }
@@ -354,7 +366,7 @@ impl Supervisor {
         if self.segment.header().is_later_try() || self.is_top_up() {
             return Err(Halt::NoSlot);
         }
-        // Sessions need not wait for nothing.
+        // Sessions must not wait in vain.
         self.state.hold.end();
         let timeout = settings::autoprewarm_interval().unwrap_or(SLOT_TIMEOUT_WITHOUT_INTERVAL);
         let since = *self.no_slot_since.get_or_insert_with(Instant::now);
@@ -570,7 +582,7 @@ impl Supervisor {
             let load = self.segment.header();
             // An interrupt may be served meanwhile, and raise an ERROR, which must not end the
             // leader.
-            if catch(|| load.room.ahead(1)).is_ok_and(|blocks| blocks == 0) {
+            if catch(|| load.room.ahead(1, self.max_workers())).is_ok_and(|blocks| blocks == 0) {
                 load.end_for(SkipReason::NoFreeBuffer);
                 return false;
             }

@@ -110,7 +110,7 @@ fn give_up(error: Error, state: &State) {
 fn load(mut list: UpstreamList, state: &'static State) -> LoadResult {
     let planned = transaction::run(|transaction| {
         restore_usage_counts(&mut list);
-        let buffers = room::survey();
+        let buffers = room::survey(settings::autoprewarm_workers());
         plan_list(transaction, list.into(), Purpose::List, state, |listed| {
             buffers.on_demand(listed)
         })

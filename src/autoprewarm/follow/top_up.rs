@@ -14,6 +14,7 @@
 //! block is never replaced.
 
 use std::hash::{BuildHasher, BuildHasherDefault};
+use std::time::Duration;
 
 use rustc_hash::FxHasher;
 
@@ -31,6 +32,9 @@ use crate::pg::process::{self, memory};
 use crate::pg::storage::buffer::{self, CachedBlock};
 use crate::pg::storage::room::{self, Passed};
 use crate::settings;
+
+/// How long the end of a top-up waits for its worker, which may be reading.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A top-up that is under way.
 pub struct TopUp {
@@ -154,7 +158,7 @@ fn prepare(
     // A block that moves to another buffer meanwhile is seen twice.
     let hot_cached = look.hot_cached.min(list.hot_blocks());
     let hot_missing = list.hot_blocks() - hot_cached;
-    let mut buffers = room::survey();
+    let mut buffers = room::survey(1);
     let replaceable = match settings::autoprewarm_follow_replace() {
         true => (buffers.clean[0] + look.unused) >> memory.halvings,
         false => 0,
@@ -162,7 +166,7 @@ fn prepare(
     let lacking = hot_missing.saturating_sub(buffers.empty).min(replaceable);
     if lacking > buffers.clean[0] {
         expose(lacking - buffers.clean[0], &mut list, memory, &passed);
-        buffers = room::survey();
+        buffers = room::survey(1);
     }
     let lacking = lacking.min(buffers.clean[0]);
     // Blocks that are not hot fill empty buffers only.
@@ -214,8 +218,9 @@ fn expose(most: u64, list: &mut UpstreamList, memory: &Memory, passed: &Passed) 
 impl TopUp {
     /// Ends it: records what was loaded.
     pub fn end(self, memory: &mut Memory, state: &State) {
-        // They finish within a moment, and what they still load is lost to statistics only.
         self.supervisor.interrupt();
+        // What they still read is then cached for whoever looks next.
+        self.supervisor.wait_for_workers(FINISH_TIMEOUT);
         let raised_until = self.supervisor.room().raised_until();
         state.follow.set_raised_until(raised_until);
         let loaded = state.follow.top_up.counts().loaded;

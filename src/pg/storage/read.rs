@@ -122,8 +122,8 @@ impl Relation<'_> {
         while index < blocks.len() {
             check_for_interrupts();
             let mut run = run_length(&blocks[index..], max);
-            if let Some((room, _)) = load {
-                run = room.ahead(run);
+            if let Some((room, readers)) = load {
+                run = room.ahead(run, readers);
             }
             if run == 0 {
                 return ReadEnd::Full;

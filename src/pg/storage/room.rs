@@ -20,7 +20,7 @@
 //!   ([`count_evictable_before`]).
 
 use std::sync::atomic::Ordering::{AcqRel, Relaxed};
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 
 use pgrx::pg_sys;
 
@@ -28,19 +28,29 @@ use super::buffer::{all, change_usage_count, count, state, usage_count};
 use crate::blocks::{Budget, Room, UsageCount};
 use crate::pg::process::check_for_interrupts;
 use crate::pg::sys::buffer_state::{self, Word};
+use crate::pg::sys::read::{READ_BLOCKS_MAX, READS_MANY_AT_ONCE};
 use crate::pg::sys::version::free_list_is_empty;
 
 /// After how many headers interrupts are served.
 const INTERRUPT_INTERVAL: usize = 1 << 16;
 
-/// How many buffers a load leaves to others. Several blocks are read at once, after the
-/// look for room, and several workers find the same buffers.
-fn reserve() -> usize {
-    (count() / 16).min(64)
+/// How many buffers a load with so many workers leaves to others. Each worker reads several
+/// blocks at once after its look for room, and all find the same buffers.
+fn reserve(readers: usize) -> usize {
+    const LEAST: usize = 64;
+    (count() / 16).min(LEAST.max(at_once(readers)))
 }
 
-/// What a load may replace now. Serves interrupts.
-pub fn survey() -> Room {
+/// How many blocks so many workers read at the same time.
+fn at_once(readers: usize) -> usize {
+    match READS_MANY_AT_ONCE {
+        true => readers * READ_BLOCKS_MAX,
+        false => readers,
+    }
+}
+
+/// What a load with so many workers may replace now. Serves interrupts.
+pub fn survey(readers: usize) -> Room {
     let mut room = Room::default();
     for index in all() {
         let state = state(index).load(Relaxed);
@@ -53,7 +63,7 @@ pub fn survey() -> Room {
             room.clean[usage_count(state).get() as usize] += 1;
         }
     }
-    room.less(reserve() as u64)
+    room.less(reserve(readers) as u64)
 }
 
 /// The room of one load, which its workers share.
@@ -66,6 +76,8 @@ pub struct LoadRoom {
     /// Whether only empty buffers are filled: the hand goes round again, and has lowered the
     /// usage counts of blocks.
     only_empty: AtomicBool,
+    /// How many blocks may be read into free buffers before these are counted again.
+    free: AtomicUsize,
     /// Whether the hand lowers no usage count in the end.
     keeps_usage_counts: bool,
     /// How far usage counts were raised for that, as a position of the clock hand.
@@ -79,6 +91,7 @@ impl LoadRoom {
             replaced_below: budget.replaced_below,
             start: AtomicU64::new(clock_hand().0),
             only_empty: AtomicBool::new(false),
+            free: AtomicUsize::new(0),
             keeps_usage_counts: false,
             raised_until: AtomicU64::new(0),
         }
@@ -106,28 +119,52 @@ impl LoadRoom {
         self.start.store(clock_hand().0, Relaxed);
     }
 
-    /// How many blocks may be read now, at most `max`. Serves interrupts.
-    pub fn ahead(&self, max: usize) -> usize {
+    /// How many blocks one of so many workers may read now, at most `max`. Serves interrupts.
+    pub fn ahead(&self, max: usize, readers: usize) -> usize {
         if free_list_has_any() {
-            return max;
+            let fit = self.fit_into_free_buffers(max, readers);
+            if fit > 0 {
+                return fit;
+            }
         }
-        let found = self.look_ahead(max);
+        let reserve = reserve(readers);
+        let found = self.look_ahead(max, reserve);
         // Others may have taken the hand round, and emptied buffers since, as commands such
         // as DROP TABLE do.
-        if found == 0 && count_free() > reserve() {
+        if found == 0 && count_free() > reserve {
             self.only_empty.store(true, Relaxed);
             self.begin_again();
-            return self.look_ahead(max);
+            return self.look_ahead(max, reserve);
         }
         found
     }
 
-    fn look_ahead(&self, max: usize) -> usize {
+    /// How many blocks, at most `max`, fit into the buffers of the server's list of free buffers,
+    /// so that the clock hand does not come to a buffer that was not looked at. How long the list
+    /// is cannot be asked, so empty buffers are counted, again and again as they get fewer.
+    fn fit_into_free_buffers(&self, max: usize, readers: usize) -> usize {
+        let take = || {
+            let less = |free: usize| (free > 0).then(|| free.saturating_sub(max));
+            let before = self.free.fetch_update(Relaxed, Relaxed, less);
+            before.map_or(0, |free| free.min(max))
+        };
+        match take() {
+            0 => {
+                let by_others = at_once(readers.saturating_sub(1)).min(count() / 16);
+                let free = count_free().saturating_sub(by_others);
+                // Sessions take some meanwhile.
+                self.free.store(free - free / 4, Relaxed);
+                take()
+            }
+            fit => fit,
+        }
+    }
+
+    fn look_ahead(&self, max: usize, reserve: usize) -> usize {
         let (turned, next) = clock_hand();
         let passed =
             usize::try_from(turned.wrapping_sub(self.start.load(Relaxed))).unwrap_or(usize::MAX);
         let not_passed = count().saturating_sub(passed);
-        let reserve = reserve();
         let mut found = 0;
         // How many buffers the hand passes for the blocks that are read now.
         let mut passes = 0;

@@ -108,8 +108,8 @@ pub fn max_buffers_at_once() -> usize {
     }
 }
 
-/// How many blocks [`read_buffers`] hands over, if it reads more than those: half of what it
-/// reads at once. `None` if nobody else would read them.
+/// How many blocks [`read_buffers`] hands over if it reads more than that: at most half of what
+/// it reads at once. `None` if nobody else would read them.
 #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17")))]
 fn handed_over() -> Option<usize> {
     // SAFETY: two settings.

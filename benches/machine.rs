@@ -73,35 +73,12 @@ pub fn huge_pages() -> bool {
     }
 }
 
-/// How many huge pages the system reserves, as the file says it.
-fn reserved_huge_pages() -> String {
-    fs::read_to_string(HUGE_PAGES).unwrap_or_default()
-}
-
-/// How many huge pages the system reserved: it does so again when this is dropped, also by
-/// a panic.
-pub struct ReservedHugePages(String);
-
-impl ReservedHugePages {
-    pub fn now() -> Self {
-        Self(reserved_huge_pages())
-    }
-}
-
-impl Drop for ReservedHugePages {
-    fn drop(&mut self) {
-        if reserved_huge_pages() != self.0 {
-            let _ = fs::write(HUGE_PAGES, &self.0)
-                .inspect_err(|error| eprintln!("huge pages stay reserved: {error}"));
-        }
-    }
-}
-
-/// Makes the system reserve that much memory as huge pages of 2 MB.
+/// Makes the system reserve that much memory as huge pages of 2 MB. `scripts/bench` gives it
+/// back.
 pub fn keep_huge_pages(megabytes: u32) {
     let pages = megabytes.div_ceil(2).to_string();
     fs::write(HUGE_PAGES, &pages).expect("only root can reserve huge pages");
-    let kept = reserved_huge_pages();
+    let kept = fs::read_to_string(HUGE_PAGES).expect("the file can be read");
     assert_eq!(kept.trim(), pages, "not enough memory for huge pages");
 }
 

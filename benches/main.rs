@@ -110,7 +110,6 @@ fn main() {
             .map(|cases| cases.split(',').map(str::to_owned).collect())
             .unwrap_or_default(),
     };
-    let _huge_pages = machine::ReservedHugePages::now();
     let mut report = Report::new(&options);
     let scenarios: [(&str, Scenario); 9] = [
         // First, since it measures the memory of this process.

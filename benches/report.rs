@@ -32,8 +32,9 @@ impl Samples {
     }
 }
 
+/// The median of the samples that are numbers: a run without transactions has no latency.
 pub fn median(samples: &[f64]) -> f64 {
-    let mut sorted = samples.to_vec();
+    let mut sorted: Vec<f64> = samples.iter().copied().filter(|s| !s.is_nan()).collect();
     sorted.sort_by(f64::total_cmp);
     match sorted.len() {
         0 => f64::NAN,

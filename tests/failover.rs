@@ -64,6 +64,11 @@ fn slow_disk(standby: &Cluster, milliseconds: u32) {
 const WORKERS: &str =
     "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'";
 
+/// How to connect to something that knows of no encryption.
+fn conninfo_of(port: u16) -> String {
+    format!("host=127.0.0.1 port={port} user=postgres sslmode=disable gssencmode=disable")
+}
+
 /// A server that begins no session, notes when somebody has tried, and answers with the
 /// message, or not at all if that is empty.
 struct Unwilling {
@@ -93,10 +98,7 @@ impl Unwilling {
     }
 
     fn conninfo(&self) -> String {
-        format!(
-            "host=127.0.0.1 port={} user=postgres sslmode=disable gssencmode=disable",
-            self.port
-        )
+        conninfo_of(self.port)
     }
 
     /// When somebody has tried, in seconds after `start`.
@@ -107,12 +109,18 @@ impl Unwilling {
     }
 }
 
-fn refuse(mut connection: TcpStream, message: &str) -> io::Result<()> {
-    // The startup packet begins with its length. If it is not read, the connection is reset.
+/// The contents of a packet, which begins with its length.
+fn packet(connection: &mut TcpStream) -> io::Result<Vec<u8>> {
     let mut length = [0; 4];
     connection.read_exact(&mut length)?;
     let mut packet = vec![0; u32::from_be_bytes(length) as usize - 4];
     connection.read_exact(&mut packet)?;
+    Ok(packet)
+}
+
+fn refuse(mut connection: TcpStream, message: &str) -> io::Result<()> {
+    // If the startup packet is not read, the connection is reset.
+    packet(&mut connection)?;
     match message {
         "" => Ok(()),
         // As a postmaster says that it cannot fork.
@@ -302,9 +310,7 @@ fn a_top_up_uses_one_worker_and_the_load_after_the_promotion_as_many_as_allowed(
     standby.slow_reads(0);
     standby.wait_for_log(mark, "blocks after the promotion;");
     for table in tables {
-        let (blocks, usage_counts) = cached(&standby, table);
-        // A few that were being read when the promotion was noticed may have kept theirs.
-        assert!(blocks == 500 && usage_counts > 2400, "{usage_counts}");
+        assert_eq!(cached(&standby, table), (500, 2500));
     }
 }
 
@@ -355,6 +361,39 @@ fn a_fetch_that_is_not_wanted_any_more_ends_at_once() {
             assert!(!log.contains(unwanted), "{log}");
         }
     }
+}
+
+#[test]
+fn an_upstream_server_may_compose_its_list_for_longer_than_wal_receiver_timeout() {
+    const AUTHENTICATED: &[u8] = b"R\0\0\0\x08\0\0\0\0";
+    const READY: &[u8] = b"Z\0\0\0\x05I";
+    let (_primary, standby) = pair(&[]);
+    standby.configure("wal_receiver_timeout = 1s\npg_prewarm.autoprewarm_follow_interval = 1");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mark = standby.log_end();
+    fetch_from(
+        &standby,
+        &conninfo_of(listener.local_addr().unwrap().port()),
+    );
+    let (mut connection, _) = listener.accept().unwrap();
+    packet(&mut connection).unwrap();
+    connection
+        .write_all(&[AUTHENTICATED, READY].concat())
+        .unwrap();
+    let mut kind = [0];
+    connection.read_exact(&mut kind).unwrap();
+    let query = packet(&mut connection).unwrap();
+    assert_eq!(
+        (kind, &*query),
+        (*b"Q", &b"SHOW pg_prewarm.autoprewarm_list\0"[..])
+    );
+    std::thread::sleep(Duration::from_secs(5));
+    assert_eq!(standby.value::<i64>(FETCHES), 1);
+    assert_eq!(warnings(&standby, mark, "autoprewarm"), 0);
+    drop((connection, listener));
+    standby.wait_for_log(mark, "could not fetch the block list");
+    fetch_from(&standby, "");
+    follow_now(&standby);
 }
 
 /// The leader looks for a promotion four times a second. The rest is for a busy machine, and
@@ -718,7 +757,7 @@ fn with_few_buffers_the_blocks_with_the_highest_usage_counts_are_cached() {
         }
     }
     let standby = follower_of(&primary);
-    // 1024 buffers, of which a few are left to others.
+    // 1024 buffers, of which a few are left to others, or taken by them.
     standby.configure("shared_buffers = 8MB");
     standby.start();
     standby.wait_for_replay(&primary);
@@ -726,7 +765,7 @@ fn with_few_buffers_the_blocks_with_the_highest_usage_counts_are_cached() {
         follow_now(&standby);
         let [tepid, warm, hot] = files.map(|file| cached(&standby, file).0);
         assert!(
-            hot >= 490 && warm >= 100 && tepid <= 20,
+            hot >= 450 && warm >= 100 && tepid <= 20,
             "{hot}, {warm}, {tepid}"
         );
     }
@@ -734,7 +773,7 @@ fn with_few_buffers_the_blocks_with_the_highest_usage_counts_are_cached() {
     promote(&standby);
     let [tepid, warm, hot] = files.map(|file| cached(&standby, file).0);
     assert!(
-        hot >= 490 && warm >= 100 && tepid <= 50,
+        hot >= 450 && warm >= 100 && tepid <= 50,
         "{hot}, {warm}, {tepid}"
     );
 }

@@ -31,6 +31,7 @@ fn cluster_with_tables(database: &str, settings: &[&str]) -> (Cluster, Block) {
     cluster.stop(Shutdown::Fast);
     cluster.write_list("<<0>>\n");
     cluster.start();
+    LoadStats::wait_for_end(&mut cluster.connect("postgres"));
     cluster.write_list(list_of(table.first(500).chain(free.first(100))));
     (cluster, table)
 }

@@ -303,7 +303,7 @@ fn every_state_of_the_leader_is_reported() {
 #[test]
 fn each_worker_reports_its_database_its_relation_and_its_progress() {
     let cluster = Cluster::build()
-        .setting("pg_prewarm.autoprewarm_max_rate = 800")
+        .setting("pg_prewarm.autoprewarm_max_rate = 400")
         .start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     cluster.sql("CREATE DATABASE \"größe\"");

@@ -494,17 +494,22 @@ impl Cluster {
         text.lines().next().unwrap().parse().unwrap()
     }
 
-    /// The process ID of the server's process that has this in its title.
+    /// The process ID of the server's process that has this in its title. Waits for it.
     pub fn process_with_title(&self, text: &str) -> i32 {
         let postmaster = self.postmaster();
         let children = format!("/proc/{postmaster}/task/{postmaster}/children");
-        let children = fs::read_to_string(children).unwrap();
         let has_title = |pid: &&str| {
             let title = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             String::from_utf8_lossy(&title).contains(text)
         };
-        let found = children.split_whitespace().find(has_title);
-        found.expect("a process with that title").parse().unwrap()
+        let mut found = None;
+        wait_until("a process with that title", || {
+            let children = fs::read_to_string(&children).unwrap();
+            let process = children.split_whitespace().find(has_title);
+            found = process.map(|pid| pid.parse().unwrap());
+            found.is_some()
+        });
+        found.unwrap()
     }
 
     pub fn config(&self) -> Config {

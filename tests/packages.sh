@@ -162,13 +162,19 @@ repack() {
 }
 change_contrib() { printf 'changed' >>"$1/$library"; (cd "$1" && md5sum "$library") >"$work/sum"; sed -i "\|  $library\$|d" "$1/DEBIAN/md5sums"; cat "$work/sum" >>"$1/DEBIAN/md5sums"; }
 # Kills dpkg in an installation: at the end of the script, or after the line with that text.
-kill_in_preinst() { sed -i "${kill_after:+\\|$kill_after|}${kill_after:-\$}a kill -9 \$PPID; kill -9 \$\$" "$1/DEBIAN/preinst"; }
+kill_in_preinst() {
+    local where='$a'
+    [ -z "${kill_after:-}" ] || where="\\|$kill_after|a"
+    sed -i "$where kill -9 \$PPID; kill -9 \$\$" "$1/DEBIAN/preinst"
+}
 kill_in_postinst() { sed -i '2i kill -9 $PPID; kill -9 $$' "$1/DEBIAN/postinst"; }
 fail_in_preinst() { echo 'exit 1' >>"$1/DEBIAN/preinst"; }
 # Kills dpkg and the script in a removal: at the beginning, or after the line with that text.
 kill_in_postrm() {
     local kill='[ "$call" != remove ] || { kill -9 $PPID; kill -9 $$; }'
-    sed -i "${kill_after:+\\|$kill_after|a}${kill_after:-2i} $kill" "$1/DEBIAN/postrm"
+    local where=2i
+    [ -z "${kill_after:-}" ] || where="\\|$kill_after|a"
+    sed -i "$where $kill" "$1/DEBIAN/postrm"
     sed -i '2i call=$1' "$1/DEBIAN/postrm"
 }
 add_file() {

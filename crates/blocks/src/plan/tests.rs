@@ -128,6 +128,20 @@ fn cached_blocks_are_left_out_and_do_not_count_against_the_budget() {
 }
 
 #[test]
+fn the_first_tier_of_a_list_may_be_cached() {
+    let [hot, cold] = [1, 2].map(|block| record(5, 100, 0, block));
+    let list = [counted(hot, 2), counted(cold, 1)];
+    for (records, cached, expected) in [
+        (&list[..], &[][..], true),
+        (&list, &[hot], true),
+        (&list[1..], &[], false),
+    ] {
+        let plan = plan_without(records, cached, u64::MAX);
+        assert_eq!(plan.list_has_first_tier(), expected);
+    }
+}
+
+#[test]
 fn a_block_that_is_seen_in_two_buffers_counts_as_cached_once() {
     let blocks: Vec<_> = (0..4)
         .map(|block| counted(record(5, 1, 0, block), 1))
@@ -229,7 +243,7 @@ proptest! {
         let plan = plan_within(&records, u64::MAX);
         let mut valid: Vec<_> = records.iter().copied().filter(|(record, _)| record.fork < 4).collect();
         valid.sort_by_key(|&(record, usage_count)| {
-            (record.database, usage_count < UsageCount::new(FIRST_TIER_FROM), record, usage_count)
+            (record.database, usage_count < UsageCount::HOT, record, usage_count)
         });
         prop_assert_eq!(plan.illegal(), (records.len() - valid.len()) as u64);
         prop_assert_eq!(decode(&plan), valid);

@@ -481,6 +481,12 @@ test_archive() {
     start "$data"
     expect_output "the archive's extension loads beside contrib's of $major" t query "SELECT autoprewarm_wait('1 min')"
     expect_output "it is the new one" completed query "SELECT load_result FROM pg_stat_autoprewarm"
+    cp -r "$(readlink -f "$files")" "$work/update-$major"
+    ln -sfn "update-$major" "$files"
+    stop "$data"
+    start "$data"
+    expect_output "after a change of the link, the updated library is loaded" "$work/update-$major/lib/pg_prewarm.so" \
+        awk '$6 ~ /pg_prewarm/ { print $6; exit }' "/proc/$(head -1 "$data/postmaster.pid")/maps"
     query "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'"
     stop "$data"
     sed -i '/^extension_control_path\|^dynamic_library_path/d' "$data/postgresql.conf"

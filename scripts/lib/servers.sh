@@ -263,7 +263,7 @@ prepare_from_packages() {
 # which pg_config finds in any place, and lib has the libraries of the suite, which all its
 # programs use on this machine.
 unpack_packages() {
-    local major=$1 packages=$2 debs names name version
+    local major=$1 packages=$2 debs names name version loader
     use_suites "$major"
     need_room 450 "PostgreSQL $major"
     names=$(package_names "$major")
@@ -283,8 +283,9 @@ unpack_packages() {
     rm -rf "$work/unpacked" "$work/pg/lib/postgresql/$major/lib"/{bitcode,llvmjit*.so}
     must ln -s "lib/postgresql/$major/bin" "$work/pg/bin"
     must chmod -R a+rX "$work"
+    loader=$(cd "$work/lib" && ls ld-linux-*.so.*)
     logged "$cache/unpack.log" "the programs of PostgreSQL $major cannot be patched to run here" \
-        patch_programs "$work/pg" "$packages/lib"
+        patch_programs "$work/pg" "$packages/lib" "$loader"
     must rm -rf "$packages"
     must mkdir "$packages"
     must mv "$work/lib" "$work/pg" "$packages/"
@@ -310,12 +311,11 @@ package_names() {
 }
 
 # Makes every program below $1, such as pg_regress, use the libraries in $2 and their
-# loader. The libraries that they load then do so as well.
+# loader, $3. The libraries that they load then do so as well.
 patch_programs() {
-    local program loader
-    loader=("$2"/ld-linux-*.so.*)
+    local program
     while read -r program; do
-        patchelf --set-interpreter "${loader[0]}" --force-rpath --set-rpath "$2" "$program" || return
+        patchelf --set-interpreter "$2/$3" --force-rpath --set-rpath "$2" "$program" || return
     done < <(find "$1/lib/postgresql" -type f -perm -u+x ! -name '*.so*' -exec sh -c \
         'for file; do head -c 4 "$file" | grep -q ELF && echo "$file"; done' - {} +)
 }

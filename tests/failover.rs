@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use postgres::Client;
 
 use crate::common::{
-    Block, Cluster, Fault, Installation, LIST, Shutdown, error, give_to_server, signal, value,
-    wait_until,
+    Block, Cluster, Fault, Installation, LIST, PATIENCE, Shutdown, error, give_to_server, signal,
+    value, wait_until,
 };
 use crate::follow::{
     UPSTREAM, cached, follow_now, follower_of, heat, pair, primary, promote, refusal, shown,
@@ -363,6 +363,20 @@ fn a_fetch_that_is_not_wanted_any_more_ends_at_once() {
     }
 }
 
+/// Waits for a connection, from which reads do not wait for ever either.
+fn accept(listener: &TcpListener) -> TcpStream {
+    listener.set_nonblocking(true).unwrap();
+    let mut accepted = None;
+    wait_until("a connection", || {
+        accepted = listener.accept().ok();
+        accepted.is_some()
+    });
+    let (connection, _) = accepted.unwrap();
+    connection.set_nonblocking(false).unwrap();
+    connection.set_read_timeout(Some(PATIENCE)).unwrap();
+    connection
+}
+
 #[test]
 fn an_upstream_server_may_compose_its_list_for_longer_than_wal_receiver_timeout() {
     const AUTHENTICATED: &[u8] = b"R\0\0\0\x08\0\0\0\0";
@@ -375,7 +389,7 @@ fn an_upstream_server_may_compose_its_list_for_longer_than_wal_receiver_timeout(
         &standby,
         &conninfo_of(listener.local_addr().unwrap().port()),
     );
-    let (mut connection, _) = listener.accept().unwrap();
+    let mut connection = accept(&listener);
     packet(&mut connection).unwrap();
     connection
         .write_all(&[AUTHENTICATED, READY].concat())

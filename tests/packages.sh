@@ -592,14 +592,18 @@ files_of_package() {
 }
 
 test_majors() {
-    local major package deb files old old_bin
+    local major package deb files depends old old_bin
     prepare 16 17 19 || exit
     for major in 16 17 18 19; do
         package=postgresql-$major-pg-prewarm-rs
         make -s deb PG="$major"
         deb=("$packages/${package}"_*.deb)
         expect "lintian finds no error in the package for $major" lintian --fail-on error "${deb[0]}"
-        expect "it depends on that PostgreSQL" grep -q "postgresql-$major" <(dpkg-deb --field "${deb[0]}" Depends)
+        depends="postgresql-$major"
+        case $("$(pg_config_of "$major")" --version) in
+            *19rc1*) depends='postgresql-19 (>= 19~rc1), postgresql-19 (<< 19~rc1+)' ;;
+        esac
+        expect "it depends on that PostgreSQL" grep -qF "$depends, libc6" <(dpkg-deb --field "${deb[0]}" Depends)
         dpkg-deb -x "${deb[0]}" "$work/majors"
         expect_output "its files are where Debian's PostgreSQL $major finds them" "$(files_of_package "$major")" \
             sh -c "cd '$work/majors' && find usr/lib usr/share/postgresql -type f | LC_ALL=C sort"

@@ -25,6 +25,7 @@ use crate::pg::process::memory::{Infallible, fallible, infallible};
 use crate::pg::process::report::Message;
 use crate::pg::process::transaction::{self, Transaction};
 use crate::pg::process::{background, check_for_interrupts};
+use crate::pg::shared::slots;
 use crate::pg::storage::database::Database;
 use crate::pg::storage::file::{self, OpenFile};
 use crate::pg::storage::{buffer, room};
@@ -155,7 +156,7 @@ fn prepare(
     let should_stop = || background::shutdown_requested() || state.cancel_is_requested();
     let list = read_list(list, should_stop)?;
     report_defects(&list, state);
-    let buffers = room::survey(settings::autoprewarm_workers());
+    let buffers = room::survey(slots::count_free().min(settings::autoprewarm_workers()));
     plan_list(
         transaction,
         list,

@@ -204,15 +204,22 @@ impl Supervisor {
         self.segment.header().end_for(SkipReason::Interrupted);
     }
 
-    /// Waits for workers to finish, which they do soon after the load was ended.
-    pub fn wait_for_workers(&self, limit: Duration) {
+    /// Has workers finish after the load was ended, for which one may have to give up its wait for
+    /// a lock, and waits for that.
+    pub fn finish_workers(&self, limit: Duration) {
         let since = Instant::now();
         let is_at_work = |worker: &Worker| {
             let stage = self.segment.header().workers[worker.slot].stage();
             matches!(stage, Stage::Connected | Stage::Retrying)
                 && worker.handle.status() != Status::Stopped
         };
-        while self.workers.iter().any(is_at_work) && since.elapsed() < limit {
+        for worker in self.workers.iter().filter(|worker| is_at_work(worker)) {
+            worker.handle.interrupt();
+        }
+        while self.workers.iter().any(is_at_work)
+            && since.elapsed() < limit
+            && !background::shutdown_requested()
+        {
             latch::sleep_as_worker(Some(Duration::from_millis(10)), &wait_events::LOAD);
         }
     }
@@ -263,9 +270,9 @@ impl Supervisor {
             self.next_look = Instant::now() + LOOK;
             self.leave_databases();
         }
-        self.end_hold_if_due();
         let is_paused = Instant::now() < self.next_start;
         let slots_are_short = !is_paused && self.start_workers();
+        self.end_hold_if_due();
         if self.workers.is_empty() {
             let is_waiting = is_paused || slots_are_short || self.has_set_aside();
             if self.segment.header().has_ended() || !is_waiting {
@@ -579,13 +586,6 @@ impl Supervisor {
             let Some((database, first)) = self.next_database() else {
                 return false;
             };
-            let load = self.segment.header();
-            // An interrupt may be served meanwhile, and raise an ERROR, which must not end the
-            // leader.
-            if catch(|| load.room.ahead(1, self.max_workers())).is_ok_and(|blocks| blocks == 0) {
-                load.end_for(SkipReason::NoFreeBuffer);
-                return false;
-            }
             if self.databases[database].set_aside_until.is_some()
                 && let Some(reason) = self.reason_to_skip_now(database)
             {
@@ -597,6 +597,14 @@ impl Supervisor {
                 continue;
             }
             if !self.workers.is_empty() && !self.leaves_slots_to_others() {
+                return false;
+            }
+            let load = self.segment.header();
+            let readers = self.workers.len() + 1;
+            // An interrupt may be served meanwhile, and raise an ERROR, which must not end the
+            // leader.
+            if catch(|| load.room.ahead(1, readers)).is_ok_and(|blocks| blocks == 0) {
+                load.end_for(SkipReason::NoFreeBuffer);
                 return false;
             }
             let taken: Vec<_> = self.workers.iter().map(|worker| worker.slot).collect();

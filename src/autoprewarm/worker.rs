@@ -201,12 +201,15 @@ impl Worker<'_> {
     }
 
     /// Retries the chunks that were set aside, until there has been no progress for
-    /// [`LOCKED_TIMEOUT`], or another database's first tier waits for a worker. What is locked
-    /// then stays set aside.
+    /// [`LOCKED_TIMEOUT`]; only a few times if another database's first tier waits for a worker.
+    /// What is locked then stays set aside.
     fn retry(&self, mut set_aside: Vec<Rest>) {
         let mut tries = 0;
         let mut last_progress = Instant::now();
-        while !set_aside.is_empty() && !self.is_to_end() && !self.load.first_tier_waits() {
+        while !set_aside.is_empty()
+            && !self.is_to_end()
+            && !(tries >= TRIES_WITHOUT_WAITING && self.load.first_tier_waits())
+        {
             let is_last = last_progress.elapsed() >= LOCKED_TIMEOUT;
             let mut still = Vec::new();
             // Chunks of the same relation follow one another.

@@ -23,6 +23,7 @@ use crate::error::Error;
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::report::Message;
 use crate::pg::process::{activity, transaction};
+use crate::pg::shared::slots;
 use crate::pg::storage::{buffer, file, room};
 use crate::settings;
 
@@ -110,7 +111,7 @@ fn give_up(error: Error, state: &State) {
 fn load(mut list: UpstreamList, state: &'static State) -> LoadResult {
     let planned = transaction::run(|transaction| {
         restore_usage_counts(&mut list);
-        let buffers = room::survey(settings::autoprewarm_workers());
+        let buffers = room::survey(slots::count_free().min(settings::autoprewarm_workers()));
         plan_list(transaction, list.into(), Purpose::List, state, |listed| {
             buffers.on_demand(listed)
         })

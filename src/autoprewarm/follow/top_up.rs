@@ -220,7 +220,7 @@ impl TopUp {
     pub fn end(self, memory: &mut Memory, state: &State) {
         self.supervisor.interrupt();
         // What they still read is then cached for whoever looks next.
-        self.supervisor.wait_for_workers(FINISH_TIMEOUT);
+        self.supervisor.finish_workers(FINISH_TIMEOUT);
         let raised_until = self.supervisor.room().raised_until();
         state.follow.set_raised_until(raised_until);
         let loaded = state.follow.top_up.counts().loaded;

@@ -20,13 +20,13 @@
 //!   ([`count_evictable_before`]).
 
 use std::sync::atomic::Ordering::{AcqRel, Relaxed};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize};
 
 use pgrx::pg_sys;
 
 use super::buffer::{all, change_usage_count, count, state, usage_count};
 use crate::blocks::{Budget, Room, UsageCount};
-use crate::pg::process::check_for_interrupts;
+use crate::pg::process::{self, check_for_interrupts};
 use crate::pg::sys::buffer_state::{self, Word};
 use crate::pg::sys::read::{READ_BLOCKS_MAX, READS_MANY_AT_ONCE};
 use crate::pg::sys::version::free_list_is_empty;
@@ -78,6 +78,8 @@ pub struct LoadRoom {
     only_empty: AtomicBool,
     /// How many blocks may be read into free buffers before these are counted again.
     free: AtomicUsize,
+    /// When they may be counted again, by the clock that all processes read alike.
+    next_count: AtomicI64,
     /// Whether the hand lowers no usage count in the end.
     keeps_usage_counts: bool,
     /// How far usage counts were raised for that, as a position of the clock hand.
@@ -92,6 +94,7 @@ impl LoadRoom {
             start: AtomicU64::new(clock_hand().0),
             only_empty: AtomicBool::new(false),
             free: AtomicUsize::new(0),
+            next_count: AtomicI64::new(0),
             keeps_usage_counts: false,
             raised_until: AtomicU64::new(0),
         }
@@ -126,6 +129,9 @@ impl LoadRoom {
             if fit > 0 {
                 return fit;
             }
+        } else {
+            // Sessions have taken the others.
+            self.free.store(0, Relaxed);
         }
         let reserve = reserve(readers);
         let found = self.look_ahead(max, reserve);
@@ -140,24 +146,37 @@ impl LoadRoom {
     }
 
     /// How many blocks, at most `max`, fit into the buffers of the server's list of free buffers,
-    /// so that the clock hand does not come to a buffer that was not looked at. How long the list
-    /// is cannot be asked, so empty buffers are counted, again and again as they get fewer.
+    /// as far as is known: then the clock hand does not come to a buffer that was not looked at.
+    /// How long the list is cannot be asked, so empty buffers are counted, again and again as they
+    /// get fewer: by one process, and in a small part of the time.
     fn fit_into_free_buffers(&self, max: usize, readers: usize) -> usize {
+        /// If an ERROR ends a count, the next one is due after this time, in microseconds.
+        const COUNT_TIMEOUT: i64 = 60_000_000;
         let take = || {
             let less = |free: usize| (free > 0).then(|| free.saturating_sub(max));
             let before = self.free.fetch_update(Relaxed, Relaxed, less);
             before.map_or(0, |free| free.min(max))
         };
-        match take() {
-            0 => {
-                let by_others = at_once(readers.saturating_sub(1)).min(count() / 16);
-                let free = count_free().saturating_sub(by_others);
-                // Sessions take some meanwhile.
-                self.free.store(free - free / 4, Relaxed);
-                take()
-            }
-            fit => fit,
+        let fit = take();
+        let start = process::monotonic_micros();
+        let due = self.next_count.load(Relaxed);
+        let begins_count = || {
+            let next = start + COUNT_TIMEOUT;
+            let counted = self
+                .next_count
+                .compare_exchange(due, next, Relaxed, Relaxed);
+            counted.is_ok()
+        };
+        if fit > 0 || start < due || !begins_count() {
+            return fit;
         }
+        let by_others = at_once(readers.saturating_sub(1)).min(count() / 16);
+        let free = count_free().saturating_sub(by_others);
+        // Sessions take some meanwhile.
+        self.free.store(free - free / 4, Relaxed);
+        let end = process::monotonic_micros();
+        self.next_count.store(end + 10 * (end - start), Relaxed);
+        take()
     }
 
     fn look_ahead(&self, max: usize, reserve: usize) -> usize {

@@ -206,10 +206,10 @@ impl Worker<'_> {
     fn retry(&self, mut set_aside: Vec<Rest>) {
         let mut tries = 0;
         let mut last_progress = Instant::now();
-        while !set_aside.is_empty()
-            && !self.is_to_end()
-            && !(tries >= TRIES_WITHOUT_WAITING && self.load.first_tier_waits())
-        {
+        while !set_aside.is_empty() && !self.is_to_end() {
+            if tries >= TRIES_WITHOUT_WAITING && self.load.first_tier_waits() {
+                return;
+            }
             let is_last = last_progress.elapsed() >= LOCKED_TIMEOUT;
             let mut still = Vec::new();
             // Chunks of the same relation follow one another.

@@ -486,7 +486,7 @@ test_archive() {
     stop "$data"
     start "$data"
     expect_output "after a change of the link, the updated library is loaded" "$work/update-$major/lib/pg_prewarm.so" \
-        awk '$6 ~ /pg_prewarm/ { print $6; exit }' "/proc/$(head -1 "$data/postmaster.pid")/maps"
+        awk '$6 ~ /pg_prewarm\.so$/ { print $6; exit }' "/proc/$(head -1 "$data/postmaster.pid")/maps"
     query "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'"
     stop "$data"
     sed -i '/^extension_control_path\|^dynamic_library_path/d' "$data/postgresql.conf"

@@ -345,18 +345,17 @@ fn one_run(case: &Case, cluster: &Cluster, blocks: u32, most: f64) -> Result {
         let sum: f64 = steps.iter().map(|step| step.1).sum();
         sum / steps.len() as f64 >= warm * 0.9
     };
-    let until_the_end = |what: &'static str| {
-        move || {
-            eprintln!("   {what} after {watched:.0} s, which counts as its time");
-            watched
-        }
+    let until_the_end = |what: &str| {
+        eprintln!("   {what} after {watched:.0} s, which counts as its time");
+        watched
     };
     let warm_after = curve
         .windows(steps)
         .find(|steps| is_warm(steps))
-        .map_or_else(until_the_end("the server is not warm"), |steps| {
-            steps[0].0 - STEP
-        });
+        .map_or_else(
+            || until_the_end("the server is not warm"),
+            |steps| steps[0].0 - STEP,
+        );
     let until = |time: f64| {
         let before = transactions
             .iter()
@@ -375,7 +374,10 @@ fn one_run(case: &Case, cluster: &Cluster, blocks: u32, most: f64) -> Result {
         warm,
         warm_after,
         latencies: [0.5, 0.99, 1.0].map(percentile),
-        load_end: load_end.map_or_else(until_the_end("the load has not ended"), |end| end - start),
+        load_end: load_end.map_or_else(
+            || until_the_end("the load has not ended"),
+            |end| end - start,
+        ),
         load_time: times.load,
         client_time: times.clients,
         curve,

@@ -746,6 +746,17 @@ fn following_goes_on_after_its_processes_were_killed() {
     assert_eq!(cached(&standby, table), (400, 2000));
 }
 
+/// Promotes a standby, and returns how long a session of the role `app` takes to begin then.
+fn time_to_connect_after_promotion(standby: &Cluster) -> Duration {
+    let mark = standby.log_end();
+    standby.promote();
+    // It is held as soon as the load is pending, and this comes after that.
+    standby.wait_for_log(mark, "autoprewarm loads the block list");
+    let start = Instant::now();
+    drop(standby.connect_as("app", "postgres"));
+    start.elapsed()
+}
+
 #[test]
 fn new_sessions_can_be_held_after_a_promotion() {
     let (primary, standby, table) = slow_pair(8);
@@ -758,14 +769,8 @@ fn new_sessions_can_be_held_after_a_promotion() {
     standby.reload();
     // Nobody waits on the standby.
     drop(standby.connect_as("app", "postgres"));
-    let mark = standby.log_end();
-    standby.promote();
-    // It is held as soon as the load is pending, and this comes after that.
-    standby.wait_for_log(mark, "autoprewarm loads the block list");
-    let start = Instant::now();
-    drop(standby.connect_as("app", "postgres"));
     // It waited for at least a second's worth of blocks.
-    let took = start.elapsed();
+    let took = time_to_connect_after_promotion(&standby);
     assert!(took > Duration::from_millis(500), "{took:?}");
     assert_eq!(cached(&standby, table).0, 400);
 }
@@ -790,12 +795,7 @@ fn a_promotion_holds_nobody_if_all_hot_blocks_are_cached_already() {
     standby.start();
     standby.wait_for_replay(&primary);
     wait_until("the hot blocks", || cached(&standby, hot).0 == 100);
-    let mark = standby.log_end();
-    standby.promote();
-    standby.wait_for_log(mark, "autoprewarm loads the block list");
-    let start = Instant::now();
-    drop(standby.connect_as("app", "postgres"));
-    let took = start.elapsed();
+    let took = time_to_connect_after_promotion(&standby);
     assert!(took < Duration::from_secs(10), "{took:?}");
     assert!(cached(&standby, cold).0 < 2000);
 }

@@ -10,8 +10,8 @@ use std::thread;
 use postgres::Client;
 
 use crate::common::{
-    Block, Cluster, LIST, Shutdown, SqlError, cached_pages, drop_pages, error, give_to_server,
-    signal, value, wait_until,
+    Block, Cluster, LIST, Paused, Shutdown, SqlError, cached_pages, drop_pages, error,
+    give_to_server, value, wait_until,
 };
 
 /// The blocks of table `t`: three chunks of 32, and a part of one.
@@ -937,22 +937,6 @@ fn a_leader_can_be_started_in_a_server_that_did_not_preload_the_library() {
     let (loaded, total) = cluster.wait_for_load(mark);
     assert!(loaded > 0 && loaded <= total, "{loaded} of {total}");
     assert_eq!(cached(&cluster, second, 0), [0].into());
-}
-
-/// A process that is stopped until this is dropped.
-struct Paused(i32);
-
-impl Paused {
-    fn new(pid: i32) -> Self {
-        signal(pid, libc::SIGSTOP);
-        Self(pid)
-    }
-}
-
-impl Drop for Paused {
-    fn drop(&mut self) {
-        signal(self.0, libc::SIGCONT);
-    }
 }
 
 #[test]

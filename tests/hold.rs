@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use postgres::{Client, NoTls};
 
 use crate::common::{
-    Block, Builder, Cluster, Installation, LIST, LoadStats, Shutdown, list_with_usage_counts, run,
-    signal, value, wait_until,
+    Block, Builder, Cluster, Installation, LIST, LoadStats, Paused, Shutdown,
+    list_with_usage_counts, run, signal, value, wait_until,
 };
 
 /// The blocks of the table that are in the first tier, and the others.
@@ -335,27 +335,11 @@ fn a_shutdown_ends_the_wait_at_once() {
     drop(client);
 }
 
-/// A process that is stopped until this is dropped.
-struct Stopped(i32);
-
-impl Stopped {
-    fn stop(pid: i32) -> Self {
-        signal(pid, libc::SIGSTOP);
-        Self(pid)
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        signal(self.0, libc::SIGCONT);
-    }
-}
-
 #[test]
 fn a_smart_shutdown_ends_the_wait_whatever_the_leader_does() {
     let cluster = slow_cluster(LONG);
     let (client, waiting) = start_and_hold(&cluster);
-    let leader = Stopped::stop(cluster.leader().unwrap());
+    let leader = Paused::new(cluster.leader().unwrap());
     thread::scope(|scope| {
         let shutdown = scope.spawn(|| cluster.stop(Shutdown::Smart));
         let (app, waited) = waiting.join().unwrap();

@@ -17,7 +17,7 @@ use super::state::State;
 use super::supervise::{Halt, Supervisor, reason_to_skip};
 use super::{DUMP_FILE, carry, dump, no_list};
 use crate::blocks::{
-    BlockList, Budget, ByUsageCount, Carried, Oid, OverBudget, Plan, SkipReason, UsageCounts,
+    BlockList, Budget, ByUsageCount, Carried, Oid, OverBudget, Plan, Room, SkipReason, UsageCounts,
 };
 use crate::error::Error;
 use crate::pg::process::error::{log, log_message};
@@ -146,6 +146,11 @@ pub struct Prepared {
     pub existing: HashMap<Oid, Database>,
 }
 
+/// What a load with as many workers as can run may replace now. Serves interrupts.
+pub fn survey() -> Room {
+    room::survey(slots::count_free().min(settings::autoprewarm_workers()))
+}
+
 /// Reads the list and makes its plan.
 fn prepare(
     transaction: &Transaction,
@@ -156,7 +161,7 @@ fn prepare(
     let should_stop = || background::shutdown_requested() || state.cancel_is_requested();
     let list = read_list(list, should_stop)?;
     report_defects(&list, state);
-    let buffers = room::survey(slots::count_free().min(settings::autoprewarm_workers()));
+    let buffers = survey();
     plan_list(
         transaction,
         list,

@@ -12,7 +12,7 @@ use pgrx::{PgLogLevel, PgSqlErrorCode};
 use super::state::Stage;
 use super::stored;
 use crate::autoprewarm::create_segment::create_segment;
-use crate::autoprewarm::load::plan_list;
+use crate::autoprewarm::load::{plan_list, survey};
 use crate::autoprewarm::load_segment::Purpose;
 use crate::autoprewarm::mark;
 use crate::autoprewarm::state::State;
@@ -23,8 +23,7 @@ use crate::error::Error;
 use crate::pg::process::error::{log, log_message};
 use crate::pg::process::report::Message;
 use crate::pg::process::{activity, transaction};
-use crate::pg::shared::slots;
-use crate::pg::storage::{buffer, file, room};
+use crate::pg::storage::{buffer, file};
 use crate::settings;
 
 /// Loads the rest of the list, if there is one. The caller has noticed a promotion, which
@@ -111,7 +110,7 @@ fn give_up(error: Error, state: &State) {
 fn load(mut list: UpstreamList, state: &'static State) -> LoadResult {
     let planned = transaction::run(|transaction| {
         restore_usage_counts(&mut list);
-        let buffers = room::survey(slots::count_free().min(settings::autoprewarm_workers()));
+        let buffers = survey();
         plan_list(transaction, list.into(), Purpose::List, state, |listed| {
             buffers.on_demand(listed)
         })

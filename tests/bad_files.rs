@@ -987,7 +987,7 @@ fn cluster_with_long_list(interval: &str) -> Cluster {
         .start();
     cluster.table_of_blocks("postgres", "t", 2500);
     cluster.sql("CREATE EXTENSION pg_prewarm");
-    assert!(cluster.value::<i64>("SELECT autoprewarm_dump_now()") > 2500);
+    assert!(cluster.dump() > 2500);
     cluster
 }
 
@@ -1086,7 +1086,7 @@ fn a_disk_error_at_any_step_of_a_dump_keeps_the_old_list() {
     cluster.set_fault(Fault::ListWrite, 0);
     cluster.start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
-    cluster.sql("SELECT autoprewarm_dump_now()");
+    cluster.dump();
     let list = cluster.list();
     let table = cluster.table("t", 10);
     let mut client = cluster.connect("postgres");
@@ -1117,7 +1117,7 @@ fn the_rest_of_an_earlier_dump_is_replaced_and_a_symbolic_link_is_not_followed()
         .start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
     let dump = || {
-        let records: i64 = cluster.value("SELECT autoprewarm_dump_now()");
+        let records: i64 = cluster.dump();
         assert_eq!(cluster.listed().len() as i64, records);
         assert!(fs::symlink_metadata(cluster.data(LIST)).unwrap().is_file());
         assert!(fs::symlink_metadata(cluster.data(NEW_LIST)).is_err());
@@ -1158,7 +1158,7 @@ fn the_list_has_the_permissions_that_follow_from_those_of_the_data_directory() {
         };
         cluster.start();
         cluster.sql("CREATE EXTENSION IF NOT EXISTS pg_prewarm");
-        cluster.sql("SELECT autoprewarm_dump_now()");
+        cluster.dump();
         assert_eq!(mode(), list);
         fs::remove_file(cluster.data(LIST)).unwrap();
         cluster.stop(Shutdown::Fast);

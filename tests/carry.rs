@@ -101,7 +101,7 @@ fn a_list_is_carried_over_five_restarts_with_changing_shared_buffers() {
         let mark = cluster.log_end();
         cluster.wait_for_log(mark, "wrote block details");
         assert!(listed(&cluster, table) == all, "{shared_buffers}");
-        let written: i64 = cluster.value(DUMP);
+        let written: i64 = cluster.dump();
         assert_eq!(written as usize, cluster.listed().len());
         assert!(listed(&cluster, table) == all, "{shared_buffers}");
         let (once, twice) = carried(&cluster);
@@ -131,7 +131,7 @@ fn a_locked_table_stays_in_the_list_over_a_restart_and_is_loaded_later() {
     LoadStats::wait_for_end(&mut cluster.connect("postgres"));
     assert_eq!(cached(&cluster, table), all);
     assert_eq!(shown(&cluster), Some(0));
-    cluster.sql(DUMP);
+    cluster.dump();
     assert_eq!(carried(&cluster), (0, 0));
     assert_eq!(listed(&cluster, table), all);
 }
@@ -180,7 +180,7 @@ fn usage_counts_are_carried_along() {
     cluster.start();
     cluster.wait_for_load(mark);
     restart(&cluster);
-    cluster.sql(DUMP);
+    cluster.dump();
     let expected: BTreeMap<_, _> = (0..100).map(|block| (block, (block % 6) as i16)).collect();
     assert_eq!(counts(), expected);
 }
@@ -193,12 +193,12 @@ fn what_three_starts_have_left_is_carried_no_more() {
         assert_eq!(shown(&cluster), Some((age.0 + age.1) as i64));
         // Neither loads on demand nor dumps make a record older.
         for _ in 0..2 {
-            cluster.sql(DUMP);
+            cluster.dump();
             assert_eq!(carried(&cluster), age);
         }
         cluster.sql(LOAD);
         LoadStats::wait_for_end(&mut cluster.connect("postgres"));
-        cluster.sql(DUMP);
+        cluster.dump();
         assert_eq!(carried(&cluster), age);
         assert_eq!(cluster.lists(table), age != (0, 0));
     }
@@ -231,7 +231,7 @@ fn what_is_gone_is_not_carried() {
     let mark = cluster.log_end();
     cluster.start();
     cluster.wait_for_load(mark);
-    cluster.sql(DUMP);
+    cluster.dump();
     assert_eq!(carried(&cluster), (100, 0));
     for gone in [missing, template, dropped] {
         assert!(!cluster.lists(gone), "{gone:?}");
@@ -244,7 +244,7 @@ fn what_is_gone_is_not_carried() {
     cluster.sql("DROP TABLE t");
     restart(&cluster);
     assert_eq!(shown(&cluster), Some(0));
-    cluster.sql(DUMP);
+    cluster.dump();
     assert!(!cluster.lists(table));
 }
 
@@ -352,7 +352,7 @@ fn a_dump_after_an_interrupted_load_carries_the_list_that_was_to_be_loaded() {
     signal(leader, libc::SIGTERM);
     wait_until("its end", || cluster.leader().is_none());
     assert_eq!(cluster.list(), list_of(table.first(1000)));
-    cluster.sql(DUMP);
+    cluster.dump();
     assert_eq!(listed(&cluster, table).len(), 1000);
     assert_eq!(shown(&cluster), Some(carried(&cluster).0 as i64));
 }

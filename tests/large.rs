@@ -92,7 +92,8 @@ fn a_session_keeps_no_reserve_of_memory_after_a_call() {
     const KEPT: u64 = 1500;
     let cluster = Cluster::build().start();
     cluster.table("t", 100);
-    cluster.sql("CREATE EXTENSION pg_prewarm; SELECT autoprewarm_dump_now()");
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.dump();
     for (call, succeeds) in [
         ("SELECT pg_prewarm('t')", true),
         ("SELECT pg_prewarm('t', 'nonsense')", false),
@@ -145,7 +146,7 @@ fn cluster_that_writes() -> Cluster {
     cluster.sql("CREATE EXTENSION pg_prewarm");
     cluster.sql("CREATE DATABASE other");
     cluster.wait_for_leader();
-    cluster.sql("SELECT autoprewarm_dump_now()");
+    cluster.dump();
     cluster
 }
 
@@ -185,7 +186,7 @@ fn a_dump_that_is_being_written_can_be_cancelled() {
     wait_until("the removal of the new list", || {
         !cluster.data("autoprewarm.blocks.tmp").exists()
     });
-    cluster.sql("SELECT autoprewarm_dump_now()");
+    cluster.dump();
 }
 
 #[test]

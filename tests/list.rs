@@ -157,7 +157,8 @@ fn a_list_that_contrib_wrote_has_no_usage_counts() {
         .installation(contrib)
         .start();
     cluster.table("t", 50);
-    cluster.sql("CREATE EXTENSION pg_prewarm; SELECT autoprewarm_dump_now()");
+    cluster.sql("CREATE EXTENSION pg_prewarm");
+    cluster.dump();
     cluster.stop(Shutdown::Fast);
     cluster.switch_to(Installation::ours());
     cluster.start();
@@ -386,7 +387,7 @@ fn a_query_continues_with_the_list_that_it_has_opened() {
     assert_eq!(fetch("3 FROM a"), [0, 1, 2]);
     assert_eq!(fetch("2 FROM b"), [0, 1]);
     assert_eq!(times_open(pid), 2);
-    let dumped: i64 = cluster.value("SELECT autoprewarm_dump_now()");
+    let dumped: i64 = cluster.dump();
     assert_eq!(
         cluster.value::<i64>("SELECT count(*) FROM autoprewarm_blocks()"),
         dumped

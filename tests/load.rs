@@ -234,7 +234,7 @@ fn unlogged_relations_are_listed_unless_a_crash_could_follow_the_dump() {
     });
     // A periodic dump that is running may still end after the first of these.
     wait_until("a dump on demand", || {
-        cluster.sql("SELECT autoprewarm_dump_now()");
+        cluster.dump();
         is_listed()
     });
 

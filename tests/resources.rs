@@ -182,7 +182,7 @@ fn a_caller_without_memory_gets_an_error_and_the_server_continues() {
         "SELECT count(*) FROM autoprewarm_blocks()",
         "SELECT pg_prewarm('t', 'read')",
     ] {
-        cluster.sql("SELECT autoprewarm_dump_now()");
+        cluster.dump();
         let mut client = cluster.connect("postgres");
         // The library is loaded, and the table is in the session's caches.
         client.batch_execute("SELECT pg_prewarm('t')").unwrap();

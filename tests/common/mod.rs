@@ -579,6 +579,25 @@ impl Cluster {
         value(&mut self.connect("postgres"), sql)
     }
 
+    /// Writes the list by `autoprewarm_dump_now()`, as soon as neither a load nor another dump
+    /// uses the file, and returns how many blocks it has.
+    pub fn dump(&self) -> i64 {
+        let mut client = self.connect("postgres");
+        let mut blocks = None;
+        wait_until("a dump on demand", || {
+            match client.query_one("SELECT autoprewarm_dump_now()", &[]) {
+                Ok(row) => blocks = Some(row.get(0)),
+                Err(error) => {
+                    let error = SqlError::from(error);
+                    let in_use = "could not perform block dump because dump file is being used";
+                    assert!(error.message.starts_with(in_use), "{error:?}");
+                }
+            }
+            blocks.is_some()
+        });
+        blocks.unwrap()
+    }
+
     /// All of the server's log.
     pub fn log(&self) -> String {
         self.log_since(0)

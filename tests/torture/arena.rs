@@ -483,7 +483,7 @@ impl Arena {
         for database in DATABASES {
             self.query(database, "SELECT pg_prewarm_database(catalogs => true)");
         }
-        self.cluster.sql("SELECT autoprewarm_dump_now()");
+        self.cluster.dump();
         self.cluster.sql("SELECT autoprewarm_load_now()");
         self.settle();
         self.list = Some(self.read_list());

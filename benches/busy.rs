@@ -163,11 +163,9 @@ fn measure(case: &Case, cluster: &mut Cluster, options: &Options, report: &mut R
         for &way in ways {
             let limit = if way == Way::Held { HOLD } else { "0" };
             side::prepare(cluster, way.side(), Some(&list), SystemCache::Cold, buffers);
-            if way != Way::Contrib {
-                cluster.configure(&format!(
-                    "pg_prewarm.autoprewarm_hold_connections = {limit}"
-                ));
-            }
+            cluster.configure(&format!(
+                "pg_prewarm.autoprewarm_hold_connections = {limit}"
+            ));
             let result = one_run(case, cluster, size.dense_blocks, seconds);
             eprintln!(
                 "   {}, run {}, {}: {result}",

@@ -406,6 +406,43 @@ fn the_first_tier_of_every_database_is_loaded_before_the_rest_of_any() {
 }
 
 #[test]
+fn a_worker_that_has_done_its_part_of_the_first_tier_helps_another_database_with_its_own() {
+    // Each database gets one of the two workers, and the first is done before the second.
+    const FIRST: u32 = 1600;
+    const SECOND: u32 = 3500;
+    const REST: u32 = 2500;
+    let (cluster, table) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.start();
+    cluster.sql("CREATE DATABASE other");
+    let rest = cluster.table_of_blocks("postgres", "rest", REST);
+    let other = cluster.table_of_blocks("other", "t", SECOND);
+    cluster.stop(Shutdown::Fast);
+    let blocks = table.first(FIRST).chain(rest.first(REST));
+    let digits = [("5", FIRST), ("1", REST), ("5", SECOND)];
+    let digits = digits.map(|(digit, blocks)| digit.repeat(blocks as usize));
+    cluster.write_list(list_with_usage_counts(
+        blocks.chain(other.first(SECOND)),
+        &digits.concat(),
+    ));
+    // 1600 blocks a second.
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 12800");
+    cluster.configure("pg_prewarm.autoprewarm_workers = 2");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    assert_let_in(&mut client, waiting);
+    // A worker may have begun with a chunk of the rest. If it went on, it would load 1900 blocks.
+    let loaded = LoadStats::get(&mut client).loaded;
+    let first_tier = i64::from(FIRST + SECOND);
+    assert!(
+        (first_tier..first_tier + 1200).contains(&loaded),
+        "{loaded}"
+    );
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
+    assert_eq!(LoadStats::wait_for_end(&mut client).skipped, 0);
+}
+
+#[test]
 fn a_worker_with_a_locked_table_leaves_for_the_first_tier_of_another_database() {
     let builder = Cluster::build().setting("max_prepared_transactions = 1");
     let (cluster, table) = cluster(builder, LONG);

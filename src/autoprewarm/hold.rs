@@ -9,8 +9,8 @@
 //! holds no snapshot and no lock, and leaves those connections free that are reserved for
 //! superusers. It waits for a condition variable, which the leader broadcasts when the first
 //! tier is loaded, when the load ends, and at its exit; and it looks at the clock itself, so
-//! that it waits no longer than allowed, and not for a load that has run for as long,
-//! whatever the leader does.
+//! that it waits no longer than allowed, and not for a load that has run for as long, or has
+//! been waited for, whatever the leader does.
 
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32};
@@ -36,8 +36,8 @@ const RESERVE: Duration = Duration::from_millis(500);
 pub struct HoldState {
     /// Whether no session is held any more.
     is_over: AtomicBool,
-    /// When the load began, as microseconds of the clock that all processes read alike; 0 if
-    /// it has not.
+    /// When the load began, or when the first session waited for that, as microseconds of the
+    /// clock that all processes read alike; 0 if neither has happened.
     load_begun: AtomicI64,
     /// How many sessions are waiting.
     held: AtomicU32,
@@ -57,7 +57,7 @@ impl HoldState {
         }
     }
 
-    /// Holds new sessions again: another load begins for which they are to wait.
+    /// Holds new sessions again: another load has begun for which they are to wait.
     pub fn begin(&self) {
         self.is_over.store(false, SeqCst);
     }
@@ -67,7 +67,7 @@ impl HoldState {
         self.load_begun.store(process::monotonic_micros(), SeqCst);
     }
 
-    /// How long the load has run. Zero before it has begun.
+    /// How long the load has run, or sessions have waited for it to begin.
     pub fn load_time(&self) -> Duration {
         match self.load_begun.load(SeqCst) {
             0 => Duration::ZERO,
@@ -98,6 +98,9 @@ impl HoldState {
     fn enter(&self) {
         IS_HELD.store(true, Relaxed);
         self.held.fetch_add(1, SeqCst);
+        let now = process::monotonic_micros();
+        // Only if it is 0.
+        let _ = self.load_begun.compare_exchange(0, now, SeqCst, SeqCst);
     }
 
     /// Stops counting this process, if it is counted: after its wait, and at its exit.

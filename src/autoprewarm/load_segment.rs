@@ -85,9 +85,9 @@ pub struct Load {
     databases: AtomicU32,
     /// Whether only the blocks that were set aside are to be loaded.
     is_later_try: AtomicBool,
-    /// Whether another database has blocks of the first tier and no worker, so that a
-    /// worker is to finish when the first tier of its own database is claimed.
-    first_tier_waits: AtomicBool,
+    /// The database whose first tier waits for another worker, as the index of its cursor, or
+    /// [`NO_DATABASE`]: a worker in another one is to finish when that one's is claimed.
+    first_tier_waits: AtomicU32,
     /// How many workers there are.
     readers: AtomicU32,
     pub workers: [Slot; MAX_WORKERS],
@@ -102,6 +102,9 @@ pub struct Load {
 
 /// The load has not been ended.
 const NO_REASON: u32 = u32::MAX;
+
+/// No database's first tier waits.
+const NO_DATABASE: u32 = u32::MAX;
 
 // SAFETY: it consists of atomics, and of numbers that do not change. Every bit pattern is
 // valid for the integers, and the flags are only ever written as bools.
@@ -322,7 +325,7 @@ impl Load {
             shared: Cursor::new(shared),
             databases: AtomicU32::new(databases as u32),
             is_later_try: AtomicBool::new(false),
-            first_tier_waits: AtomicBool::new(false),
+            first_tier_waits: AtomicU32::new(NO_DATABASE),
             readers: AtomicU32::new(0),
             workers: [const { Slot::new() }; MAX_WORKERS],
             ended_for: AtomicU32::new(NO_REASON),
@@ -359,19 +362,27 @@ impl Load {
         self.readers.load(SeqCst) as usize
     }
 
-    /// Has workers finish when the first tier of their database is claimed, or not.
-    pub fn set_first_tier_waits(&self, waits: bool) {
-        self.first_tier_waits.store(waits, SeqCst);
+    /// Has workers of other databases finish when the first tier of theirs is claimed, since that
+    /// of this one (the index of its cursor) waits for another worker. `None`: none waits.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "each database, which has an OID of 32 bits, has one cursor"
+    )]
+    pub fn set_first_tier_waits(&self, cursor: Option<usize>) {
+        let cursor = cursor.map_or(NO_DATABASE, |cursor| cursor as u32);
+        self.first_tier_waits.store(cursor, SeqCst);
     }
 
-    /// Whether another database's first tier waits for a worker.
-    pub fn first_tier_waits(&self) -> bool {
-        self.first_tier_waits.load(SeqCst)
+    /// Whether the first tier of another database than that of the slot's worker waits for
+    /// another worker.
+    pub fn first_tier_waits_elsewhere(&self, slot: &Slot) -> bool {
+        let waits = self.first_tier_waits.load(SeqCst);
+        waits != NO_DATABASE && waits != slot.cursor.load(SeqCst)
     }
 
     /// The next chunk for the slot's worker. `None` if no chunk of its database is
     /// left, if the load has ended, if the worker is to leave, or if it would be one of the
-    /// second tier while another database's first tier waits for a worker.
+    /// second tier while another database's first tier waits for another worker.
     pub fn next_claim(&self, slot: &Slot, cursors: &[Cursor], plan: PlanView) -> Option<Claim> {
         if self.has_ended() || slot.is_asked_to_leave() {
             return None;
@@ -384,7 +395,7 @@ impl Load {
     fn claim_for(&self, slot: &Slot, cursors: &[Cursor], plan: PlanView) -> Option<Claim> {
         let cursor = self.cursor(slot, cursors);
         loop {
-            let chunk = self.claim_chunk(cursor, plan)?;
+            let chunk = self.claim_chunk(slot, cursor, plan)?;
             if !self.is_later_try() {
                 return Some(Claim { chunk, done: 0 });
             }
@@ -396,7 +407,7 @@ impl Load {
 
     /// Claims a chunk of shared catalogs or of a worker's database: of the first tier, if
     /// there is one. Shared catalogs come first in each tier.
-    fn claim_chunk(&self, of_database: &Cursor, plan: PlanView) -> Option<u32> {
+    fn claim_chunk(&self, slot: &Slot, of_database: &Cursor, plan: PlanView) -> Option<u32> {
         let both = [&self.shared, of_database];
         let is_first_tier = |cursor: &Cursor| {
             let next = cursor.unclaimed().next();
@@ -405,7 +416,7 @@ impl Load {
         both.into_iter()
             .filter(|cursor| is_first_tier(cursor))
             .find_map(Cursor::claim)
-            .or_else(|| match self.first_tier_waits() {
+            .or_else(|| match self.first_tier_waits_elsewhere(slot) {
                 true => None,
                 false => both.into_iter().find_map(Cursor::claim),
             })

@@ -298,8 +298,8 @@ impl Supervisor {
     }
 
     /// Lets new sessions go on when the first tier is done, and when they have waited for long
-    /// enough. Until then, has workers leave databases
-    /// whose first tier is done for others.
+    /// enough. Until then, has workers leave databases whose first tier is claimed for the one
+    /// that has the most of it left for each worker.
     fn end_hold_if_due(&self) {
         let limit = settings::autoprewarm_hold_connections();
         if self.sessions_are_held()
@@ -307,15 +307,15 @@ impl Supervisor {
         {
             self.state.hold.end();
         }
-        let waits = self.has_first_tier
-            && self.sessions_are_held()
-            && (0..self.databases.len()).any(|index| {
+        let mut waits = None;
+        if self.has_first_tier && self.sessions_are_held() {
+            let may_have_one = |&index: &usize| {
                 let database = &self.databases[index];
-                !database.given_up
-                    && database.set_aside_until.is_none()
-                    && self.workers_in(index) == 0
-                    && self.first_tier_left(index) > 0
-            });
+                !database.given_up && database.set_aside_until.is_none()
+            };
+            let databases = (0..self.databases.len()).filter(may_have_one);
+            waits = self.with_most(databases, |index| self.first_tier_left(index));
+        }
         self.segment.header().set_first_tier_waits(waits);
     }
 
@@ -655,18 +655,30 @@ impl Supervisor {
         if let Some(&(database, claim)) = abandoned.find(|(of, _)| databases.contains(of)) {
             return Some((database, Some(claim)));
         }
-        let most = |chunks: &dyn Fn(usize) -> usize| {
-            let for_each = |&index: &usize| chunks(index) / (self.workers_in(index) + 1);
-            let with_most = databases.iter().copied().max_by_key(for_each);
-            with_most.filter(|index| for_each(index) > 0)
-        };
+        let databases = || databases.iter().copied();
         let in_first_tier = self
             .sessions_are_held()
-            .then(|| most(&|index| self.first_tier_left(index)));
+            .then(|| self.with_most(databases(), |index| self.first_tier_left(index)));
         in_first_tier
             .flatten()
-            .or_else(|| most(&|index| self.segment.cells()[index].unclaimed().len()))
+            .or_else(|| {
+                let unclaimed = |index: usize| self.segment.cells()[index].unclaimed().len();
+                self.with_most(databases(), unclaimed)
+            })
             .map(|index| (index, None))
+    }
+
+    /// The one of these databases that would have the most chunks for each worker, with another
+    /// worker. `None` if none has a chunk for that.
+    fn with_most(
+        &self,
+        databases: impl Iterator<Item = usize>,
+        chunks: impl Fn(usize) -> usize,
+    ) -> Option<usize> {
+        let for_each = |&index: &usize| chunks(index) / (self.workers_in(index) + 1);
+        databases
+            .max_by_key(for_each)
+            .filter(|index| for_each(index) > 0)
     }
 
     fn workers_in(&self, index: usize) -> usize {

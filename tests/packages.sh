@@ -64,6 +64,34 @@ expect_output() {
     [ "$got" = "$wanted" ] || { printf '%s\n' "$got" >>"$output"; fail "$name: not '$wanted'"; }
     ok "$name"
 }
+# A command of docs/installation.md, word for word, in which the other arguments replace what
+# is another name here: each text by the one after it.
+documented() {
+    local command=$1
+    sed -E 's/^ +//; s/ +(#|--) .*$//' docs/installation.md | grep -xF -- "$command" >/dev/null || {
+        echo "FAILED: docs/installation.md does not have the command '$command'" >&2
+        exit 1
+    }
+    shift
+    while [ $# -gt 0 ]; do
+        command=${command//"$1"/"$2"}
+        shift 2
+    done
+    printf '%s\n' "$command"
+}
+# The same, and that it succeeds: here, and in the Debian of its own.
+expect_documented() {
+    local name=$1 command
+    shift
+    command=$(documented "$@") || exit
+    expect "$name" sh -ec "$command"
+}
+expect_documented_in_root() {
+    local name=$1 command
+    shift
+    command=$(documented "$@") || exit
+    expect "$name" in_root sh -ec "cd /packages; $command" </dev/null
+}
 for part in ${PARTS:=debian majors beside source same}; do
     case $part in debian | majors | beside | source | same) ;; *) die "there is no part '$part'" ;; esac
 done
@@ -141,6 +169,7 @@ set_up_debian() {
     printf 'deb %s bookworm main\n' "$(archive)" >"$root/etc/apt/sources.list"
     cp -a /etc/apt/apt.conf.d/. "$root/etc/apt/apt.conf.d/"
     rm -f "$root"/etc/apt/apt.conf.d/docker-*
+    printf 'APT::Get::Assume-Yes "true";\n' >"$root/etc/apt/apt.conf.d/assume-yes"
     mkdir -p "$root/etc/ssl"
     [ -e "$root/etc/ssl/certs" ] || cp -rL /etc/ssl/certs "$root/etc/ssl/"
     # The test starts servers itself.
@@ -185,7 +214,7 @@ add_file() {
 state() { in_root dpkg-query -W -f '${db:Status-Status}' "$package"; }
 
 test_debian_package() {
-    local ours contrib contrib18 before file key kill_after commands
+    local ours contrib contrib18 before file key kill_after commands data
     package=postgresql-15-pg-prewarm-rs
     make -s deb PG=15
     ours=("$packages/${package}"_*.deb)
@@ -220,6 +249,12 @@ test_debian_package() {
     expect_output "the restarted server has ours loaded" "$(stat -c %i "$root/$library")" loaded_inode
     sql "ALTER EXTENSION pg_prewarm UPDATE"
     expect_output "it is the new version" completed sql "SELECT load_result FROM pg_stat_autoprewarm"
+    sql "CREATE DATABASE another"
+    in_root runuser -u postgres -- psql -XAtq -d another -c "CREATE EXTENSION pg_prewarm VERSION '1.2'"
+    expect "the update of each database" in_root runuser -u postgres -- sh -c "$(documented "$each_database"); true"
+    expect_output "it has the new version" 2.0 in_root runuser -u postgres -- psql -XAtq -d another \
+        -c "SELECT extversion FROM pg_extension WHERE extname = 'pg_prewarm'"
+    sql "DROP DATABASE another"
 
     # Updates.
     repack "${contrib[0]}" contrib.deb 's/^Version: .*/&.1/' change_contrib
@@ -243,12 +278,18 @@ test_debian_package() {
     expect "the server starts" restart
 
     # Back.
-    sql "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'"
-    expect "removing it" in_root apt-get -qq remove -y "$package"
+    sql "$(documented "ALTER EXTENSION pg_prewarm UPDATE TO '1.2';")"
+    expect_documented_in_root "removing it" "apt-get remove $package"
     grep -q "own pg_prewarm is in place again" "$output" || fail "it does not say what is in place"
+    grep -q "UPDATE TO '1.2'" "$output" || fail "it does not say what databases need"
     expect_output "contrib's is in place, and the new one" "contrib's" in_place
     expect "contrib's module loads the list of ours" restart
-    expect "purging it" in_root apt-get -qq purge -y "$package"
+    expect_documented_in_root "purging it" "apt-get purge $package"
+    mv "$root/packages/ours.deb" "$root/packages/${ours[0]##*/}"
+    expect_documented_in_root "installing the file" "apt-get install ./${ours[0]##*/}"
+    expect_output "ours is in place after that" ours in_place
+    mv "$root/packages/${ours[0]##*/}" "$root/packages/ours.deb"
+    expect_documented_in_root "purging it" "apt-get purge $package"
     expect_output "nothing of it is left" "" in_root find / -xdev -name '*pg-prewarm-rs*'
 
     # A version with a file that this one does not have.
@@ -291,8 +332,9 @@ test_debian_package() {
         expect "installing the other one" dpkg_i kills.deb
         expect_failure "a removal that is interrupted" "" in_root dpkg --remove "$package"
         sed -i '/kill -9/d' "$root/var/lib/dpkg/info/$package.postrm"
-        expect "removing it once more" in_root dpkg --purge "$package"
+        expect_documented_in_root "removing it once more" "dpkg --remove $package"
         expect_output "contrib's is in place after that" "contrib's" in_place
+        in_root dpkg --purge "$package" >/dev/null 2>&1
     done
     expect_failure "an installation that fails" "own pg_prewarm is in place again" dpkg_i failed.deb
     in_root dpkg --purge "$package" >/dev/null 2>&1 || true
@@ -306,7 +348,7 @@ test_debian_package() {
         fi
         expect_failure "an installation that is interrupted, after '$kill_after'" "" dpkg_i kills.deb
         expect "the server starts after it" restart
-        expect "installing it once more" dpkg_i ours.deb
+        expect_documented_in_root "installing it once more" "dpkg -i ${ours[0]##*/}" "${ours[0]##*/}" ours.deb
         expect_output "ours is in place after that" ours in_place
         expect "removing it" in_root dpkg --purge "$package"
         expect_output "contrib's is in place after that" "contrib's" in_place
@@ -322,6 +364,16 @@ test_debian_package() {
     expect "what the hint says" in_root dpkg-divert --rename --remove "/$library"
     in_root dpkg --purge "$package" >/dev/null 2>&1 || true
     expect_output "contrib's is in place after that" "contrib's" in_place
+    # That of another package, of each file that may be diverted.
+    for file in "/$library" "/$bitcode" /usr/share/postgresql/15/extension/pg_prewarm.control; do
+        in_root dpkg-divert --quiet --package postgresql-common --no-rename --divert "$file.other" --add "$file"
+        expect_failure "a diversion of $file by another package" \
+            "$file is diverted by package postgresql-common already" dpkg_i ours.deb
+        grep -q "Nothing was changed" "$output" || fail "it does not say that nothing was changed"
+        in_root dpkg-divert --quiet --package postgresql-common --no-rename --remove "$file"
+        in_root dpkg --purge "$package" >/dev/null 2>&1 || true
+        expect_output "contrib's is in place after that" "contrib's" in_place
+    done
 
     # Over files of make install, whose older versions did not keep contrib's.
     cp "$work/ours/$library" "$root/$library"
@@ -335,13 +387,15 @@ test_debian_package() {
     expect_output "contrib's is in place after that" "contrib's" in_place
     pg_config_in_root >"$work/pg_config"
     chmod +x "$work/pg_config"
-    expect "make install" make -s install PG_CONFIG="$work/pg_config"
+    expect_documented "make install" "make install PG_CONFIG=/usr/lib/postgresql/15/bin/pg_config" \
+        /usr/lib/postgresql/15/bin/pg_config "$work/pg_config"
     cp "$root/$library" "$work/installed.so"
     expect_failure "installing it over files of make install, which has kept contrib's" \
         'run "make uninstall" first' dpkg_i ours.deb
     cmp -s "$work/installed.so" "$root/$library" || fail "the library of make install has changed"
     in_root dpkg --purge "$package" >/dev/null 2>&1 || true
-    expect "make uninstall" make -s uninstall PG_CONFIG="$work/pg_config"
+    expect_documented "make uninstall" "make uninstall PG_CONFIG=/usr/lib/postgresql/15/bin/pg_config" \
+        /usr/lib/postgresql/15/bin/pg_config "$work/pg_config"
     expect_output "contrib's is in place after make uninstall" "contrib's" in_place
 
     # Two majors, of which this Debian has one: a package with contrib's module stands for the
@@ -387,13 +441,44 @@ test_debian_package() {
     expect "apt-get upgrade brings a newer revision" in_root apt-get -qq upgrade -y
     expect_output "that is installed" "$version-2" in_root dpkg-query -W -f '${Version}' "$package"
     expect_output "ours is in place after that" ours in_place
+    make -s deb PG=15 REVISION=3
+    make_repository SIGN_WITH=ours@invalid
+    expect "apt-get update" update
+    expect_documented_in_root "an update of this package alone" "apt-get install --only-upgrade $package"
+    expect_output "that is installed" "$version-3" in_root dpkg-query -W -f '${Version}' "$package"
+    cp "$packages/$package"_*-3_*.deb "$root/packages/ours.deb"
+    kill_after='  ln -f'
+    repack "$root/packages/ours.deb" kills.deb '' kill_in_preinst
+    in_root dpkg --purge "$package" >/dev/null 2>&1
+    expect_failure "an installation that is interrupted" "" dpkg_i kills.deb
+    expect_output "dpkg was killed" half-installed state
+    expect_documented_in_root "what apt asks for then" "dpkg --configure -a"
+    expect_documented_in_root "installing it again from the repository" "apt-get install --reinstall $package"
+    expect_output "ours is in place after that" ours in_place
     make_repository SIGN_WITH=another@invalid
     expect_failure "apt-get update with one that another key has signed" NO_PUBKEY update
     make_repository SIGN_WITH=ours@invalid
     sed -i 's/^Label: .*/&, changed/' "$work/web/dists/bookworm/InRelease"
     expect_failure "apt-get update with one that was changed" BADSIG update
+
+    # Uninstalled.
+    expect "the server starts with it" restart
+    sql "$(documented "DROP EXTENSION pg_prewarm;")"
+    sed -i '/pg_prewarm/d' "$root/etc/postgresql/15/main/postgresql.conf"
+    expect_documented_in_root "removing it" "apt-get remove $package"
+    cluster restart
+    data=/var/lib/postgresql/15/main
+    expect_documented_in_root "deleting its files" \
+        "rm -f DATA/autoprewarm.blocks* DATA/autoprewarm.upstream* DATA/pg_stat_tmp/autoprewarm.*" DATA "$data"
+    expect_documented_in_root "purging it" "apt-get purge $package"
+    expect_documented_in_root "and its repository" "rm /etc/apt/sources.list.d/pg_prewarm.sources"
+    expect_output "contrib's is in place after that" "contrib's" in_place
+    expect_output "nothing of ours is left" "" sh -c "find '$root$data' -name '*autoprewarm*'; find '$root/etc' '$root/usr' '$root/var/lib/dpkg' -name '*pg-prewarm-rs*' -o -name 'pg_prewarm.sources'"
     cluster stop
 }
+
+# The update of the extension in all databases.
+each_database='psql -XAtc "SELECT datname FROM pg_database WHERE datallowconn" | while read -r d; do psql -X -d "$d" -c "ALTER EXTENSION pg_prewarm UPDATE" </dev/null; done'
 
 # A pg_config of PostgreSQL 15 whose files are in that Debian.
 pg_config_in_root() {
@@ -459,20 +544,23 @@ query() { "$bin/psql" -XAtq -v ON_ERROR_STOP=1 -h "$work" -U postgres -d postgre
 # Installs the archive for that major, and leaves the settings of a server that uses it in
 # beside, its programs in bin.
 use_archive() {
-    local major=$1 name
+    local major=$1
     bin=$("$(contrib_pg_config_of "$major")" --bindir)
     name=pg_prewarm-$version-pg$major-$(uname -m)
     make -s archive PG="$major"
-    tar -xf "$packages/$name.tar.gz" -C "$work"
-    ln -sfn "$name" "$work/pg_prewarm-$major"
+    # What the document has for 18 and x86-64.
+    here=("pg_prewarm-$version-pg18-x86_64" "$name" /opt/pg_prewarm-18 "$work/pg_prewarm-$major" /opt "$work")
+    (cd "$packages" && sh -ec "$(cd "$project" && documented "tar -xf pg_prewarm-$version-pg18-x86_64.tar.gz -C /opt" "${here[@]}")")
+    sh -ec "$(documented "ln -sfn pg_prewarm-$version-pg18-x86_64 /opt/pg_prewarm-18" "${here[@]}")"
     files=$work/pg_prewarm-$major
     beside=("shared_preload_libraries = 'pg_prewarm'"
-        "extension_control_path = '$files/share:\$system'" "dynamic_library_path = '$files/lib:\$libdir'")
+        "$(documented "extension_control_path = '/opt/pg_prewarm-18/share:\$system'" "${here[@]}")"
+        "$(documented "dynamic_library_path = '/opt/pg_prewarm-18/lib:\$libdir'" "${here[@]}")")
 }
 
 # A server with the archive for that major, and then with contrib's module again.
 test_archive() {
-    local major=$1 data=$work/beside-$1 files
+    local major=$1 data=$work/beside-$1 files name here
     use_archive "$major"
     names_licences "$files"
     new_server "$data" "${beside[@]}"
@@ -487,12 +575,15 @@ test_archive() {
     start "$data"
     expect_output "after a change of the link, the updated library is loaded" "$work/update-$major/lib/pg_prewarm.so" \
         awk '$6 ~ /pg_prewarm\.so$/ { print $6; exit }' "/proc/$(head -1 "$data/postmaster.pid")/maps"
-    query "ALTER EXTENSION pg_prewarm UPDATE TO '1.2'"
+    query "$(documented "ALTER EXTENSION pg_prewarm UPDATE TO '1.2';")"
     stop "$data"
     sed -i '/^extension_control_path\|^dynamic_library_path/d' "$data/postgresql.conf"
     start "$data"
     expect_output "contrib's goes on with its database" t query "SELECT pg_prewarm('t') > 0"
     stop "$data"
+    expect_documented "removing the archive" "rm -r /opt/pg_prewarm-18 /opt/pg_prewarm-$version-pg18-x86_64" "${here[@]}"
+    tar -xf "$packages/$name.tar.gz" -C "$work"
+    ln -sfn "$name" "$files"
 }
 
 test_beside() {
@@ -519,8 +610,8 @@ test_beside() {
     chmod a+rx "$work/bundle" "$files"
     new_server "$work/from-image" "extension_control_path = '\$system:$files/share'" \
         "dynamic_library_path = '\$libdir:$files/lib'"
-    query "ALTER SYSTEM SET extension_control_path = '$files/share:\$system'"
-    query "ALTER SYSTEM SET dynamic_library_path = '$files/lib:\$libdir'"
+    query "$(documented "ALTER SYSTEM SET extension_control_path = '/extensions/pg_prewarm/share:\$system';" /extensions/pg_prewarm "$files")"
+    query "$(documented "ALTER SYSTEM SET dynamic_library_path = '/extensions/pg_prewarm/lib:\$libdir';" /extensions/pg_prewarm "$files")"
     query "ALTER SYSTEM SET shared_preload_libraries = pg_prewarm"
     stop "$work/from-image"
     start "$work/from-image"
@@ -530,6 +621,7 @@ test_beside() {
     expect_output "contrib's library is unchanged" "$before" sh -c "cd '$("$contrib" --pkglibdir)' && sha256sum pg_prewarm.so"
 
     make -s install PG_CONFIG="$(pg_config_of 15)"
+    documented "pg_upgrade -b OLD_BIN -B NEW_BIN -d OLD_DATA -D NEW_DATA --new-options \"-c shared_preload_libraries=''\"" >/dev/null
     test_upgrade 15 "$("$(pg_config_of 15)" --bindir)" --new-options "-c shared_preload_libraries=''" -- \
         "shared_preload_libraries = 'pg_prewarm'"
 }
@@ -563,7 +655,7 @@ test_upgrade() {
     new_server "$old" "$@"
     query "CREATE EXTENSION pg_prewarm; CREATE TABLE t AS SELECT generate_series(1, 100000)"
     # See pg_upgrade_keeps_the_extension_… in tests/upgrade.rs.
-    [ "$major" != 15 ] || query "UPDATE pg_attribute SET attoptions = NULL WHERE attoptions::text LIKE '{pg_attver=%'"
+    [ "$major" != 15 ] || query "$(documented "UPDATE pg_attribute SET attoptions = NULL WHERE attoptions::text LIKE '{pg_attver=%';")"
     stop "$old"
     bin=$new_bin
     new_server "$new" "${beside[@]}"
@@ -573,8 +665,7 @@ test_upgrade() {
             -d "$old" -D "$new" -s "$work" -U postgres "$@")
     }
     expect "pg_upgrade from $major to a server with ours beside contrib's" upgrade "${options[@]}"
-    cp "$old/autoprewarm.blocks" "$new/"
-    chown postgres: "$new/autoprewarm.blocks"
+    as_server_user sh -ec "$(documented "cp -p OLD_DATA/autoprewarm.blocks NEW_DATA/" OLD_DATA "$old" NEW_DATA "$new")"
     start "$new"
     expect_output "the upgraded server has loaded the list" t query "SELECT autoprewarm_wait('1 min')"
     expect_output "its database has 2.0" completed query "SELECT load_result FROM pg_stat_autoprewarm"
@@ -650,7 +741,10 @@ test_source() {
     mv "$libraries/pg_prewarm.so" "$work/offline.so"
     expect "its library is there, and contrib's is kept" cmp "$libraries/pg_prewarm.so.contrib" "$("$contrib" --pkglibdir)/pg_prewarm.so"
     rm -rf "$work/offline" "$work/cargo"
-    expect "pgxn installs its archive" env -u CARGO_TARGET_DIR pgxn install --nosudo --pg_config "$pg_config" "$packages/$dist.zip"
+    expect_documented "pgxn installs its archive" \
+        "pgxn install --sudo --pg_config /usr/lib/postgresql/15/bin/pg_config pg_prewarm_rs-$version.zip" \
+        pgxn "env -u CARGO_TARGET_DIR pgxn" --sudo --nosudo \
+        /usr/lib/postgresql/15/bin/pg_config "$pg_config" "$dist.zip" "$packages/$dist.zip"
     expect "it is the same library" cmp "$libraries/pg_prewarm.so" "$work/offline.so"
     bin=$("$pg_config" --bindir)
     new_server "$work/pgxn"

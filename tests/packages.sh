@@ -266,6 +266,7 @@ test_debian_package() {
     expect "an update of ours" dpkg_i new.deb
     expect_output "ours is in place after that" ours in_place
     expect "a downgrade" dpkg_i ours.deb
+    grep -q "in the place of PostgreSQL 15's own" "$output" || fail "it does not say what is in place"
     expect_output "ours is in place after a downgrade" ours in_place
     repack "${ours[0]}" new-fails.deb 's/^Version: .*/&.2/' fail_in_preinst
     expect_failure "an update that fails" "stays in the place of PostgreSQL 15's own" dpkg_i new-fails.deb
@@ -475,6 +476,15 @@ test_debian_package() {
     expect_output "contrib's is in place after that" "contrib's" in_place
     expect_output "nothing of ours is left" "" sh -c "find '$root$data' -name '*autoprewarm*'; find '$root/etc' '$root/usr' '$root/var/lib/dpkg' -name '*pg-prewarm-rs*' -o -name 'pg_prewarm.sources'"
     cluster stop
+
+    # Without PostgreSQL's package.
+    expect "installing it" dpkg_i ours.deb
+    expect "removing PostgreSQL's package" in_root apt-get -qq remove postgresql-15
+    expect_output "no library is left" "" find "$root/${library%/*}" -name 'pg_prewarm*'
+    expect_failure "installing it then" "postgresql-15 is not installed" dpkg_i ours.deb
+    expect "removing it" in_root dpkg --purge "$package"
+    grep -q "has no pg_prewarm of its own" "$output" || fail "it does not say that none is in place"
+    expect_output "no library is left" "" find "$root/usr/lib/postgresql" -name 'pg_prewarm*'
 }
 
 # The update of the extension in all databases.

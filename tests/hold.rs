@@ -425,8 +425,8 @@ fn a_worker_that_has_done_its_part_of_the_first_tier_helps_another_database_with
         blocks.chain(other.first(SECOND)),
         &digits.concat(),
     ));
-    // 1600 blocks a second.
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 12800");
+    // 800 blocks a second.
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 6400");
     cluster.configure("pg_prewarm.autoprewarm_workers = 2");
     let (mut client, waiting) = start_and_hold(&cluster);
     assert_let_in(&mut client, waiting);

@@ -62,8 +62,13 @@ impl HoldState {
         self.is_over.store(false, SeqCst);
     }
 
-    /// Records that a load begins.
+    /// Records that a load begins. If sessions have waited for that for as long as they may,
+    /// none waits for the load itself.
     pub fn load_begins(&self) {
+        let limit = settings::autoprewarm_hold_connections();
+        if !limit.is_zero() && self.load_time() >= limit {
+            self.end();
+        }
         self.load_begun.store(process::monotonic_micros(), SeqCst);
     }
 

@@ -15,7 +15,7 @@
 //! | a slot's database, cursor and first chunk | the leader, before it starts the worker |
 //! | a slot's request to leave | the leader |
 //! | a slot's stage and current chunk | the worker that has the slot |
-//! | the rate limit's rate, whether the load is a later try, whether a first tier waits | the leader |
+//! | the rate limit's rate, whether the load is a later try, which first tier waits | the leader |
 //! | everything else | the leader and all workers |
 //!
 //! After a worker has died, its slot still holds the chunk that it was loading, and
@@ -88,6 +88,8 @@ pub struct Load {
     /// The database whose first tier waits for another worker, as the index of its cursor, or
     /// [`NO_DATABASE`]: a worker in another one is to finish when that one's is claimed.
     first_tier_waits: AtomicU32,
+    /// Whether some database's first tier waits for its only worker.
+    first_tier_has_no_worker: AtomicBool,
     /// How many workers there are.
     readers: AtomicU32,
     pub workers: [Slot; MAX_WORKERS],
@@ -326,6 +328,7 @@ impl Load {
             databases: AtomicU32::new(databases as u32),
             is_later_try: AtomicBool::new(false),
             first_tier_waits: AtomicU32::new(NO_DATABASE),
+            first_tier_has_no_worker: AtomicBool::new(false),
             readers: AtomicU32::new(0),
             workers: [const { Slot::new() }; MAX_WORKERS],
             ended_for: AtomicU32::new(NO_REASON),
@@ -371,6 +374,16 @@ impl Load {
     pub fn set_first_tier_waits(&self, cursor: Option<usize>) {
         let cursor = cursor.map_or(NO_DATABASE, |cursor| cursor as u32);
         self.first_tier_waits.store(cursor, SeqCst);
+    }
+
+    /// Records whether some database's first tier waits and has no worker.
+    pub fn set_first_tier_has_no_worker(&self, has_none: bool) {
+        self.first_tier_has_no_worker.store(has_none, SeqCst);
+    }
+
+    /// Whether another database's first tier waits and has no worker.
+    pub fn first_tier_has_no_worker(&self) -> bool {
+        self.first_tier_has_no_worker.load(SeqCst)
     }
 
     /// Whether the first tier of another database than that of the slot's worker waits for

@@ -307,16 +307,19 @@ impl Supervisor {
         {
             self.state.hold.end();
         }
-        let mut waits = None;
-        if self.has_first_tier && self.sessions_are_held() {
-            let may_have_one = |&index: &usize| {
-                let database = &self.databases[index];
-                !database.given_up && database.set_aside_until.is_none()
-            };
-            let databases = (0..self.databases.len()).filter(may_have_one);
-            waits = self.with_most(databases, |index| self.first_tier_left(index));
-        }
-        self.segment.header().set_first_tier_waits(waits);
+        let may_wait = |&index: &usize| {
+            let database = &self.databases[index];
+            !database.given_up && database.set_aside_until.is_none()
+        };
+        let left = |index: usize| self.first_tier_left(index);
+        let waiting: Vec<usize> = match self.has_first_tier && self.sessions_are_held() {
+            true => (0..self.databases.len()).filter(may_wait).collect(),
+            false => Vec::new(),
+        };
+        let has_no_worker = |&index: &usize| left(index) > 0 && self.workers_in(index) == 0;
+        let header = self.segment.header();
+        header.set_first_tier_has_no_worker(waiting.iter().any(has_no_worker));
+        header.set_first_tier_waits(self.with_most(waiting.into_iter(), left));
     }
 
     /// Whether new sessions wait for the first tier.

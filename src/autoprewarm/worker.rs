@@ -201,14 +201,14 @@ impl Worker<'_> {
     }
 
     /// Retries the chunks that were set aside, until there has been no progress for
-    /// [`LOCKED_TIMEOUT`]; only a few times if another database's first tier waits for another
+    /// [`LOCKED_TIMEOUT`]; only a few times if another database's first tier waits and has no
     /// worker.
     /// What is locked then stays set aside.
     fn retry(&self, mut set_aside: Vec<Rest>) {
         let mut tries = 0;
         let mut last_progress = Instant::now();
         while !set_aside.is_empty() && !self.is_to_end() {
-            if tries >= TRIES_WITHOUT_WAITING && self.load.first_tier_waits_elsewhere(self.slot) {
+            if tries >= TRIES_WITHOUT_WAITING && self.load.first_tier_has_no_worker() {
                 return;
             }
             let is_last = last_progress.elapsed() >= LOCKED_TIMEOUT;

@@ -79,6 +79,9 @@ documented() {
     done
     printf '%s\n' "$command"
 }
+# The same, run in the Debian's server, and in the server here.
+sql_documented() { local command; command=$(documented "$@") || exit; sql "$command"; }
+query_documented() { local command; command=$(documented "$@") || exit; query "$command"; }
 # The same, and that it succeeds: here, and in the Debian of its own.
 expect_documented() {
     local name=$1 command
@@ -214,7 +217,7 @@ add_file() {
 state() { in_root dpkg-query -W -f '${db:Status-Status}' "$package"; }
 
 test_debian_package() {
-    local ours contrib contrib18 before file key kill_after commands data
+    local ours contrib contrib18 before file key kill_after commands command data
     package=postgresql-15-pg-prewarm-rs
     make -s deb PG=15
     ours=("$packages/${package}"_*.deb)
@@ -251,7 +254,8 @@ test_debian_package() {
     expect_output "it is the new version" completed sql "SELECT load_result FROM pg_stat_autoprewarm"
     sql "CREATE DATABASE another"
     in_root runuser -u postgres -- psql -XAtq -d another -c "CREATE EXTENSION pg_prewarm VERSION '1.2'"
-    expect "the update of each database" in_root runuser -u postgres -- sh -c "$(documented "$each_database"); true"
+    command=$(documented "$each_database") || exit
+    expect "the update of each database" in_root runuser -u postgres -- sh -c "$command; true"
     expect_output "it has the new version" 2.0 in_root runuser -u postgres -- psql -XAtq -d another \
         -c "SELECT extversion FROM pg_extension WHERE extname = 'pg_prewarm'"
     sql "DROP DATABASE another"
@@ -279,7 +283,7 @@ test_debian_package() {
     expect "the server starts" restart
 
     # Back.
-    sql "$(documented "ALTER EXTENSION pg_prewarm UPDATE TO '1.2';")"
+    sql_documented "ALTER EXTENSION pg_prewarm UPDATE TO '1.2';"
     expect_documented_in_root "removing it" "apt-get remove $package"
     grep -q "own pg_prewarm is in place again" "$output" || fail "it does not say what is in place"
     grep -q "UPDATE TO '1.2'" "$output" || fail "it does not say what databases need"
@@ -464,7 +468,7 @@ test_debian_package() {
 
     # Uninstalled.
     expect "the server starts with it" restart
-    sql "$(documented "DROP EXTENSION pg_prewarm;")"
+    sql_documented "DROP EXTENSION pg_prewarm;"
     sed -i '/pg_prewarm/d' "$root/etc/postgresql/15/main/postgresql.conf"
     expect_documented_in_root "removing it" "apt-get remove $package"
     cluster restart
@@ -472,7 +476,7 @@ test_debian_package() {
     expect_documented_in_root "deleting its files" \
         "rm -f DATA/autoprewarm.blocks* DATA/autoprewarm.upstream* DATA/pg_stat_tmp/autoprewarm.*" DATA "$data"
     expect_documented_in_root "purging it" "apt-get purge $package"
-    expect_documented_in_root "and its repository" "rm /etc/apt/sources.list.d/pg_prewarm.sources"
+    expect_documented_in_root "and its repository" "rm -f /etc/apt/sources.list.d/pg_prewarm.sources"
     expect_output "contrib's is in place after that" "contrib's" in_place
     expect_output "nothing of ours is left" "" sh -c "find '$root$data' -name '*autoprewarm*'; find '$root/etc' '$root/usr' '$root/var/lib/dpkg' -name '*pg-prewarm-rs*' -o -name 'pg_prewarm.sources'"
     cluster stop
@@ -554,18 +558,19 @@ query() { "$bin/psql" -XAtq -v ON_ERROR_STOP=1 -h "$work" -U postgres -d postgre
 # Installs the archive for that major, and leaves the settings of a server that uses it in
 # beside, its programs in bin.
 use_archive() {
-    local major=$1
+    local major=$1 control_path library_path
     bin=$("$(contrib_pg_config_of "$major")" --bindir)
     name=pg_prewarm-$version-pg$major-$(uname -m)
     make -s archive PG="$major"
     # What the document has for 18 and x86-64.
     here=("pg_prewarm-$version-pg18-x86_64" "$name" /opt/pg_prewarm-18 "$work/pg_prewarm-$major" /opt "$work")
-    (cd "$packages" && sh -ec "$(cd "$project" && documented "tar -xf pg_prewarm-$version-pg18-x86_64.tar.gz -C /opt" "${here[@]}")")
-    sh -ec "$(documented "ln -sfn pg_prewarm-$version-pg18-x86_64 /opt/pg_prewarm-18" "${here[@]}")"
+    expect_documented "unpacking the archive for $major" "tar -xf pg_prewarm-$version-pg18-x86_64.tar.gz -C /opt" \
+        "pg_prewarm-$version-pg18-x86_64.tar.gz" "$packages/$name.tar.gz" "${here[@]}"
+    expect_documented "and its link" "ln -sfn pg_prewarm-$version-pg18-x86_64 /opt/pg_prewarm-18" "${here[@]}"
     files=$work/pg_prewarm-$major
-    beside=("shared_preload_libraries = 'pg_prewarm'"
-        "$(documented "extension_control_path = '/opt/pg_prewarm-18/share:\$system'" "${here[@]}")"
-        "$(documented "dynamic_library_path = '/opt/pg_prewarm-18/lib:\$libdir'" "${here[@]}")")
+    control_path=$(documented "extension_control_path = '/opt/pg_prewarm-18/share:\$system'" "${here[@]}") || exit
+    library_path=$(documented "dynamic_library_path = '/opt/pg_prewarm-18/lib:\$libdir'" "${here[@]}") || exit
+    beside=("shared_preload_libraries = 'pg_prewarm'" "$control_path" "$library_path")
 }
 
 # A server with the archive for that major, and then with contrib's module again.
@@ -585,7 +590,7 @@ test_archive() {
     start "$data"
     expect_output "after a change of the link, the updated library is loaded" "$work/update-$major/lib/pg_prewarm.so" \
         awk '$6 ~ /pg_prewarm\.so$/ { print $6; exit }' "/proc/$(head -1 "$data/postmaster.pid")/maps"
-    query "$(documented "ALTER EXTENSION pg_prewarm UPDATE TO '1.2';")"
+    query_documented "ALTER EXTENSION pg_prewarm UPDATE TO '1.2';"
     stop "$data"
     sed -i '/^extension_control_path\|^dynamic_library_path/d' "$data/postgresql.conf"
     start "$data"
@@ -620,8 +625,8 @@ test_beside() {
     chmod a+rx "$work/bundle" "$files"
     new_server "$work/from-image" "extension_control_path = '\$system:$files/share'" \
         "dynamic_library_path = '\$libdir:$files/lib'"
-    query "$(documented "ALTER SYSTEM SET extension_control_path = '/extensions/pg_prewarm/share:\$system';" /extensions/pg_prewarm "$files")"
-    query "$(documented "ALTER SYSTEM SET dynamic_library_path = '/extensions/pg_prewarm/lib:\$libdir';" /extensions/pg_prewarm "$files")"
+    query_documented "ALTER SYSTEM SET extension_control_path = '/extensions/pg_prewarm/share:\$system';" /extensions/pg_prewarm "$files"
+    query_documented "ALTER SYSTEM SET dynamic_library_path = '/extensions/pg_prewarm/lib:\$libdir';" /extensions/pg_prewarm "$files"
     query "ALTER SYSTEM SET shared_preload_libraries = pg_prewarm"
     stop "$work/from-image"
     start "$work/from-image"
@@ -657,7 +662,7 @@ names_licences() {
 # pg_upgrade from that major, with its programs, pg_upgrade's options and -- before the settings
 # of its server, to a server with ours beside contrib's, as use_archive has left it.
 test_upgrade() {
-    local major=$1 old_bin=$2 new_bin=$bin old=$work/old-$1 new=$work/new-$1 options=()
+    local major=$1 old_bin=$2 new_bin=$bin old=$work/old-$1 new=$work/new-$1 options=() command
     shift 2
     while [ "$1" != -- ]; do options+=("$1"); shift; done
     shift
@@ -665,7 +670,7 @@ test_upgrade() {
     new_server "$old" "$@"
     query "CREATE EXTENSION pg_prewarm; CREATE TABLE t AS SELECT generate_series(1, 100000)"
     # See pg_upgrade_keeps_the_extension_… in tests/upgrade.rs.
-    [ "$major" != 15 ] || query "$(documented "UPDATE pg_attribute SET attoptions = NULL WHERE attoptions::text LIKE '{pg_attver=%';")"
+    [ "$major" != 15 ] || query_documented "UPDATE pg_attribute SET attoptions = NULLIF(ARRAY(SELECT o FROM unnest(attoptions) o WHERE o NOT LIKE 'pg_attver=%'), '{}') WHERE 'pg_attver' IN (SELECT split_part(o, '=', 1) FROM unnest(attoptions) o);"
     stop "$old"
     bin=$new_bin
     new_server "$new" "${beside[@]}"
@@ -675,7 +680,8 @@ test_upgrade() {
             -d "$old" -D "$new" -s "$work" -U postgres "$@")
     }
     expect "pg_upgrade from $major to a server with ours beside contrib's" upgrade "${options[@]}"
-    as_server_user sh -ec "$(documented "cp -p OLD_DATA/autoprewarm.blocks NEW_DATA/" OLD_DATA "$old" NEW_DATA "$new")"
+    command=$(documented "cp -p OLD_DATA/autoprewarm.blocks NEW_DATA/" OLD_DATA "$old" NEW_DATA "$new") || exit
+    expect "copying the list" as_server_user sh -ec "$command"
     start "$new"
     expect_output "the upgraded server has loaded the list" t query "SELECT autoprewarm_wait('1 min')"
     expect_output "its database has 2.0" completed query "SELECT load_result FROM pg_stat_autoprewarm"
@@ -752,9 +758,9 @@ test_source() {
     expect "its library is there, and contrib's is kept" cmp "$libraries/pg_prewarm.so.contrib" "$("$contrib" --pkglibdir)/pg_prewarm.so"
     rm -rf "$work/offline" "$work/cargo"
     expect_documented "pgxn installs its archive" \
-        "pgxn install --sudo --pg_config /usr/lib/postgresql/15/bin/pg_config pg_prewarm_rs-$version.zip" \
+        "pgxn install --sudo --pg_config /usr/lib/postgresql/15/bin/pg_config target/packages/pg_prewarm_rs-$version.zip" \
         pgxn "env -u CARGO_TARGET_DIR pgxn" --sudo --nosudo \
-        /usr/lib/postgresql/15/bin/pg_config "$pg_config" "$dist.zip" "$packages/$dist.zip"
+        /usr/lib/postgresql/15/bin/pg_config "$pg_config" target/packages "$packages"
     expect "it is the same library" cmp "$libraries/pg_prewarm.so" "$work/offline.so"
     bin=$("$pg_config" --bindir)
     new_server "$work/pgxn"

@@ -532,7 +532,9 @@ fn pg_upgrade_keeps_the_extension_and_a_copied_list_warms_the_new_cluster() {
         // option that 18 does not have.
         old.sql_in(
             database,
-            "UPDATE pg_attribute SET attoptions = NULL WHERE attoptions::text LIKE '{pg_attver=%'",
+            "UPDATE pg_attribute SET attoptions = NULLIF(ARRAY(SELECT o FROM unnest(attoptions) o \
+                                                      WHERE o NOT LIKE 'pg_attver=%'), '{}') \
+             WHERE 'pg_attver' IN (SELECT split_part(o, '=', 1) FROM unnest(attoptions) o)",
         );
     }
     old.stop(Shutdown::Fast);

@@ -88,7 +88,7 @@ pub struct Load {
     /// The database whose first tier waits for another worker, as the index of its cursor, or
     /// [`NO_DATABASE`]: a worker in another one is to finish when that one's is claimed.
     first_tier_waits: AtomicU32,
-    /// Whether some database's first tier waits for its only worker.
+    /// Whether some database's first tier waits and has no worker at all.
     first_tier_has_no_worker: AtomicBool,
     /// How many workers there are.
     readers: AtomicU32,

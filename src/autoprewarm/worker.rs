@@ -202,8 +202,7 @@ impl Worker<'_> {
 
     /// Retries the chunks that were set aside, until there has been no progress for
     /// [`LOCKED_TIMEOUT`]; only a few times if another database's first tier waits and has no
-    /// worker.
-    /// What is locked then stays set aside.
+    /// worker. What is locked then stays set aside.
     fn retry(&self, mut set_aside: Vec<Rest>) {
         let mut tries = 0;
         let mut last_progress = Instant::now();

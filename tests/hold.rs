@@ -471,6 +471,75 @@ fn a_worker_with_a_locked_table_leaves_for_the_first_tier_of_another_database() 
 }
 
 #[test]
+fn a_database_whose_worker_has_died_gets_the_next_one_before_the_rest_of_another() {
+    const FIRST: u32 = 600;
+    const SECOND: u32 = 1500;
+    const REST: u32 = 4000;
+    let (cluster, table) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.start();
+    cluster.sql("CREATE DATABASE other");
+    let rest = cluster.table_of_blocks("postgres", "rest", REST);
+    let other = cluster.table_of_blocks("other", "t", SECOND);
+    cluster.stop(Shutdown::Fast);
+    let blocks = table.first(FIRST).chain(rest.first(REST));
+    let digits = [("5", FIRST), ("1", REST), ("5", SECOND)];
+    let digits = digits.map(|(digit, blocks)| digit.repeat(blocks as usize));
+    cluster.write_list(list_with_usage_counts(
+        blocks.chain(other.first(SECOND)),
+        &digits.concat(),
+    ));
+    // 400 blocks a second.
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 3200");
+    cluster.configure("pg_prewarm.autoprewarm_workers = 2");
+    let (mut client, waiting) = start_and_hold(&cluster);
+    let terminate = "SELECT coalesce(bool_or(pg_terminate_backend(pid)), false) \
+                     FROM pg_stat_activity \
+                     WHERE backend_type = 'autoprewarm worker' AND datname = 'other'";
+    wait_until("a worker", || value(&mut client, terminate));
+    assert_let_in(&mut client, waiting);
+    // While the database is set aside, each worker may have begun with a chunk or two of the rest.
+    let loaded = LoadStats::get(&mut client).loaded;
+    let first_tier = i64::from(FIRST + SECOND);
+    assert!(
+        (first_tier..first_tier + 2100).contains(&loaded),
+        "{loaded}"
+    );
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
+    assert_eq!(LoadStats::wait_for_end(&mut client).skipped, 0);
+}
+
+#[test]
+fn sessions_do_not_wait_for_a_database_that_a_command_has_locked() {
+    let (cluster, table) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.start();
+    cluster.sql("CREATE DATABASE other");
+    let other = cluster.table_of_blocks("other", "t", HOT + COLD);
+    cluster.stop(Shutdown::Fast);
+    let digits = "5".repeat(HOT as usize) + &"1".repeat(COLD as usize);
+    let blocks = table.first(HOT + COLD).chain(other.first(HOT + COLD));
+    cluster.write_list(list_with_usage_counts(blocks, &digits.repeat(2)));
+    cluster.configure(&format!("pg_prewarm.autoprewarm_max_rate = {SLOW}"));
+    let (mut client, waiting) = start_and_hold(&cluster);
+    let mut owner = cluster.connect("postgres");
+    owner
+        .batch_execute("BEGIN; ALTER DATABASE other RENAME TO another")
+        .unwrap();
+    let waited = assert_let_in(&mut client, waiting);
+    assert!(waited < Duration::from_secs(30), "{waited:?}");
+    let stats = LoadStats::get(&mut client);
+    assert_eq!(stats.state, "loading");
+    assert!(stats.loaded + stats.cached < i64::from(COLD), "{stats:?}");
+    owner.batch_execute("ROLLBACK").unwrap();
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.reload();
+    let stats = LoadStats::wait_for_end(&mut client);
+    assert_eq!(stats.skipped, 0, "{stats:?}");
+}
+
+#[test]
 fn superusers_can_connect_while_all_other_connections_wait() {
     let builder = Cluster::build().setting("max_connections = 12");
     let (cluster, _) = cluster(builder.setting("superuser_reserved_connections = 3"), LONG);

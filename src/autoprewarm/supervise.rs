@@ -97,10 +97,42 @@ struct LoadedDatabase {
     /// `DROP DATABASE` terminated it. No worker is started in it before this time, and
     /// other databases come first until a worker has connected to it again.
     set_aside_until: Option<Instant>,
+    /// Whether it was set aside last since a command needs it without connections. New
+    /// sessions do not wait for it then.
+    is_left_to_command: bool,
     /// Whether the rest of this database was skipped, so that no worker is started in it.
     given_up: bool,
     /// Where its chunks of the first tier end.
     first_tier_end: u32,
+}
+
+impl LoadedDatabase {
+    /// Starts no worker here for a second, and other databases come first until one has
+    /// connected.
+    fn set_aside(&mut self) {
+        self.set_aside_until = Some(Instant::now() + RETRY);
+        self.is_left_to_command = false;
+    }
+
+    fn leave_to_command(&mut self) {
+        self.set_aside();
+        self.is_left_to_command = true;
+    }
+
+    fn return_to(&mut self) {
+        self.set_aside_until = None;
+        self.is_left_to_command = false;
+    }
+
+    /// Whether a worker may be started here.
+    fn is_due(&self) -> bool {
+        self.set_aside_until <= Some(Instant::now())
+    }
+
+    /// Whether held sessions wait for its first tier.
+    fn is_waited_for(&self) -> bool {
+        !self.given_up && !self.is_left_to_command
+    }
 }
 
 /// A worker that was started.
@@ -146,6 +178,7 @@ impl Supervisor {
                 oid,
                 failed_connects: 0,
                 set_aside_until: None,
+                is_left_to_command: false,
                 given_up: false,
                 first_tier_end: first_tier_end(cursor.unclaimed()),
             })
@@ -179,7 +212,7 @@ impl Supervisor {
             databases,
         );
         for database in &mut self.databases {
-            database.set_aside_until = None;
+            database.return_to();
             database.failed_connects = 0;
         }
         self.abandoned.clear();
@@ -309,7 +342,7 @@ impl Supervisor {
         }
         let may_wait = |&index: &usize| {
             let database = &self.databases[index];
-            !database.given_up && database.set_aside_until.is_none()
+            database.is_waited_for() && database.is_due()
         };
         let left = |index: usize| self.first_tier_left(index);
         let waiting: Vec<usize> = match self.has_first_tier && self.sessions_are_held() {
@@ -336,8 +369,6 @@ impl Supervisor {
     /// Whether all blocks of the first tier are loaded, skipped or set aside.
     fn first_tier_is_done(&self) -> bool {
         let header = self.segment.header();
-        let plan = PlanView::new(self.segment.words());
-        let is_of_it = |claim: Claim| !self.has_first_tier || plan.is_first_tier(claim.chunk);
         let is_at_it = |worker: &Worker| {
             let slot = &header.workers[worker.slot];
             // The stage is read first, since the worker leaves nothing claimed later.
@@ -346,15 +377,22 @@ impl Supervisor {
                 (Stage::Connected, None) => true,
                 (Stage::Finished, _) | (_, None) => false,
                 (Stage::Retrying, Some(_)) if !slot.is_asked_to_leave() => false,
-                (_, Some(claim)) => is_of_it(claim),
+                (_, Some(claim)) => self.is_of_first_tier(claim),
             }
         };
-        let is_claimed =
-            |index: usize| self.databases[index].given_up || self.first_tier_left(index) == 0;
+        let is_waited_for = |index: usize| self.databases[index].is_waited_for();
+        let is_claimed = |index| !is_waited_for(index) || self.first_tier_left(index) == 0;
+        let is_abandoned =
+            |&(index, claim): &(usize, Claim)| is_waited_for(index) && self.is_of_first_tier(claim);
         header.shared_unclaimed().start >= self.shared_first_tier_end
             && (0..self.databases.len()).all(is_claimed)
             && !self.workers.iter().any(is_at_it)
-            && !self.abandoned.iter().any(|&(_, claim)| is_of_it(claim))
+            && !self.abandoned.iter().any(is_abandoned)
+    }
+
+    fn is_of_first_tier(&self, claim: Claim) -> bool {
+        let plan = PlanView::new(self.segment.words());
+        !self.has_first_tier || plan.is_first_tier(claim.chunk)
     }
 
     fn end_because_cancelled(&mut self) {
@@ -403,7 +441,7 @@ impl Supervisor {
             if self.workers_in(index) == 0 || !self.is_wanted_alone(index) {
                 continue;
             }
-            self.databases[index].set_aside_until = Some(Instant::now() + RETRY);
+            self.databases[index].leave_to_command();
             let header = self.segment.header();
             let workers = self.workers.iter_mut();
             for worker in workers.filter(|worker| worker.database == index) {
@@ -456,8 +494,8 @@ impl Supervisor {
             // a process some time.
             if !stopped && !matches!(stage, Stage::Left | Stage::Finished) {
                 let database = &mut self.databases[self.workers[index].database];
-                if stage >= Stage::Connected && database.set_aside_until <= Some(Instant::now()) {
-                    database.set_aside_until = None;
+                if stage >= Stage::Connected && database.is_due() {
+                    database.return_to();
                 }
                 index += 1;
                 continue;
@@ -476,7 +514,7 @@ impl Supervisor {
                         Some(claim) if self.is_tried_later(stage) => self.set_aside(claim),
                         claim => self.requeue(worker.database, claim),
                     }
-                    self.databases[worker.database].set_aside_until = Some(Instant::now() + RETRY);
+                    self.databases[worker.database].set_aside();
                 }
                 // It could not start or connect, most likely for a temporary reason, so it
                 // is not held against the chunk.
@@ -569,7 +607,7 @@ impl Supervisor {
     /// Skips all blocks of a database that are left.
     fn give_up(&mut self, index: usize, reason: SkipReason) {
         self.databases[index].given_up = true;
-        self.databases[index].set_aside_until = None;
+        self.databases[index].return_to();
         let unclaimed = self.blocks_left_of(self.segment.cells()[index].close());
         self.skip(reason, unclaimed);
         let abandoned: Vec<_> = self
@@ -596,7 +634,7 @@ impl Supervisor {
                 continue;
             }
             if self.is_wanted_alone(database) {
-                self.databases[database].set_aside_until = Some(Instant::now() + RETRY);
+                self.databases[database].leave_to_command();
                 continue;
             }
             if !self.workers.is_empty() && !self.leaves_slots_to_others() {
@@ -644,31 +682,34 @@ impl Supervisor {
         if self.segment.header().has_ended() {
             return None;
         }
+        let is_due = |&index: &usize| self.databases[index].is_due();
         let is_set_aside = |&index: &usize| self.databases[index].set_aside_until.is_some();
-        let (set_aside, others): (Vec<_>, Vec<_>) =
-            (0..self.databases.len()).partition(is_set_aside);
-        let is_due = |&index: &usize| self.databases[index].set_aside_until <= Some(Instant::now());
-        let due = set_aside.into_iter().filter(is_due).collect();
-        self.next_of(others).or_else(|| self.next_of(due))
+        let (set_aside, others): (Vec<_>, Vec<_>) = (0..self.databases.len())
+            .filter(is_due)
+            .partition(is_set_aside);
+        let of_tier = |first_only: bool| {
+            self.next_of(&others, first_only)
+                .or_else(|| self.next_of(&set_aside, first_only))
+        };
+        let first_tier = self.sessions_are_held().then(|| of_tier(true));
+        first_tier.flatten().or_else(|| of_tier(false))
     }
 
-    /// Like [`Self::next_database`], but chooses among the given databases.
-    fn next_of(&self, databases: Vec<usize>) -> Option<(usize, Option<Claim>)> {
-        let mut abandoned = self.abandoned.iter().rev();
-        if let Some(&(database, claim)) = abandoned.find(|(of, _)| databases.contains(of)) {
+    /// Like [`Self::next_database`], but chooses among the given databases, and perhaps among
+    /// the chunks of the first tier only.
+    fn next_of(&self, databases: &[usize], first_only: bool) -> Option<(usize, Option<Claim>)> {
+        let mut abandoned = self.abandoned.iter().rev().filter(|(database, claim)| {
+            databases.contains(database) && (!first_only || self.is_of_first_tier(*claim))
+        });
+        if let Some(&(database, claim)) = abandoned.next() {
             return Some((database, Some(claim)));
         }
-        let databases = || databases.iter().copied();
-        let in_first_tier = self
-            .sessions_are_held()
-            .then(|| self.with_most(databases(), |index| self.first_tier_left(index)));
-        in_first_tier
-            .flatten()
-            .or_else(|| {
-                let unclaimed = |index: usize| self.segment.cells()[index].unclaimed().len();
-                self.with_most(databases(), unclaimed)
-            })
-            .map(|index| (index, None))
+        let chunks = |index: usize| match first_only {
+            true => self.first_tier_left(index),
+            false => self.segment.cells()[index].unclaimed().len(),
+        };
+        let database = self.with_most(databases.iter().copied(), chunks);
+        database.map(|index| (index, None))
     }
 
     /// The one of these databases that would have the most chunks for each worker, with another

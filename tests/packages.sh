@@ -488,7 +488,7 @@ test_debian_package() {
     expect_failure "installing it then" "postgresql-15 is not installed" dpkg_i ours.deb
     expect "removing it" in_root dpkg --purge "$package"
     grep -q "has no pg_prewarm of its own" "$output" || fail "it does not say that none is in place"
-    expect_output "no library is left" "" find "$root/usr/lib/postgresql" -name 'pg_prewarm*'
+    expect_output "no library is left" "" find "$root/usr/lib/postgresql" -path '*/15/*' -name 'pg_prewarm*'
 }
 
 # The update of the extension in all databases.

@@ -52,11 +52,19 @@ pub fn cache_files(directory: &Path) {
     }
 }
 
+/// The size of a large page, in bytes.
+const HUGE_PAGE: usize = 2 << 20;
+
 /// Touches and frees as much memory as the server will use. A virtual machine may have
 /// returned it to its host, and getting it back can take longer than what is measured,
 /// at the expense of the side that is measured first.
 pub fn touch_memory(megabytes: u32) {
     let mut memory = vec![0u8; megabytes as usize * 1024 * 1024];
+    // In large pages, if the system has them, which takes a fraction of the time.
+    let (start, length) = (memory.as_mut_ptr(), memory.len());
+    let start = start.wrapping_add(start.align_offset(HUGE_PAGE));
+    // SAFETY: the range is in the allocation, and nothing but the size of its pages changes.
+    unsafe { libc::madvise(start.cast(), length - HUGE_PAGE, libc::MADV_HUGEPAGE) };
     for page in memory.iter_mut().step_by(4096) {
         *page = 1;
     }

@@ -487,16 +487,15 @@ fn every_io_method_loads() {
         // Before 18 there is no choice. All other tests use the default.
         return;
     }
+    cluster.sql("CREATE EXTENSION pg_prewarm");
     let table = cluster.table("t", 2000);
     cluster.stop(Shutdown::Fast);
     for method in ["sync", "worker", "io_uring"] {
         cluster.configure(&format!("io_method = {method}"));
-        let (loaded, total, skipped) = load(&cluster, &list_of(table.first(2000)));
-        assert_eq!(
-            (loaded, total, skipped.as_str()),
-            (2000, 2000, ""),
-            "{method}"
-        );
+        cluster.write_list(list_of(table.first(2000)));
+        let mark = cluster.log_end();
+        cluster.start_with_shared_buffers_in_use();
+        assert_eq!(cluster.wait_for_load(mark), (2000, 2000), "{method}");
         assert_eq!(cluster.value::<String>("SHOW io_method"), method);
         cluster.stop(Shutdown::Immediate);
     }

@@ -265,7 +265,7 @@ fn an_unreadable_page_costs_one_block() {
         cluster.configure(method);
         cluster.write_list(list_of(table.first(600)));
         let mark = cluster.log_end();
-        cluster.start();
+        cluster.start_with_shared_buffers_in_use();
         assert_eq!(cluster.wait_for_load(mark), (592, 600), "{method}");
         assert_eq!(
             cluster.wait_for_skipped(mark),

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::thread::{available_parallelism, sleep};
 use std::time::{Duration, Instant};
 
 use postgres::Client;
@@ -59,6 +60,17 @@ fn wait_for_reading(client: &mut Client, workers: i64) -> i32 {
     pid.unwrap()
 }
 
+/// Starts the server, whose I/O workers take part in the load if there are any.
+fn start(cluster: &Cluster, method: &str) -> Client {
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    if method.ends_with("worker") {
+        wait_for_reading(&mut client, 2);
+        cluster.fill_buffers();
+    }
+    client
+}
+
 /// How many times are measured for a median.
 const TRIES: usize = 7;
 
@@ -85,13 +97,38 @@ fn assert_the_rest_was_skipped_with_its_database(cluster: &Cluster, mark: usize)
 }
 
 #[test]
+fn io_workers_take_part_in_a_load_once_sessions_fill_buffers_as_well() {
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 20);
+    if cluster.major() < 18 {
+        // There are none.
+        return;
+    }
+    cluster.configure("io_method = worker");
+    cluster.start();
+    let mut client = cluster.connect("postgres");
+    let waits_for_io_worker = format!("SELECT count(*) > 0 {READING} AND wait_event ~ '^Aio'");
+    wait_for_reading(&mut client, 2);
+    // With more processors than workers, they take part at once.
+    if available_parallelism().unwrap().get() <= 2 {
+        for _ in 0..50 {
+            assert!(!value::<bool>(&mut client, &waits_for_io_worker));
+            sleep(Duration::from_millis(10));
+        }
+    }
+    cluster.fill_buffers();
+    wait_until("a worker that waits for an I/O worker", || {
+        value(&mut client, &waits_for_io_worker)
+    });
+    cluster.slow_reads(0);
+}
+
+#[test]
 fn a_worker_that_is_terminated_exits_within_100_ms() {
     let (cluster, _) = cluster_with_slow_load(Cluster::build(), 20);
     for method in io_methods(&cluster) {
         cluster.configure(method);
         let mark = cluster.log_end();
-        cluster.start();
-        let mut client = cluster.connect("postgres");
+        let mut client = start(&cluster, method);
         let mut times = Vec::new();
         for _ in 0..TRIES {
             let pid = wait_for_reading(&mut client, 2);
@@ -232,7 +269,7 @@ fn a_worker_slot_that_becomes_free_during_a_load_is_used() {
     let slot = cluster.take_worker_slot();
     cluster.configure("pg_prewarm.autoprewarm_workers = 3");
     cluster.reload();
-    std::thread::sleep(Duration::from_millis(1500));
+    sleep(Duration::from_millis(1500));
     let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'";
     assert_eq!(value::<i64>(&mut client, workers), 1);
 
@@ -288,7 +325,7 @@ fn a_cancel_costs_no_block() {
                 &[],
             )
             .unwrap();
-        std::thread::sleep(Duration::from_millis(20));
+        sleep(Duration::from_millis(20));
     }
     client.batch_execute("COMMIT").unwrap();
     cluster.slow_reads(0);
@@ -303,8 +340,7 @@ fn workers_read_one_table_in_parallel_and_do_not_hold_back_vacuum() {
     let (cluster, _) = cluster_with_slow_load(Cluster::build(), 5);
     for method in io_methods(&cluster) {
         cluster.configure(method);
-        cluster.start();
-        let mut client = cluster.connect("postgres");
+        let mut client = start(&cluster, method);
         wait_for_reading(&mut client, 2);
         let locks = "SELECT count(DISTINCT pid) FROM pg_locks \
                      WHERE relation = 't'::regclass AND mode = 'AccessShareLock' AND granted \
@@ -344,8 +380,7 @@ fn waiting_ddl_gets_its_lock_within_100_ms() {
     for method in io_methods(&cluster) {
         cluster.configure(method);
         let mark = cluster.log_end();
-        cluster.start();
-        let mut client = cluster.connect("postgres");
+        let mut client = start(&cluster, method);
         let mut times = Vec::new();
         for _ in 0..TRIES {
             wait_for_reading(&mut client, 2);

@@ -1,6 +1,9 @@
 //! This process: what it is, what it waits for, what it reports, and how it fails.
 
 use std::ffi::CStr;
+use std::num::NonZero;
+use std::sync::LazyLock;
+use std::thread::available_parallelism;
 
 use pgrx::{pg_guard, pg_sys};
 
@@ -39,6 +42,13 @@ pub fn now() -> i64 {
 pub fn monotonic_micros() -> i64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     time.tv_sec * 1_000_000 + time.tv_nsec / 1000
+}
+
+/// How many processors this process may use, as it was when this was first asked.
+pub fn processors() -> usize {
+    static COUNT: LazyLock<usize> =
+        LazyLock::new(|| available_parallelism().map_or(1, NonZero::get));
+    *COUNT
 }
 
 /// Serves interrupts. Does not return if this process was cancelled or terminated.

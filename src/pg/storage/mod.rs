@@ -5,6 +5,7 @@ pub mod buffer;
 pub mod catalog;
 pub mod database;
 pub mod file;
+mod fills;
 pub mod prefault;
 mod read;
 mod read_ahead;

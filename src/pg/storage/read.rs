@@ -12,7 +12,9 @@
 //!    `io_method` says. Several processes that used read streams would hand all of them over,
 //!    and compete.
 //! 3. **In runs, as long as there is room**: a load. As 2., but before each run it looks
-//!    for buffers that it may fill, and ends if there are none ([`LoadRoom`]).
+//!    for buffers that it may fill, and ends if there are none ([`LoadRoom`]); and it hands
+//!    nothing over while its workers are as many as the processors, and sessions fill no
+//!    buffers.
 //! 4. **Not into shared buffers**: the modes `read` and `prefetch`, for the operating
 //!    system's cache.
 //!
@@ -30,7 +32,7 @@ use super::relation::Relation;
 use super::room::LoadRoom;
 use super::segments::{REQUEST_BLOCKS, SEGMENT_BLOCKS, Segments};
 use crate::blocks::{BlockNumber, Fork};
-use crate::pg::process::{check_for_interrupts, memory};
+use crate::pg::process::{self, check_for_interrupts, memory};
 use crate::pg::sys::read::{READ_BLOCKS_MAX, max_buffers_at_once, read_buffers, read_stream};
 
 /// How the reading of a load ended.
@@ -117,7 +119,12 @@ impl Relation<'_> {
         let mut is_cached = load.is_none() && ahead.is_enabled() && self.is_cached(fork, blocks[0]);
         // Requests need the tablespace's setting, which was read from a catalog.
         self.transaction.release_catalog_snapshot();
-        let max = max_buffers_at_once();
+        // If its own processes keep the processors busy and nobody else wants them, more
+        // processes make a load slower.
+        let hands_over = load.is_none_or(|(room, readers)| {
+            room.fills.are_shared() || readers < process::processors()
+        });
+        let max = max_buffers_at_once(hands_over);
         let mut index = 0;
         while index < blocks.len() {
             check_for_interrupts();
@@ -133,12 +140,17 @@ impl Relation<'_> {
             }
             let hits = buffer::hits();
             let mut flow = Continue(());
-            self.read_run(fork, blocks[index], run, |buffer| {
+            let mut last = 0;
+            self.read_run(fork, blocks[index], run, hands_over, |buffer| {
+                last = buffer.index();
                 if each(index, buffer).is_break() {
                     flow = Break(());
                 }
                 index += 1;
             });
+            if let Some((room, _)) = load {
+                room.fills.add(last, run);
+            }
             is_cached = load.is_none() && buffer::hits() - hits >= run as u64;
             if flow.is_break() {
                 break;
@@ -154,6 +166,7 @@ impl Relation<'_> {
         fork: Fork,
         first: BlockNumber,
         count: usize,
+        hands_over: bool,
         mut each: impl FnMut(&Pinned),
     ) {
         let mut buffers = [pg_sys::InvalidBuffer as pg_sys::Buffer; READ_BLOCKS_MAX];
@@ -168,8 +181,9 @@ impl Relation<'_> {
             // the server raises an ERROR. Buffers that were pinned but not read are passed
             // again, and each pin is taken over once.
             unsafe {
-                let read = read_buffers(self.relation, fork, next, &mut buffers[done..count]);
-                for &buffer in &buffers[done..done + read] {
+                let buffers = &mut buffers[done..count];
+                let read = read_buffers(self.relation, fork, next, buffers, hands_over);
+                for &buffer in &buffers[..read] {
                     each(&Pinned::new(buffer));
                 }
                 done += read;

@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize};
 use pgrx::pg_sys;
 
 use super::buffer::{all, change_usage_count, count, state, usage_count};
+use super::fills::Fills;
 use crate::blocks::{Budget, Room, UsageCount};
 use crate::pg::process::{self, check_for_interrupts};
 use crate::pg::sys::buffer_state::{self, Word};
@@ -84,6 +85,8 @@ pub struct LoadRoom {
     keeps_usage_counts: bool,
     /// How far usage counts were raised for that, as a position of the clock hand.
     raised_until: AtomicU64,
+    /// What the load has filled.
+    pub fills: Fills,
 }
 
 impl LoadRoom {
@@ -97,6 +100,7 @@ impl LoadRoom {
             next_count: AtomicI64::new(0),
             keeps_usage_counts: false,
             raised_until: AtomicU64::new(0),
+            fills: Fills::new(),
         }
     }
 

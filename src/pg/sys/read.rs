@@ -86,8 +86,9 @@ pub unsafe fn smgr_prefetch(
     }
 }
 
-/// How many blocks [`read_buffers`] may read at once now.
-pub fn max_buffers_at_once() -> usize {
+/// How many blocks [`read_buffers`] may read at once now. `hands_over` is as for that.
+pub fn max_buffers_at_once(hands_over: bool) -> usize {
+    let _ = hands_over;
     #[cfg(any(feature = "pg15", feature = "pg16"))]
     {
         1
@@ -97,7 +98,7 @@ pub fn max_buffers_at_once() -> usize {
     unsafe {
         let max = READ_BLOCKS_MAX.min(pg_sys::io_combine_limit as usize);
         #[cfg(not(feature = "pg17"))]
-        let max = handed_over().map_or(max, |half| 2 * half);
+        let max = handed_over(hands_over).map_or(max, |half| 2 * half);
         #[expect(
             clippy::cast_possible_truncation,
             reason = "it is at most READ_BLOCKS_MAX"
@@ -109,9 +110,9 @@ pub fn max_buffers_at_once() -> usize {
 }
 
 /// How many blocks [`read_buffers`] hands over if it reads more than that: at most half of what
-/// it reads at once. `None` if nobody else would read them.
+/// it reads at once. `None` if it is not to hand over any, or nobody else would read them.
 #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17")))]
-fn handed_over() -> Option<usize> {
+fn handed_over(hands_over: bool) -> Option<usize> {
     // SAFETY: two settings.
     let (method, limit) = unsafe {
         (
@@ -120,15 +121,16 @@ fn handed_over() -> Option<usize> {
         )
     };
     let is_asynchronous = method != pg_sys::IoMethod::IOMETHOD_SYNC as i32;
-    is_asynchronous.then(|| (READ_BLOCKS_MAX / 2).min(limit as usize))
+    (hands_over && is_asynchronous).then(|| (READ_BLOCKS_MAX / 2).min(limit as usize))
 }
 
 /// Reads blocks of one segment file from `first` on into buffers: as many as the server
 /// reads at once, and at most one for each place in `buffers`. Returns how many. The caller
 /// has a pin on each.
 ///
-/// This process reads them. From 18 on, if they are too many for one read, it reads the
-/// second part, while the first is read as `io_method` says: by an I/O worker, for example.
+/// This process reads them. From 18 on, with `hands_over`, if they are too many for one read, it
+/// reads the second part, while the first is read as `io_method` says: by an I/O worker, for
+/// example.
 ///
 /// The server may have pinned more than it has read. Those stay in `buffers`, and must
 /// be passed again with the next call.
@@ -141,7 +143,9 @@ pub unsafe fn read_buffers(
     fork: Fork,
     first: BlockNumber,
     buffers: &mut [pg_sys::Buffer],
+    hands_over: bool,
 ) -> usize {
+    let _ = hands_over;
     #[cfg(any(feature = "pg15", feature = "pg16"))]
     {
         // SAFETY: the relation is open.
@@ -163,7 +167,7 @@ pub unsafe fn read_buffers(
         // this process reads nothing else.
         unsafe {
             #[cfg(not(feature = "pg17"))]
-            if let Some(half) = handed_over()
+            if let Some(half) = handed_over(hands_over)
                 && buffers.len() > half
             {
                 let (handed_over, own) = buffers.split_at_mut(half);

@@ -64,7 +64,13 @@ pub fn touch_memory(megabytes: u32) {
     let (start, length) = (memory.as_mut_ptr(), memory.len());
     let start = start.wrapping_add(start.align_offset(HUGE_PAGE));
     // SAFETY: the range is in the allocation, and nothing but the size of its pages changes.
-    unsafe { libc::madvise(start.cast(), length - HUGE_PAGE, libc::MADV_HUGEPAGE) };
+    unsafe {
+        libc::madvise(
+            start.cast(),
+            length.saturating_sub(HUGE_PAGE),
+            libc::MADV_HUGEPAGE,
+        )
+    };
     for page in memory.iter_mut().step_by(4096) {
         *page = 1;
     }

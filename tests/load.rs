@@ -482,7 +482,7 @@ fn a_list_of_very_many_databases_is_skipped_at_once() {
 
 #[test]
 fn every_io_method_loads() {
-    let cluster = Cluster::build().start();
+    let cluster = Cluster::build().setting("shared_buffers = 64MB").start();
     if cluster.major() < 18 {
         // Before 18 there is no choice. All other tests use the default.
         return;

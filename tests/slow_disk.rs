@@ -106,18 +106,19 @@ fn io_workers_take_part_in_a_load_once_sessions_fill_buffers_as_well() {
     cluster.configure("io_method = worker");
     cluster.start();
     let mut client = cluster.connect("postgres");
-    let waits_for_io_worker = format!("SELECT count(*) > 0 {READING} AND wait_event ~ '^Aio'");
+    let io_worker_reads = "SELECT count(*) > 0 FROM pg_stat_activity \
+                           WHERE backend_type = 'io worker' AND wait_event = 'DataFileRead'";
     wait_for_reading(&mut client, 2);
     // With more processors than workers, they take part at once.
     if available_parallelism().unwrap().get() <= 2 {
         for _ in 0..50 {
-            assert!(!value::<bool>(&mut client, &waits_for_io_worker));
+            assert!(!value::<bool>(&mut client, io_worker_reads));
             sleep(Duration::from_millis(10));
         }
     }
     cluster.fill_buffers();
-    wait_until("a worker that waits for an I/O worker", || {
-        value(&mut client, &waits_for_io_worker)
+    wait_until("an I/O worker that reads", || {
+        value(&mut client, io_worker_reads)
     });
     cluster.slow_reads(0);
 }

@@ -94,12 +94,12 @@ struct LoadedDatabase {
     oid: Oid,
     failed_connects: u32,
     /// Set after a worker has died in this database, perhaps because a command such as
-    /// `DROP DATABASE` terminated it. No worker is started in it before this time, and
-    /// other databases come first until a worker has connected to it again.
+    /// `DROP DATABASE` terminated it, and while a command needs it without connections. No
+    /// worker is started in it before this time, and other databases come first until a worker
+    /// has connected to it again.
     set_aside_until: Option<Instant>,
-    /// Whether it was set aside last since a command needs it without connections. New
-    /// sessions do not wait for it then.
-    is_left_to_command: bool,
+    /// Since when a command has needed this database without connections.
+    wanted_alone_since: Option<Instant>,
     /// Whether the rest of this database was skipped, so that no worker is started in it.
     given_up: bool,
     /// Where its chunks of the first tier end.
@@ -111,17 +111,21 @@ impl LoadedDatabase {
     /// connected.
     fn set_aside(&mut self) {
         self.set_aside_until = Some(Instant::now() + RETRY);
-        self.is_left_to_command = false;
     }
 
-    fn leave_to_command(&mut self) {
-        self.set_aside();
-        self.is_left_to_command = true;
+    /// The same if a command needs it without connections.
+    fn set_aside_if(&mut self, is_wanted_alone: bool) {
+        if is_wanted_alone {
+            self.set_aside();
+            self.wanted_alone_since.get_or_insert_with(Instant::now);
+        } else {
+            self.wanted_alone_since = None;
+        }
     }
 
-    fn return_to(&mut self) {
+    fn end_set_aside(&mut self) {
         self.set_aside_until = None;
-        self.is_left_to_command = false;
+        self.wanted_alone_since = None;
     }
 
     /// Whether a worker may be started here.
@@ -129,9 +133,11 @@ impl LoadedDatabase {
         self.set_aside_until <= Some(Instant::now())
     }
 
-    /// Whether held sessions wait for its first tier.
+    /// Whether held sessions wait for its first tier. A command that takes longer than a
+    /// moment does not keep them waiting.
     fn is_waited_for(&self) -> bool {
-        !self.given_up && !self.is_left_to_command
+        let since = self.wanted_alone_since;
+        !self.given_up && since.is_none_or(|since| since.elapsed() < RETRY)
     }
 }
 
@@ -178,7 +184,7 @@ impl Supervisor {
                 oid,
                 failed_connects: 0,
                 set_aside_until: None,
-                is_left_to_command: false,
+                wanted_alone_since: None,
                 given_up: false,
                 first_tier_end: first_tier_end(cursor.unclaimed()),
             })
@@ -212,7 +218,7 @@ impl Supervisor {
             databases,
         );
         for database in &mut self.databases {
-            database.return_to();
+            database.end_set_aside();
             database.failed_connects = 0;
         }
         self.abandoned.clear();
@@ -350,9 +356,18 @@ impl Supervisor {
             false => Vec::new(),
         };
         let has_no_worker = |&index: &usize| left(index) > 0 && self.workers_in(index) == 0;
+        // A chunk that a worker has left is for a new one.
+        let mut abandoned = self.abandoned.iter().filter_map(|&(index, claim)| {
+            (waiting.contains(&index) && self.is_of_first_tier(claim)).then_some(index)
+        });
+        let left_by_worker = abandoned.next();
         let header = self.segment.header();
-        header.set_first_tier_has_no_worker(waiting.iter().any(has_no_worker));
-        header.set_first_tier_waits(self.with_most(waiting.into_iter(), left));
+        header.set_first_tier_has_no_worker(
+            left_by_worker.is_some() || waiting.iter().any(has_no_worker),
+        );
+        header.set_first_tier_waits(
+            left_by_worker.or_else(|| self.with_most(waiting.iter().copied(), left)),
+        );
     }
 
     /// Whether new sessions wait for the first tier.
@@ -384,7 +399,10 @@ impl Supervisor {
         let is_claimed = |index| !is_waited_for(index) || self.first_tier_left(index) == 0;
         let is_abandoned =
             |&(index, claim): &(usize, Claim)| is_waited_for(index) && self.is_of_first_tier(claim);
-        header.shared_unclaimed().start >= self.shared_first_tier_end
+        // Shared catalogs are loaded by a worker in any database.
+        let shared_is_claimed = header.shared_unclaimed().start >= self.shared_first_tier_end
+            || !(0..self.databases.len()).any(is_waited_for);
+        shared_is_claimed
             && (0..self.databases.len()).all(is_claimed)
             && !self.workers.iter().any(is_at_it)
             && !self.abandoned.iter().any(is_abandoned)
@@ -438,10 +456,15 @@ impl Supervisor {
     /// these databases aside.
     fn leave_databases(&mut self) {
         for index in 0..self.databases.len() {
-            if self.workers_in(index) == 0 || !self.is_wanted_alone(index) {
+            let was_wanted_alone = self.databases[index].wanted_alone_since.is_some();
+            if self.workers_in(index) == 0 && !was_wanted_alone {
                 continue;
             }
-            self.databases[index].leave_to_command();
+            let is_wanted_alone = self.is_wanted_alone(index);
+            self.databases[index].set_aside_if(is_wanted_alone);
+            if !is_wanted_alone {
+                continue;
+            }
             let header = self.segment.header();
             let workers = self.workers.iter_mut();
             for worker in workers.filter(|worker| worker.database == index) {
@@ -495,7 +518,7 @@ impl Supervisor {
             if !stopped && !matches!(stage, Stage::Left | Stage::Finished) {
                 let database = &mut self.databases[self.workers[index].database];
                 if stage >= Stage::Connected && database.is_due() {
-                    database.return_to();
+                    database.end_set_aside();
                 }
                 index += 1;
                 continue;
@@ -607,7 +630,7 @@ impl Supervisor {
     /// Skips all blocks of a database that are left.
     fn give_up(&mut self, index: usize, reason: SkipReason) {
         self.databases[index].given_up = true;
-        self.databases[index].return_to();
+        self.databases[index].end_set_aside();
         let unclaimed = self.blocks_left_of(self.segment.cells()[index].close());
         self.skip(reason, unclaimed);
         let abandoned: Vec<_> = self
@@ -633,8 +656,9 @@ impl Supervisor {
                 self.give_up(database, reason);
                 continue;
             }
-            if self.is_wanted_alone(database) {
-                self.databases[database].leave_to_command();
+            let is_wanted_alone = self.is_wanted_alone(database);
+            self.databases[database].set_aside_if(is_wanted_alone);
+            if is_wanted_alone {
                 continue;
             }
             if !self.workers.is_empty() && !self.leaves_slots_to_others() {
@@ -698,10 +722,10 @@ impl Supervisor {
     /// Like [`Self::next_database`], but chooses among the given databases, and perhaps among
     /// the chunks of the first tier only.
     fn next_of(&self, databases: &[usize], first_only: bool) -> Option<(usize, Option<Claim>)> {
-        let mut abandoned = self.abandoned.iter().rev().filter(|(database, claim)| {
+        let mut abandoned = self.abandoned.iter().rev();
+        if let Some(&(database, claim)) = abandoned.find(|(database, claim)| {
             databases.contains(database) && (!first_only || self.is_of_first_tier(*claim))
-        });
-        if let Some(&(database, claim)) = abandoned.next() {
+        }) {
             return Some((database, Some(claim)));
         }
         let chunks = |index: usize| match first_only {

@@ -803,21 +803,25 @@ impl Cluster {
     }
 
     /// Starts the server, and has a session fill buffers at the beginning of the load: from 18
-    /// on, I/O workers take part in the rest. Needs the extension.
+    /// on, the rest is read by `io_method` as well. Needs the extension.
     pub fn start_with_shared_buffers_in_use(&self) {
         self.configure("pg_prewarm.autoprewarm_max_rate = 80");
         self.start();
         let mut client = self.connect("postgres");
         LoadStats::wait_for(&mut client, |stats| stats.loaded > 0);
         self.fill_buffers();
+        let loaded = LoadStats::get(&mut client).loaded;
+        LoadStats::wait_for(&mut client, |stats| stats.loaded > loaded);
         self.configure("pg_prewarm.autoprewarm_max_rate = 0");
         self.reload();
     }
 
     /// Has a session fill buffers without reading any block.
     pub fn fill_buffers(&self) {
-        self.sql("DROP TABLE IF EXISTS filler");
-        self.table("filler", 1000);
+        static FILLERS: AtomicU32 = AtomicU32::new(0);
+        // A new table each time: what a dropped one leaves would be filled first.
+        let number = FILLERS.fetch_add(1, Ordering::Relaxed);
+        self.table(&format!("filler{number}"), 1000);
     }
 
     /// The current file of a relation, as a block of which the first four fields are

@@ -13,8 +13,8 @@
 //!    and compete.
 //! 3. **In runs, as long as there is room**: a load. As 2., but before each run it looks
 //!    for buffers that it may fill, and ends if there are none ([`LoadRoom`]); and it hands
-//!    nothing over while its workers are as many as the processors, and sessions fill no
-//!    buffers.
+//!    nothing over while its workers are at least as many as the processors, and nobody
+//!    else fills buffers.
 //! 4. **Not into shared buffers**: the modes `read` and `prefetch`, for the operating
 //!    system's cache.
 //!
@@ -33,7 +33,9 @@ use super::room::LoadRoom;
 use super::segments::{REQUEST_BLOCKS, SEGMENT_BLOCKS, Segments};
 use crate::blocks::{BlockNumber, Fork};
 use crate::pg::process::{self, check_for_interrupts, memory};
-use crate::pg::sys::read::{READ_BLOCKS_MAX, max_buffers_at_once, read_buffers, read_stream};
+use crate::pg::sys::read::{
+    CAN_HAND_OVER, READ_BLOCKS_MAX, max_buffers_at_once, read_buffers, read_stream,
+};
 
 /// How the reading of a load ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,9 +123,10 @@ impl Relation<'_> {
         self.transaction.release_catalog_snapshot();
         // If its own processes keep the processors busy and nobody else wants them, more
         // processes make a load slower.
-        let hands_over = load.is_none_or(|(room, readers)| {
-            room.fills.are_shared() || readers < process::processors()
-        });
+        let hands_over = CAN_HAND_OVER
+            && load.is_none_or(|(room, readers)| {
+                room.fills.are_shared(readers) || readers < process::processors()
+            });
         let max = max_buffers_at_once(hands_over);
         let mut index = 0;
         while index < blocks.len() {
@@ -148,7 +151,7 @@ impl Relation<'_> {
                 }
                 index += 1;
             });
-            if let Some((room, _)) = load {
+            if CAN_HAND_OVER && let Some((room, _)) = load {
                 room.fills.add(last, run);
             }
             is_cached = load.is_none() && buffer::hits() - hits >= run as u64;

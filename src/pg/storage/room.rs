@@ -85,7 +85,7 @@ pub struct LoadRoom {
     keeps_usage_counts: bool,
     /// How far usage counts were raised for that, as a position of the clock hand.
     raised_until: AtomicU64,
-    /// What the load has filled.
+    /// The buffers that the load has filled.
     pub fills: Fills,
 }
 

@@ -12,6 +12,13 @@ use crate::blocks::{BlockNumber, Fork};
 /// Whether the server reads several blocks at once.
 pub const READS_MANY_AT_ONCE: bool = cfg!(not(any(feature = "pg15", feature = "pg16")));
 
+/// Whether other processes can read for this one, such as I/O workers.
+pub const CAN_HAND_OVER: bool = cfg!(not(any(
+    feature = "pg15",
+    feature = "pg16",
+    feature = "pg17"
+)));
+
 /// The maximum number of blocks read at once. No version's limit for one vectored read is
 /// below that.
 pub const READ_BLOCKS_MAX: usize = 32;

@@ -406,29 +406,36 @@ fn the_first_tier_of_every_database_is_loaded_before_the_rest_of_any() {
     assert_eq!(stats.skipped, 0, "{stats:?}");
 }
 
+/// A stopped cluster whose two workers load the first tier and the rest of one database, and
+/// another database, all of which is of the first tier.
+fn cluster_with_other(first: u32, rest: u32, second: u32) -> Cluster {
+    let (cluster, table) = cluster(Cluster::build(), LONG);
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.start();
+    cluster.sql("CREATE DATABASE other");
+    let rest_of_it = cluster.table_of_blocks("postgres", "rest", rest);
+    let other = cluster.table_of_blocks("other", "t", second);
+    cluster.stop(Shutdown::Fast);
+    let blocks = table.first(first).chain(rest_of_it.first(rest));
+    let digits = [("5", first), ("1", rest), ("5", second)];
+    let digits = digits.map(|(digit, blocks)| digit.repeat(blocks as usize));
+    cluster.write_list(list_with_usage_counts(
+        blocks.chain(other.first(second)),
+        &digits.concat(),
+    ));
+    cluster.configure("pg_prewarm.autoprewarm_workers = 2");
+    cluster
+}
+
 #[test]
 fn a_worker_that_has_done_its_part_of_the_first_tier_helps_another_database_with_its_own() {
     // Each database gets one of the two workers, and the first is done before the second.
     const FIRST: u32 = 1600;
     const SECOND: u32 = 3500;
     const REST: u32 = 2500;
-    let (cluster, table) = cluster(Cluster::build(), LONG);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
-    cluster.start();
-    cluster.sql("CREATE DATABASE other");
-    let rest = cluster.table_of_blocks("postgres", "rest", REST);
-    let other = cluster.table_of_blocks("other", "t", SECOND);
-    cluster.stop(Shutdown::Fast);
-    let blocks = table.first(FIRST).chain(rest.first(REST));
-    let digits = [("5", FIRST), ("1", REST), ("5", SECOND)];
-    let digits = digits.map(|(digit, blocks)| digit.repeat(blocks as usize));
-    cluster.write_list(list_with_usage_counts(
-        blocks.chain(other.first(SECOND)),
-        &digits.concat(),
-    ));
+    let cluster = cluster_with_other(FIRST, REST, SECOND);
     // 800 blocks a second.
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 6400");
-    cluster.configure("pg_prewarm.autoprewarm_workers = 2");
     let (mut client, waiting) = start_and_hold(&cluster);
     assert_let_in(&mut client, waiting);
     // A worker may have begun with a chunk of the rest. If it went on, it would load 1900 blocks.
@@ -481,23 +488,9 @@ fn a_database_whose_worker_has_died_gets_the_next_one_before_the_rest_of_another
 fn a_database_whose_worker_has_died(second: u32) {
     const FIRST: u32 = 600;
     const REST: u32 = 4000;
-    let (cluster, table) = cluster(Cluster::build(), LONG);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
-    cluster.start();
-    cluster.sql("CREATE DATABASE other");
-    let rest = cluster.table_of_blocks("postgres", "rest", REST);
-    let other = cluster.table_of_blocks("other", "t", second);
-    cluster.stop(Shutdown::Fast);
-    let blocks = table.first(FIRST).chain(rest.first(REST));
-    let digits = [("5", FIRST), ("1", REST), ("5", second)];
-    let digits = digits.map(|(digit, blocks)| digit.repeat(blocks as usize));
-    cluster.write_list(list_with_usage_counts(
-        blocks.chain(other.first(second)),
-        &digits.concat(),
-    ));
+    let cluster = cluster_with_other(FIRST, REST, second);
     // 400 blocks a second.
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 3200");
-    cluster.configure("pg_prewarm.autoprewarm_workers = 2");
     let (mut client, waiting) = start_and_hold(&cluster);
     let terminate = "SELECT coalesce(bool_or(pg_terminate_backend(pid)), false) \
                      FROM pg_stat_activity \

@@ -113,16 +113,6 @@ impl LoadedDatabase {
         self.set_aside_until = Some(Instant::now() + RETRY);
     }
 
-    /// The same if a command needs it without connections.
-    fn set_aside_if(&mut self, is_wanted_alone: bool) {
-        if is_wanted_alone {
-            self.set_aside();
-            self.wanted_alone_since.get_or_insert_with(Instant::now);
-        } else {
-            self.wanted_alone_since = None;
-        }
-    }
-
     fn end_set_aside(&mut self) {
         self.set_aside_until = None;
         self.wanted_alone_since = None;
@@ -460,9 +450,7 @@ impl Supervisor {
             if self.workers_in(index) == 0 && !was_wanted_alone {
                 continue;
             }
-            let is_wanted_alone = self.is_wanted_alone(index);
-            self.databases[index].set_aside_if(is_wanted_alone);
-            if !is_wanted_alone {
+            if !self.set_aside_if_wanted_alone(index) {
                 continue;
             }
             let header = self.segment.header();
@@ -479,11 +467,22 @@ impl Supervisor {
         }
     }
 
-    fn is_wanted_alone(&self, index: usize) -> bool {
-        let database = self.databases[index].oid;
+    /// Sets a database aside if a command needs it without connections. Returns whether one
+    /// does.
+    fn set_aside_if_wanted_alone(&mut self, index: usize) -> bool {
+        let database = &mut self.databases[index];
+        let oid = database.oid;
         // Without room in the lock table, the leader looks again soon.
-        transaction::run(|transaction| database::is_wanted_alone(transaction, database))
-            .unwrap_or(false)
+        let is_wanted_alone =
+            transaction::run(|transaction| database::is_wanted_alone(transaction, oid))
+                .unwrap_or(false);
+        if is_wanted_alone {
+            database.set_aside();
+            database.wanted_alone_since.get_or_insert_with(Instant::now);
+        } else {
+            database.wanted_alone_since = None;
+        }
+        is_wanted_alone
     }
 
     /// Whether two slots stay free for others when one more worker is started. Workers
@@ -656,9 +655,7 @@ impl Supervisor {
                 self.give_up(database, reason);
                 continue;
             }
-            let is_wanted_alone = self.is_wanted_alone(database);
-            self.databases[database].set_aside_if(is_wanted_alone);
-            if is_wanted_alone {
+            if self.set_aside_if_wanted_alone(database) {
                 continue;
             }
             if !self.workers.is_empty() && !self.leaves_slots_to_others() {

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use postgres::Client;
 
-use crate::common::{Block, Cluster, LIST, LoadStats, Shutdown, list_of, value, wait_until};
+use crate::common::{
+    Block, Cluster, LIST, LoadStats, Shutdown, assert_holds_no_snapshot, list_of, value, wait_until,
+};
 
 const WORKERS: &str = "FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'";
 const LOAD: &str = "SELECT autoprewarm_load_now()";
@@ -68,8 +70,8 @@ fn a_worker_queues_behind_a_command_that_waits_for_the_lock_of_a_reader() {
     client.batch_execute(LOAD).unwrap();
     wait_for_lock_queue(&mut client);
     // Its snapshot would hold back everybody's vacuum.
-    let is_held_back = format!("SELECT count(backend_xmin) {WORKERS}");
-    assert_eq!(value::<i64>(&mut client, &is_held_back), 0);
+    let waiting = format!("{WORKERS} AND wait_event_type = 'Lock'");
+    assert_holds_no_snapshot(&mut client, &waiting);
     thread::sleep(Duration::from_secs(4));
     reader.batch_execute("COMMIT").unwrap();
     command.join().unwrap().unwrap();

@@ -3,7 +3,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::common::{Block, Cluster, LoadStats, Shutdown, list_of, signal, value, wait_until};
+use crate::common::{
+    Block, Cluster, LoadStats, Shutdown, assert_holds_no_snapshot, list_of, signal, value,
+    wait_until,
+};
 
 const WORKERS: &str = "FROM pg_stat_activity WHERE backend_type = 'autoprewarm worker'";
 
@@ -322,20 +325,10 @@ fn a_worker_that_is_killed_restarts_the_server_which_then_loads_again() {
 }
 
 #[test]
-fn a_load_holds_no_snapshot() {
+fn a_worker_that_waits_for_a_locked_relation_holds_no_snapshot() {
     let (cluster, _) = cluster_with_locked_table();
     cluster.start();
-    let mut seen = 0;
     let mut client = cluster.connect("postgres");
-    wait_until("a worker", || {
-        let row = client
-            .query_one(
-                &format!("SELECT count(*), count(backend_xmin) {WORKERS}"),
-                &[],
-            )
-            .unwrap();
-        seen += row.get::<_, i64>(0);
-        assert_eq!(row.get::<_, i64>(1), 0);
-        seen > 20
-    });
+    let waiting = format!("{WORKERS} AND wait_event_type = 'Extension'");
+    assert_holds_no_snapshot(&mut client, &waiting);
 }

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use postgres::Client;
 
 use crate::common::{
-    Block, Builder, Cluster, Fault, Shutdown, SqlError, error, list_of, signal, value, wait_until,
+    Block, Builder, Cluster, Fault, Shutdown, SqlError, assert_holds_no_snapshot, error, list_of,
+    signal, value, wait_until,
 };
 
 const BLOCKS: u32 = 4000;
@@ -349,17 +350,9 @@ fn workers_read_one_table_in_parallel_and_do_not_hold_back_vacuum() {
         wait_until("two workers with a lock on the table", || {
             value::<i64>(&mut client, locks) == 2
         });
-        let mut seen = 0;
-        while seen < 200 {
-            let row = client
-                .query_one(
-                    &format!("SELECT count(*), count(backend_xmin), count(backend_xid) {READING}"),
-                    &[],
-                )
-                .unwrap();
-            seen += row.get::<_, i64>(0);
-            assert_eq!((row.get::<_, i64>(1), row.get::<_, i64>(2)), (0, 0));
-        }
+        assert_holds_no_snapshot(&mut client, READING);
+        let xids = format!("SELECT count(backend_xid) {READING}");
+        assert_eq!(value::<i64>(&mut client, &xids), 0);
         cluster.stop(Shutdown::Immediate);
     }
 }

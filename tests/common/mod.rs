@@ -977,6 +977,22 @@ pub fn value<T: FromSqlOwned>(client: &mut Client, sql: &str) -> T {
     }
 }
 
+/// Looks at the rows of `pg_stat_activity` that `from` selects until it has seen 20, and
+/// asserts that these processes hold no snapshot. Some rows may have one: a process has it
+/// for a moment while it looks something up, and the server reads `backend_xmin` and the
+/// wait event one after the other.
+pub fn assert_holds_no_snapshot(client: &mut Client, from: &str) {
+    let sql = format!("SELECT count(*), count(backend_xmin) {from}");
+    let (mut seen, mut with_snapshot) = (0, 0);
+    wait_until("processes to look at", || {
+        let row = client.query_one(&sql, &[]).unwrap();
+        seen += row.get::<_, i64>(0);
+        with_snapshot += row.get::<_, i64>(1);
+        seen >= 20
+    });
+    assert!(with_snapshot <= 2, "{with_snapshot} of {seen}: {from}");
+}
+
 /// The error that a query must raise: SQLSTATE, message, detail, hint.
 pub fn error(client: &mut Client, sql: &str) -> SqlError {
     match client.simple_query(sql) {

@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -97,6 +98,16 @@ impl Clients {
                     .arg("postgres")
                     .stdout(Stdio::null())
                     .stderr(Stdio::null());
+                // Where `sched_autogroup_enabled` is on, Linux shares the processors among
+                // sessions of processes. Each process of the server is one. So is each client
+                // then, as if it was alone on its machine.
+                // SAFETY: it may be called between fork and exec.
+                unsafe {
+                    command.pre_exec(|| match libc::setsid() {
+                        -1 => Err(std::io::Error::last_os_error()),
+                        _ => Ok(()),
+                    });
+                }
                 let process = Arc::new(AtomicI32::new(0));
                 let (stop, running) = (stop.clone(), process.clone());
                 let first_seed = (draw * MOST_CLIENTS + number) * SEEDS_OF_A_CLIENT;

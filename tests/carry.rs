@@ -340,7 +340,7 @@ fn what_a_cancelled_load_has_left_goes_on_in_the_next_list() {
     assert_eq!(listed(&cluster, table).len(), 1000);
     assert_eq!(carried(&cluster), (left as u64, 0));
     assert_eq!(shown(&cluster), Some(left));
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0\npg_prewarm.autoprewarm_interval = 0");
     assert_eq!(restart(&cluster).0, cluster.listed().len() as u64);
     assert_eq!(cached(&cluster, table).len(), 1000);
 }

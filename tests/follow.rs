@@ -9,8 +9,8 @@ use base64::engine::general_purpose::STANDARD;
 use postgres::Client;
 
 use crate::common::{
-    Block, Cluster, Installation, LIST, Shutdown, SqlError, error, give_to_server, run, signal,
-    value, wait_until,
+    Block, Cluster, Installation, LIST, LoadStats, Shutdown, SqlError, error, give_to_server, run,
+    signal, value, wait_until,
 };
 
 /// The list of the upstream server, in the standby's data directory.
@@ -362,6 +362,8 @@ fn a_fetch_is_not_taken_for_a_synchronous_standby() {
     let (primary, standby) = pair(&[("t", 100)]);
     primary.configure("synchronous_standby_names = 'ANY 1 (*)'");
     primary.reload();
+    // Commits wait once the checkpointer has seen it, which it has when it does this.
+    primary.sql("CHECKPOINT");
     // What a fetch does, but for longer.
     let conninfo = format!(
         "host={} user=postgres replication=true application_name=pg_prewarm",
@@ -479,6 +481,12 @@ fn each_reason_for_having_no_list_is_one_clear_line() {
         assert!(last_error.unwrap().contains(message));
         let _ = refusal(&standby);
         let log = standby.log_since(mark);
+        // The server's own has the same timeout.
+        let log: Vec<_> = log
+            .lines()
+            .filter(|line| !line.starts_with("walreceiver["))
+            .collect();
+        let log = log.join("\n");
         let primary =
             format!("WARNING:  {sqlstate}: autoprewarm could not follow the upstream server: ");
         let lines = log
@@ -857,7 +865,8 @@ fn commands_that_replay_needs_the_relation_for_are_not_kept_waiting() {
             let start = Instant::now();
             standby.wait_for_replay(&primary);
             let took = start.elapsed();
-            assert!(took < Duration::from_secs(1), "{statement}: {took:?}");
+            // Promised are 100 ms. A load that did not give way would go on for longer than this.
+            assert!(took < Duration::from_millis(2500), "{statement}: {took:?}");
         }
     };
     // Each while a worker is connected to the database, or is in the middle of the table.
@@ -870,7 +879,7 @@ fn commands_that_replay_needs_the_relation_for_are_not_kept_waiting() {
     replay("DROP DATABASE doomed");
     wait_until("parts of each table", || {
         let is_partly_cached =
-            |&(table, _): &(Block, &str)| (1..400).contains(&cached(&standby, table).0);
+            |&(table, _): &(Block, &str)| (1..150).contains(&cached(&standby, table).0);
         if let Some(at) = tables.iter().position(is_partly_cached) {
             replay(tables.remove(at).1);
         }
@@ -1127,6 +1136,9 @@ fn a_server_that_is_loading_its_own_list_gives_none() {
     let good = std::fs::read(standby.data(UPSTREAM)).unwrap();
     primary.configure("pg_prewarm.autoprewarm_max_rate = 8");
     primary.restart();
+    LoadStats::wait_for(&mut primary.connect("postgres"), |stats| {
+        stats.state == "loading"
+    });
     let refused = refusal(&standby);
     assert!(
         refused.message.contains("it is loading one itself"),

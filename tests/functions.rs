@@ -752,19 +752,20 @@ fn an_index_waits_for_its_table_first_and_may_be_dropped_meanwhile() {
     let arguments = format!("{oid}::regclass");
     thread::scope(|scope| {
         let call = scope.spawn(|| prewarm(&mut caller, &arguments));
-        let mut locks = Vec::new();
-        wait_until("the call's lock", || {
-            locks = owner
+        // It locks catalogs for a moment before.
+        wait_until("the call's lock of the table, and of nothing else", || {
+            let locks: Vec<String> = owner
                 .query(
                     "SELECT relation::regclass::text || ' ' || mode || ' ' || granted \
                      FROM pg_locks WHERE pid = $1 AND locktype = 'relation' AND database <> 0",
                     &[&pid],
                 )
-                .unwrap();
-            !locks.is_empty()
+                .unwrap()
+                .iter()
+                .map(|row| row.get(0))
+                .collect();
+            locks == ["t AccessShareLock false"]
         });
-        let locks: Vec<String> = locks.iter().map(|row| row.get(0)).collect();
-        assert_eq!(locks, ["t AccessShareLock false"]);
         owner.batch_execute("COMMIT").unwrap();
         assert_eq!(
             call.join().unwrap(),
@@ -876,6 +877,8 @@ fn the_extension_can_be_moved_dropped_and_created_again() {
         ),
     ] {
         client.batch_execute(sql).unwrap();
+        let call = format!("SELECT {schema}.autoprewarm_wait('1 min')");
+        assert!(value::<bool>(&mut client, &call));
         let call = format!("SELECT {schema}.pg_prewarm('public.t')");
         assert_eq!(value::<i64>(&mut client, &call), 1, "{sql}");
         let call = format!("SELECT {schema}.autoprewarm_dump_now()");
@@ -1035,6 +1038,7 @@ fn a_dump_on_demand_lists_what_is_cached_with_and_without_a_leader() {
         make_table(&cluster);
         cluster.sql(
             "CREATE EXTENSION pg_prewarm; \
+             SELECT autoprewarm_wait('1 min'); \
              CREATE UNLOGGED TABLE u AS SELECT 1 AS a",
         );
         // By now, the blocks that this query reads are cached.

@@ -72,7 +72,7 @@ fn a_worker_queues_behind_a_command_that_waits_for_the_lock_of_a_reader() {
     // Its snapshot would hold back everybody's vacuum.
     let waiting = format!("{WORKERS} AND wait_event_type = 'Lock'");
     assert_holds_no_snapshot(&mut client, &waiting);
-    thread::sleep(Duration::from_secs(4));
+    thread::sleep(Duration::from_secs(2));
     reader.batch_execute("COMMIT").unwrap();
     command.join().unwrap().unwrap();
     let stats = LoadStats::wait_for_end(&mut client);
@@ -87,26 +87,35 @@ fn a_worker_queues_behind_a_command_that_waits_for_the_lock_of_a_reader() {
 fn a_worker_that_waits_for_a_lock_is_cancelled_at_once() {
     let (cluster, _) = cluster_with_tables("postgres", &[]);
     cluster.sql("BEGIN; LOCK TABLE t; PREPARE TRANSACTION 'holder'");
+    let list = cluster.list();
     let mut client = cluster.connect("postgres");
-    let mark = cluster.log_end();
-    client.batch_execute(LOAD).unwrap();
-    wait_for_lock_queue(&mut client);
-    let start = Instant::now();
-    assert!(value::<bool>(&mut client, "SELECT autoprewarm_cancel()"));
-    assert!(start.elapsed() < Duration::from_secs(1));
-    let stats = LoadStats::wait_for_end(&mut client);
-    assert_eq!((stats.result(), stats.skipped), ("cancelled", 500));
-    assert!(!cluster.log_since(mark).contains("FATAL:"));
+    // A worker that does not get a processor within 100 ms is terminated.
+    let is_cancelled = (0..3).any(|_| {
+        cluster.write_list(&list);
+        let mark = cluster.log_end();
+        client.batch_execute(LOAD).unwrap();
+        LoadStats::wait_for(&mut client, |stats| stats.loaded + stats.cached == 100);
+        wait_for_lock_queue(&mut client);
+        let start = Instant::now();
+        assert!(value::<bool>(&mut client, "SELECT autoprewarm_cancel()"));
+        // Without that it waits for ten seconds.
+        assert!(start.elapsed() < Duration::from_secs(5));
+        let stats = LoadStats::wait_for_end(&mut client);
+        assert_eq!((stats.result(), stats.skipped), ("cancelled", 500));
+        !cluster.log_since(mark).contains("FATAL:")
+    });
+    assert!(is_cancelled, "{}", cluster.log());
 }
 
 #[test]
 fn what_is_locked_does_not_hold_the_load_open_and_is_loaded_when_it_is_free() {
-    let (cluster, table) =
-        cluster_with_tables("postgres", &["pg_prewarm.autoprewarm_interval = 2"]);
+    let (cluster, table) = cluster_with_tables("postgres", &[]);
     cluster.sql("BEGIN; LOCK TABLE t; PREPARE TRANSACTION 'holder'");
     let mut client = cluster.connect("postgres");
     let start = Instant::now();
     client.batch_execute(LOAD).unwrap();
+    cluster.configure("pg_prewarm.autoprewarm_interval = 2");
+    cluster.reload();
     let stats = LoadStats::wait_for_end(&mut client);
     assert!(start.elapsed() < Duration::from_secs(20));
     assert_eq!((stats.result(), stats.skipped), ("completed", 500));
@@ -137,7 +146,7 @@ fn what_is_locked_does_not_hold_the_load_open_and_is_loaded_when_it_is_free() {
 
 #[test]
 fn what_was_locked_and_is_dropped_then_is_counted_so() {
-    let (cluster, _) = cluster_with_tables("app", &["pg_prewarm.autoprewarm_interval = 2"]);
+    let (cluster, _) = cluster_with_tables("app", &[]);
     let mut holder = cluster.connect("app");
     holder.batch_execute("BEGIN; LOCK TABLE t").unwrap();
     let mut client = cluster.connect("postgres");
@@ -152,7 +161,7 @@ fn what_was_locked_and_is_dropped_then_is_counted_so() {
 
 #[test]
 fn another_load_takes_over_what_a_former_one_has_left_locked() {
-    let (cluster, _) = cluster_with_tables("postgres", &["pg_prewarm.autoprewarm_interval = 2"]);
+    let (cluster, _) = cluster_with_tables("postgres", &[]);
     cluster.sql("BEGIN; LOCK TABLE t; PREPARE TRANSACTION 'holder'");
     let list = cluster.list();
     let mut client = cluster.connect("postgres");
@@ -192,7 +201,7 @@ fn workers_leave_a_database_to_a_command_on_it_and_return_after_it() {
         let start = Instant::now();
         client.batch_execute(command).unwrap();
         let took = start.elapsed();
-        assert!(took < Duration::from_secs(3), "{command}: {took:?}");
+        assert!(took < Duration::from_secs(10), "{command}: {took:?}");
         let stats = LoadStats::wait_for_end(&mut client);
         assert_eq!(stats.result(), "completed", "{command}: {stats:?}");
         assert_eq!(stats.skipped == 0, is_loaded, "{command}: {stats:?}");
@@ -204,7 +213,7 @@ fn workers_leave_a_database_to_a_command_on_it_and_return_after_it() {
 
 #[test]
 fn a_worker_that_waits_for_a_lock_leaves_its_database_to_a_command_on_it() {
-    let (cluster, _) = cluster_with_tables("app", &["pg_prewarm.autoprewarm_interval = 2"]);
+    let (cluster, _) = cluster_with_tables("app", &[]);
     let mut client = cluster.connect("postgres");
     // Of a shared catalog, so that no session in the database is needed to lock it.
     let shared = Block {
@@ -230,7 +239,7 @@ fn a_worker_that_waits_for_a_lock_leaves_its_database_to_a_command_on_it() {
         .batch_execute("ALTER DATABASE app RENAME TO other")
         .unwrap();
     let took = start.elapsed();
-    assert!(took < Duration::from_secs(3), "{took:?}");
+    assert!(took < Duration::from_secs(10), "{took:?}");
     holder.batch_execute("ROLLBACK").unwrap();
     LoadStats::wait_for(&mut client, |stats| {
         stats.result() == "completed" && stats.skipped == 0
@@ -352,6 +361,7 @@ fn by_default_four_workers_load_and_a_parallel_query_gets_two() {
     cluster.write_list("<<0>>\n");
     cluster.start();
     let mut client = cluster.connect("postgres");
+    LoadStats::wait_for_end(&mut client);
     // It has a slot as well.
     wait_until("the launcher", || {
         let launcher = "SELECT EXISTS (SELECT FROM pg_stat_activity \

@@ -1,6 +1,7 @@
 //! `pg_prewarm.autoprewarm_hold_connections`: new sessions wait while the blocks used most
 //! are loaded, and never longer than allowed.
 
+use std::path::Path;
 use std::process::Command;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -70,14 +71,43 @@ fn held(client: &mut Client) -> i64 {
     value(client, "SELECT connections_held FROM pg_stat_autoprewarm")
 }
 
+/// Waits until a session waits for the load. Before that, it waits for a leader.
+fn wait_for_hold(client: &mut Client) {
+    wait_until("a session that waits for the load", || {
+        held(client) == 1 && LoadStats::get(client).state == "loading"
+    });
+}
+
 /// Starts the server, and connects as `app`. Returns when that waits, with a session of a
 /// superuser, which does not.
 fn start_and_hold(cluster: &Cluster) -> (Client, Connecting) {
     cluster.start();
     let waiting = connect(cluster);
     let mut client = cluster.connect("postgres");
-    wait_until("a session that waits", || held(&mut client) == 1);
+    wait_for_hold(&mut client);
     (client, waiting)
+}
+
+/// Sets the rate limit, in kB a second, while the server is running.
+fn set_rate(cluster: &Cluster, rate: u32) {
+    cluster.configure(&format!("pg_prewarm.autoprewarm_max_rate = {rate}"));
+    cluster.reload();
+}
+
+/// Waits until no session is held any more. Returns how many blocks were in shared buffers
+/// when one was last seen to be.
+fn blocks_while_held(client: &mut Client) -> i64 {
+    let sql = "SELECT connections_held, blocks_loaded + blocks_cached FROM pg_stat_autoprewarm";
+    let mut blocks = 0;
+    wait_until("the end of the wait", || {
+        let row = client.query_one(sql, &[]).unwrap();
+        let is_over = row.get::<_, i64>(0) == 0;
+        if !is_over {
+            blocks = row.get(1);
+        }
+        is_over
+    });
+    blocks
 }
 
 /// Asserts that a session has begun while the load goes on.
@@ -91,9 +121,8 @@ fn assert_let_in(client: &mut Client, waiting: Connecting) -> Duration {
 
 #[test]
 fn new_sessions_wait_until_the_most_used_blocks_are_loaded() {
-    let (cluster, _) = cluster(Cluster::build(), LONG);
+    let cluster = slow_cluster(LONG);
     let (mut client, waiting) = start_and_hold(&cluster);
-    assert_eq!(LoadStats::get(&mut client).state, "loading");
     if cluster.major() >= 18 {
         let event = "SELECT wait_event FROM pg_stat_activity \
                      WHERE state = 'starting' AND backend_type = 'client backend'";
@@ -102,6 +131,7 @@ fn new_sessions_wait_until_the_most_used_blocks_are_loaded() {
             event.as_deref() == Some("AutoprewarmHoldConnections")
         });
     }
+    set_rate(&cluster, SLOW);
     assert_let_in(&mut client, waiting);
     let stats = LoadStats::get(&mut client);
     assert_eq!(stats.state, "loading");
@@ -109,7 +139,10 @@ fn new_sessions_wait_until_the_most_used_blocks_are_loaded() {
     assert!(stats.loaded + stats.cached < i64::from(COLD), "{stats:?}");
     // Nobody waits any more.
     let (app, waited) = connect(&cluster).join().unwrap();
-    assert!(app.is_ok() && waited < Duration::from_secs(2), "{waited:?}");
+    assert!(
+        app.is_ok() && waited < Duration::from_secs(20),
+        "{waited:?}"
+    );
 }
 
 #[test]
@@ -144,19 +177,18 @@ fn superusers_monitors_and_walsenders_do_not_wait() {
     // Background workers do not wait: the load goes on.
     let loaded = LoadStats::get(&mut client).loaded;
     LoadStats::wait_for(&mut client, |stats| stats.loaded > loaded);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
-    cluster.reload();
+    set_rate(&cluster, 0);
     assert_let_in(&mut client, waiting);
 }
 
 #[test]
 fn a_session_waits_no_longer_than_the_limit() {
-    let cluster = slow_cluster("5s");
+    let cluster = slow_cluster("10s");
     let (mut client, waiting) = start_and_hold(&cluster);
     let waited = assert_let_in(&mut client, waiting);
     // The load began before the session.
     assert!(waited >= Duration::from_secs(2), "{waited:?}");
-    assert!(waited < Duration::from_secs(20), "{waited:?}");
+    assert!(waited < Duration::from_secs(25), "{waited:?}");
     let stats = LoadStats::get(&mut client);
     assert_eq!(stats.state, "loading");
     assert!(stats.loaded < i64::from(HOT), "{stats:?}");
@@ -165,7 +197,7 @@ fn a_session_waits_no_longer_than_the_limit() {
 #[test]
 fn a_session_waits_less_than_authentication_timeout() {
     let (cluster, _) = cluster(
-        Cluster::build().setting("authentication_timeout = 3s"),
+        Cluster::build().setting("authentication_timeout = 8s"),
         LONG,
     );
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
@@ -178,7 +210,7 @@ fn a_session_waits_less_than_authentication_timeout() {
 #[test]
 fn a_raised_authentication_timeout_is_not_that_of_a_session_that_waits() {
     let (cluster, _) = cluster(
-        Cluster::build().setting("authentication_timeout = 3s"),
+        Cluster::build().setting("authentication_timeout = 8s"),
         LONG,
     );
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
@@ -189,7 +221,7 @@ fn a_raised_authentication_timeout_is_not_that_of_a_session_that_waits() {
     ] {
         client.batch_execute(statement).unwrap();
     }
-    // The server still ends it after three seconds.
+    // The server still ends it after eight seconds.
     assert_let_in(&mut client, waiting);
     assert!(!cluster.log().contains("canceling authentication"));
 }
@@ -245,17 +277,17 @@ fn a_session_that_is_terminated_or_cancelled_is_not_counted_any_more() {
 
 #[test]
 fn a_raised_limit_is_that_of_a_session_that_waits() {
-    let cluster = slow_cluster("4s");
+    let cluster = slow_cluster("8s");
     let (mut client, waiting) = start_and_hold(&cluster);
     for statement in [
-        "ALTER SYSTEM SET pg_prewarm.autoprewarm_hold_connections = '12s'",
+        "ALTER SYSTEM SET pg_prewarm.autoprewarm_hold_connections = '20s'",
         "SELECT pg_reload_conf()",
     ] {
         client.batch_execute(statement).unwrap();
     }
     let waited = assert_let_in(&mut client, waiting);
     // The load began before the session.
-    assert!(waited >= Duration::from_secs(6), "{waited:?}");
+    assert!(waited >= Duration::from_secs(10), "{waited:?}");
 }
 
 #[test]
@@ -267,7 +299,7 @@ fn sessions_wait_while_a_slow_disk_is_read() {
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
     cluster.configure("pg_prewarm.autoprewarm_workers = 1");
     write_list(&cluster, table);
-    cluster.slow_reads(50);
+    cluster.slow_reads(300);
     let (mut client, waiting) = start_and_hold(&cluster);
     assert_let_in(&mut client, waiting);
     let stats = LoadStats::get(&mut client);
@@ -320,7 +352,7 @@ fn after_a_crash_sessions_wait_again() {
     let mut client = cluster.connect("postgres");
     assert_eq!(held(&mut client), 0);
     let waiting = connect(&cluster);
-    wait_until("a session that waits", || held(&mut client) == 1);
+    wait_for_hold(&mut client);
     client.batch_execute("SELECT autoprewarm_cancel()").unwrap();
     assert_let_in(&mut client, waiting);
 }
@@ -400,8 +432,7 @@ fn the_first_tier_of_every_database_is_loaded_before_the_rest_of_any() {
     assert!((i64::from(2 * HOT)..300).contains(&loaded), "{loaded}");
     // The rest follows.
     LoadStats::wait_for(&mut client, |stats| stats.loaded > loaded + 50);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
-    cluster.reload();
+    set_rate(&cluster, 0);
     let stats = LoadStats::wait_for_end(&mut client);
     assert_eq!(stats.skipped, 0, "{stats:?}");
 }
@@ -437,16 +468,14 @@ fn a_worker_that_has_done_its_part_of_the_first_tier_helps_another_database_with
     // 800 blocks a second.
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 6400");
     let (mut client, waiting) = start_and_hold(&cluster);
+    let while_held = blocks_while_held(&mut client);
     assert_let_in(&mut client, waiting);
-    // A worker may have begun with a chunk of the rest. If it went on, it would load 1900 blocks.
-    let loaded = LoadStats::get(&mut client).loaded;
+    let stats = LoadStats::get(&mut client);
     let first_tier = i64::from(FIRST + SECOND);
-    assert!(
-        (first_tier..first_tier + 1200).contains(&loaded),
-        "{loaded}"
-    );
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
-    cluster.reload();
+    assert!(stats.loaded + stats.cached >= first_tier, "{stats:?}");
+    // A worker may have begun with a chunk of the rest. If it went on, it would load 1900 blocks.
+    assert!(while_held < first_tier + 1200, "{while_held}");
+    set_rate(&cluster, 0);
     assert_eq!(LoadStats::wait_for_end(&mut client).skipped, 0);
 }
 
@@ -489,25 +518,23 @@ fn a_database_whose_worker_has_died(second: u32) {
     const FIRST: u32 = 600;
     const REST: u32 = 4000;
     let cluster = cluster_with_other(FIRST, REST, second);
-    // 400 blocks a second.
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 3200");
+    cluster.configure(&format!("pg_prewarm.autoprewarm_max_rate = {SLOW}"));
     let (mut client, waiting) = start_and_hold(&cluster);
     let terminate = "SELECT coalesce(bool_or(pg_terminate_backend(pid)), false) \
                      FROM pg_stat_activity \
                      WHERE backend_type = 'autoprewarm worker' AND datname = 'other'";
     wait_until("a worker", || value(&mut client, terminate));
+    // 400 blocks a second.
+    set_rate(&cluster, 3200);
+    let while_held = blocks_while_held(&mut client);
     assert_let_in(&mut client, waiting);
-    // While the database is set aside, each worker may have begun with a chunk or two of the rest.
     // What the worker had read is cached for the next one.
     let stats = LoadStats::get(&mut client);
-    let loaded = stats.loaded + stats.cached;
     let first_tier = i64::from(FIRST + second);
-    assert!(
-        (first_tier..first_tier + 2100).contains(&loaded),
-        "{loaded}"
-    );
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
-    cluster.reload();
+    assert!(stats.loaded + stats.cached >= first_tier, "{stats:?}");
+    // While the database is set aside, each worker may have begun with a chunk or two of the rest.
+    assert!(while_held < first_tier + 2100, "{while_held}");
+    set_rate(&cluster, 0);
     assert_eq!(LoadStats::wait_for_end(&mut client).skipped, 0);
 }
 
@@ -534,8 +561,7 @@ fn sessions_do_not_wait_for_a_database_that_a_command_has_locked() {
     assert_eq!(stats.state, "loading");
     assert!(stats.loaded + stats.cached < i64::from(COLD), "{stats:?}");
     owner.batch_execute("ROLLBACK").unwrap();
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 0");
-    cluster.reload();
+    set_rate(&cluster, 0);
     let stats = LoadStats::wait_for_end(&mut client);
     assert_eq!(stats.skipped, 0, "{stats:?}");
 }
@@ -546,22 +572,38 @@ fn superusers_can_connect_while_all_other_connections_wait() {
     let (cluster, _) = cluster(builder.setting("superuser_reserved_connections = 3"), LONG);
     cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
     let (mut client, waiting) = start_and_hold(&cluster);
-    let others: Vec<_> = (0..20).map(|_| connect(&cluster)).collect();
-    wait_until("many sessions to wait", || held(&mut client) >= 5);
+    let mut others = Vec::new();
+    // Until one is refused.
+    loop {
+        let before = held(&mut client);
+        let other = connect(&cluster);
+        wait_until("a session that waits or is refused", || {
+            other.is_finished() || held(&mut client) > before
+        });
+        if other.is_finished() {
+            assert!(other.join().unwrap().0.is_err());
+            break;
+        }
+        others.push(other);
+    }
+    assert!(others.len() >= 5, "{}", others.len());
+    let mut processes = Vec::new();
     for _ in 0..5 {
         // Sessions that are refused, or have just ended, count until their process exits.
         wait_until("a superuser's session", || {
-            cluster.config().connect(NoTls).is_ok()
+            let session = cluster.config().connect(NoTls);
+            session.is_ok_and(|mut session| {
+                processes.push(value::<i32>(&mut session, "SELECT pg_backend_pid()"));
+                true
+            })
         });
     }
     assert!(held(&mut client) >= 5);
     // When the wait ends, the server looks again for connections that are not reserved.
-    let sessions = "SELECT count(*) FROM pg_stat_activity \
-                    WHERE usename = 'postgres' AND backend_type = 'client backend'";
     wait_until("the superusers' sessions to end", || {
-        value::<i64>(&mut client, sessions) == 1
+        let is_running = |process| Path::new(&format!("/proc/{process}")).exists();
+        !processes.iter().any(is_running)
     });
-    thread::sleep(Duration::from_millis(500));
     client.batch_execute("SELECT autoprewarm_cancel()").unwrap();
     let is_ok = |session: Connecting| session.join().unwrap().0.is_ok();
     assert!(is_ok(waiting));
@@ -576,7 +618,7 @@ fn a_client_that_leaves_is_not_waited_for() {
     psql.args(["-d", "postgres", "-U", "app", "-h"]);
     let mut psql = psql.arg(cluster.path("")).spawn().unwrap();
     let mut client = cluster.connect("postgres");
-    wait_until("a session that waits", || held(&mut client) == 1);
+    wait_for_hold(&mut client);
     psql.kill().unwrap();
     psql.wait().unwrap();
     wait_until("the session to end", || held(&mut client) == 0);
@@ -585,7 +627,7 @@ fn a_client_that_leaves_is_not_waited_for() {
 
 #[test]
 fn a_session_waits_no_longer_than_the_limit_for_a_leader_that_does_nothing() {
-    let cluster = slow_cluster("4s");
+    let cluster = slow_cluster("10s");
     let (mut client, waiting) = start_and_hold(&cluster);
     let leader = cluster.leader().unwrap();
     signal(leader, libc::SIGSTOP);
@@ -594,7 +636,7 @@ fn a_session_waits_no_longer_than_the_limit_for_a_leader_that_does_nothing() {
     assert!(waited < Duration::from_secs(30), "{waited:?}");
     // The load has run for as long, so nobody waits for it any more.
     let (app, waited) = connect(&cluster).join().unwrap();
-    assert!(app.is_ok() && waited < Duration::from_secs(2), "{waited:?}");
+    assert!(app.is_ok() && waited < Duration::from_secs(8), "{waited:?}");
     signal(leader, libc::SIGCONT);
 }
 
@@ -626,11 +668,10 @@ fn a_session_with_a_password_waits_after_it_was_checked() {
     };
     let waiting = connect("right");
     let mut client = cluster.connect("postgres");
-    wait_until("a session that waits", || held(&mut client) == 1);
+    wait_for_hold(&mut client);
     // Who is rejected does not wait.
     assert!(connect("wrong").join().unwrap().is_err());
     assert_eq!(held(&mut client), 1);
-    assert_eq!(LoadStats::get(&mut client).state, "loading");
     cluster.sql("SELECT autoprewarm_cancel()");
     assert!(waiting.join().unwrap().is_ok());
 }
@@ -760,24 +801,24 @@ fn a_wait_holds_back_no_vacuum() {
 fn pg_isready_tells_a_role_that_waits_from_one_that_does_not() {
     let cluster = slow_cluster(LONG);
     let (mut client, waiting) = start_and_hold(&cluster);
-    let is_ready = |user: &str| {
+    let is_ready = |user: &str, seconds: &str| {
         let mut command: Command = Installation::ours().program("pg_isready");
-        command.args(["-t", "1", "-d", "postgres", "-U", user, "-h"]);
+        command.args(["-t", seconds, "-d", "postgres", "-U", user, "-h"]);
         command.arg(cluster.path("")).status().unwrap().code()
     };
     const NO_RESPONSE: Option<i32> = Some(2);
-    assert_eq!(is_ready("watcher"), Some(0));
-    assert_eq!(is_ready("app"), NO_RESPONSE);
+    assert_eq!(is_ready("watcher", "30"), Some(0));
+    assert_eq!(is_ready("app", "1"), NO_RESPONSE);
     client.batch_execute("SELECT autoprewarm_cancel()").unwrap();
     assert_let_in(&mut client, waiting);
-    assert_eq!(is_ready("app"), Some(0));
+    assert_eq!(is_ready("app", "30"), Some(0));
 }
 
 #[test]
 fn two_hundred_sessions_wait_and_begin_together() {
     const SESSIONS: usize = 200;
     let (cluster, _) = cluster(Cluster::build().setting("max_connections = 250"), LONG);
-    cluster.configure("pg_prewarm.autoprewarm_max_rate = 8");
+    cluster.configure("pg_prewarm.autoprewarm_max_rate = 1");
     cluster.start();
     let sessions: Vec<_> = (0..SESSIONS).map(|_| connect(&cluster)).collect();
     let mut client = cluster.connect("postgres");

@@ -61,7 +61,7 @@ fn a_call_for_a_small_relation_does_not_look_at_all_buffers() {
             let pid = pid(&mut client);
             let before = kilobytes(pid, "RssShmem");
             client.batch_execute(&call).unwrap();
-            let grown = kilobytes(pid, "RssShmem") - before;
+            let grown = kilobytes(pid, "RssShmem").saturating_sub(before);
             assert!(grown < 8 << 10, "{call}: {grown} kB");
         }
     }
@@ -177,7 +177,7 @@ fn a_dump_that_is_being_written_can_be_cancelled() {
         SqlError::new("57014", "canceling statement due to user request")
     );
     assert!(
-        start.elapsed() < Duration::from_secs(2),
+        start.elapsed() < Duration::from_millis(4500),
         "{:?}",
         start.elapsed()
     );
@@ -201,7 +201,7 @@ fn a_command_that_waits_for_all_processes_does_not_wait_for_a_list_to_be_written
     // It has all processes close the files of the database.
     cluster.sql("DROP DATABASE other");
     assert!(
-        start.elapsed() < Duration::from_secs(3),
+        start.elapsed() < Duration::from_millis(4500),
         "{:?}",
         start.elapsed()
     );

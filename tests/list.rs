@@ -121,7 +121,7 @@ fn rows_are_the_blocks_that_were_cached_and_their_usage_counts() {
     }
     let before = cluster.cached();
     let mut client = cluster.connect("postgres");
-    let records: i64 = value(&mut client, "SELECT autoprewarm_dump_now()");
+    let records = cluster.dump();
     let rows = rows(&mut client);
     let after = cluster.cached();
 
@@ -425,11 +425,12 @@ fn a_query_can_be_cancelled_at_any_time() {
     let file = OpenOptions::new().write(true).open(cluster.data(LIST));
     file.unwrap().set_len(1 << 33).unwrap();
     client
-        .batch_execute("SET statement_timeout = '100ms'")
+        .batch_execute("BEGIN; SET LOCAL statement_timeout = '100ms'")
         .unwrap();
     let start = Instant::now();
     assert_eq!(error(&mut client, ALL), timeout);
     assert!(start.elapsed() < Duration::from_secs(10));
+    client.batch_execute("ROLLBACK").unwrap();
     assert_eq!(times_left_open(&mut client), 0);
 }
 
@@ -445,14 +446,14 @@ fn a_timeout_before_the_warning_of_a_bad_line_leaves_no_file_open() {
     // The warning comes once, when the whole list has been read.
     cluster.set_fault(Fault::ListEnd, 600);
     client
-        .batch_execute("SET statement_timeout = '200ms'")
+        .batch_execute("BEGIN; SET LOCAL statement_timeout = '200ms'")
         .unwrap();
     assert_eq!(
         error(&mut client, ALL),
         SqlError::new("57014", "canceling statement due to statement timeout")
     );
+    client.batch_execute("ROLLBACK").unwrap();
     assert_eq!(times_left_open(&mut client), 0);
     cluster.set_fault(Fault::ListEnd, 0);
-    client.batch_execute("RESET statement_timeout").unwrap();
     assert_eq!(rows(&mut client).len(), 1);
 }

@@ -975,7 +975,7 @@ fn during_call<T>(
 
 #[test]
 fn a_relation_that_is_changed_during_a_call_is_left_with_what_was_read() {
-    let cluster = slow_cluster(2);
+    let cluster = slow_cluster(20);
     let path = |relation: &str| {
         let path: String = cluster.value(&format!("SELECT pg_relation_filepath('{relation}')"));
         cluster.data(&path)
@@ -1022,9 +1022,30 @@ fn a_relation_that_is_changed_during_a_call_is_left_with_what_was_read() {
             cluster.table("t", 3000);
             cluster.restart();
             cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
-            cluster.slow_reads(2);
+            cluster.slow_reads(20);
         }
     }
+}
+
+/// How long sessions waited for an exclusive lock on a relation during a call, sorted.
+fn times_until_locked(cluster: &Cluster, call: &str, relation: &str) -> Vec<Duration> {
+    let lock = format!("BEGIN; LOCK TABLE {relation} IN ACCESS EXCLUSIVE MODE; COMMIT");
+    let mut caller = Caller::of(cluster, "postgres");
+    let (outcome, mut times) = during_call(&mut caller, cluster, call, |other| {
+        (0..5)
+            .map(|_| {
+                let start = Instant::now();
+                other.batch_execute(&lock).unwrap();
+                start.elapsed()
+            })
+            .collect::<Vec<_>>()
+    });
+    let outcome = outcome.unwrap();
+    assert_eq!(outcome.notices, [""; 0]);
+    let blocks = outcome.rows.last().unwrap().blocks;
+    assert!(blocks > 1000, "{call}: {outcome:?}");
+    times.sort();
+    times
 }
 
 #[test]
@@ -1034,81 +1055,64 @@ fn a_session_that_waits_for_a_relation_gets_its_lock_soon() {
         "CREATE TABLE n AS SELECT repeat(md5(g::text), 15) AS a FROM generate_series(1, 20000) g; \
          CREATE INDEX n_a ON n (a)",
     );
+    // From 17 on, several blocks are read at once into shared buffers.
+    let buffer = if cluster.major() >= 17 { 10 } else { 2 };
     // A call, how long each of its reads takes, and what another session waits for.
     for (call, milliseconds, wanted) in [
-        ("plain('t')", 2, "t"),
-        ("plain('n_a')", 2, "n"),
-        ("pg_prewarm_relation('t')", 2, "t"),
+        ("plain('t')", buffer, "t"),
+        ("plain('n_a')", buffer, "n"),
+        ("pg_prewarm_relation('t')", buffer, "t"),
         ("pg_prewarm_relation('t', 'read')", 20, "t"),
-        ("pg_prewarm_relation('t', workers => 2)", 2, "t"),
+        ("pg_prewarm_relation('t', workers => 2)", buffer, "t"),
         ("pg_prewarm_relation('t', 'read', workers => 2)", 40, "t"),
     ] {
-        cluster.restart();
-        cluster.slow_reads(0);
-        cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
-        cluster.slow_reads(milliseconds);
-        let mut caller = Caller::of(&cluster, "postgres");
-        let (outcome, mut times) = during_call(&mut caller, &cluster, call, |other| {
-            (0..5)
-                .map(|_| {
-                    let start = Instant::now();
-                    other
-                        .batch_execute(&format!(
-                            "BEGIN; LOCK TABLE {wanted} IN ACCESS EXCLUSIVE MODE; COMMIT"
-                        ))
-                        .unwrap();
-                    start.elapsed()
-                })
-                .collect::<Vec<_>>()
+        // Once at least, since a process may have to wait for a processor.
+        let mut tried = Vec::new();
+        let is_soon = (0..3).any(|_| {
+            cluster.restart();
+            cluster.slow_reads(0);
+            cluster.sql("SELECT * FROM pg_prewarm_relation('small')");
+            cluster.slow_reads(milliseconds);
+            let times = times_until_locked(&cluster, call, wanted);
+            let is_soon =
+                times[2] < Duration::from_millis(100) && times[4] < Duration::from_secs(1);
+            tried.push(times);
+            is_soon
         });
-        let outcome = outcome.unwrap();
-        assert_eq!(outcome.notices, [""; 0]);
-        let blocks = outcome.rows.last().unwrap().blocks;
-        assert!(blocks > 1000, "{call}: {outcome:?}");
-        times.sort();
-        assert!(times[2] < Duration::from_millis(100), "{call}: {times:?}");
-        assert!(times[4] < Duration::from_secs(1), "{call}: {times:?}");
+        assert!(is_soon, "{call}: {tried:?}");
     }
 }
 
 #[test]
 fn workers_share_the_work_and_end_with_their_caller() {
-    let cluster = slow_cluster(2);
+    let cluster = slow_cluster(10);
     let mut caller = Caller::of(&cluster, "postgres");
     let call = "pg_prewarm_relation('t', workers => 2)";
     const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_progress_prewarm \
                           WHERE kind = 'pg_prewarm_relation'";
     const WORKERS: &str = "SELECT count(*) FROM pg_stat_activity \
                            WHERE backend_type = 'parallel worker'";
-    let (result, rows) = during_call(&mut caller, &cluster, call, |other| {
-        wait_until("two workers", || {
-            value::<i64>(
-                other,
-                "SELECT count(*) FROM pg_stat_progress_prewarm \
-                     WHERE kind = 'pg_prewarm worker' AND blocks_done > 0",
-            ) == 2
+    let (result, ()) = during_call(&mut caller, &cluster, call, |other| {
+        wait_until("two workers and their caller to read the table", || {
+            let rows: Vec<String> = other
+                .query(
+                    "SELECT kind || ' ' || relid::regclass || ' ' || fork \
+                         FROM pg_stat_progress_prewarm \
+                         WHERE datname = 'postgres' AND blocks_done > 0 ORDER BY 1",
+                    &[],
+                )
+                .unwrap()
+                .iter()
+                .map(|row| row.get(0))
+                .collect();
+            rows == [
+                "pg_prewarm worker t main",
+                "pg_prewarm worker t main",
+                "pg_prewarm_relation t main",
+            ]
         });
-        let rows: Vec<String> = other
-            .query(
-                "SELECT kind || ' ' || relid::regclass || ' ' || fork \
-                     FROM pg_stat_progress_prewarm WHERE datname = 'postgres' ORDER BY 1",
-                &[],
-            )
-            .unwrap()
-            .iter()
-            .map(|row| row.get(0))
-            .collect();
         assert!(value::<bool>(other, CANCEL));
-        rows
     });
-    assert_eq!(
-        rows,
-        [
-            "pg_prewarm worker t main",
-            "pg_prewarm worker t main",
-            "pg_prewarm_relation t main"
-        ]
-    );
     assert_eq!(
         result.unwrap_err(),
         SqlError::new("57014", "canceling statement due to user request")
@@ -1127,22 +1131,20 @@ fn workers_share_the_work_and_end_with_their_caller() {
         .collect();
     times.sort();
     assert!(times[2] < Duration::from_millis(200), "{times:?}");
-    assert!(times[4] < Duration::from_secs(1), "{times:?}");
+    // If they went on to the end of their work, each time would be one of seconds.
+    assert!(times[4] < Duration::from_secs(10), "{times:?}");
 
     // The same with a timeout.
     caller
         .client
-        .batch_execute("SET statement_timeout = '300ms'")
+        .batch_execute("BEGIN; SET LOCAL statement_timeout = '300ms'")
         .unwrap();
     assert_eq!(
         caller.try_call(call).unwrap_err(),
         SqlError::new("57014", "canceling statement due to statement timeout")
     );
+    caller.client.batch_execute("ROLLBACK").unwrap();
     assert_eq!(value::<i64>(&mut caller.client, WORKERS), 0);
-    caller
-        .client
-        .batch_execute("RESET statement_timeout")
-        .unwrap();
     cluster.slow_reads(0);
     assert_eq!(caller.call(call).rows.last().unwrap().blocks, 3000);
 }

@@ -48,6 +48,7 @@ fn fill(cluster: &Cluster) -> Client {
     cluster.write_list("<<0>>\n");
     cluster.start();
     let mut client = cluster.connect("postgres");
+    LoadStats::wait_for_end(&mut client);
     client
         .batch_execute("UPDATE dirty SET id = id; SELECT pg_prewarm('cold')")
         .unwrap();

@@ -159,7 +159,7 @@ fn members(client: &mut Client) -> BTreeSet<String> {
 fn every_function_and_view_can_be_used_by_the_intended_roles_and_no_others() {
     let cluster = Cluster::build().start();
     cluster.sql(
-        "CREATE EXTENSION pg_prewarm; SELECT autoprewarm_dump_now(); \
+        "CREATE EXTENSION pg_prewarm; SELECT autoprewarm_wait(); SELECT autoprewarm_dump_now(); \
          CREATE ROLE monitor LOGIN IN ROLE pg_monitor; CREATE ROLE owner LOGIN; \
          CREATE ROLE plain LOGIN; CREATE ROLE granted LOGIN; \
          CREATE TABLE t AS SELECT 1 AS a; ALTER TABLE t OWNER TO owner; \

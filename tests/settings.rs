@@ -314,7 +314,10 @@ fn the_list_is_dumped_every_interval_and_a_reload_changes_that_at_once() {
     cluster.sql("CREATE TABLE late AS SELECT 1 AS a");
     let file = cluster.file_of("postgres", "late");
     wait_until("a list with the new table", || cluster.lists(file));
-    assert!(!cluster.data(&format!("{LIST}.tmp")).exists());
+    // A dump may be under way.
+    wait_until("no unfinished list", || {
+        !cluster.data(&format!("{LIST}.tmp")).exists()
+    });
 }
 
 #[test]
@@ -326,6 +329,9 @@ fn an_interval_of_zero_dumps_at_shutdown_only() {
     let leader = cluster.wait_for_leader();
     cluster.configure("pg_prewarm.autoprewarm_interval = 0");
     cluster.reload();
+    wait_until("the server's reload", || {
+        cluster.value::<String>("SHOW pg_prewarm.autoprewarm_interval") == "0"
+    });
     wait_until("the leader's reload", || {
         let mark = cluster.log_end();
         sleep(Duration::from_millis(1500));
@@ -339,8 +345,12 @@ fn an_interval_of_zero_dumps_at_shutdown_only() {
     }
     cluster.sql("CREATE TABLE t AS SELECT 1 AS a");
     let table = cluster.file_of("postgres", "t");
+    cluster.wait_for_leader();
+    assert_eq!(dumps_since(&cluster, mark), 0);
     cluster.stop(Shutdown::Fast);
-    assert_eq!(dumps_since(&cluster, mark), 1);
+    // The leader may have seen that the server was stopping before it was terminated.
+    let dumps = dumps_since(&cluster, mark);
+    assert!((1..=2).contains(&dumps), "{dumps}");
     assert!(cluster.lists(table));
 }
 

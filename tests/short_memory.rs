@@ -17,7 +17,7 @@ fn cluster(kind: &str) -> (Cluster, String) {
     let cluster = Cluster::build()
         .setting(&format!("dynamic_shared_memory_type = {kind}"))
         .setting("shared_buffers = 64MB")
-        .setting("pg_prewarm.autoprewarm_interval = 1")
+        .setting("pg_prewarm.autoprewarm_interval = 0")
         .create();
     cluster.set_fault(Fault::SegmentSize, 0);
     cluster.start();
@@ -38,18 +38,20 @@ fn limit(cluster: &Cluster, bytes: i64, error: i32) {
 }
 
 /// Starts the server, whose own segments are made in time, and has it load the list under
-/// the limit.
+/// the limit. From then on, it dumps every second.
 fn load(cluster: &Cluster, list: &str, bytes: i64, error: i32) -> (Client, usize) {
     cluster.write_list("<<0>>\n");
     cluster.start();
     let mut client = cluster.connect("postgres");
-    LoadStats::wait_for(&mut client, |stats| stats.result() == "completed");
+    assert_eq!(LoadStats::wait_for_end(&mut client).result(), "completed");
     cluster.write_list(list);
     limit(cluster, bytes, error);
     let mark = cluster.log_end();
     client
         .batch_execute("SELECT autoprewarm_load_now()")
         .unwrap();
+    cluster.configure("pg_prewarm.autoprewarm_interval = 1");
+    cluster.reload();
     (client, mark)
 }
 

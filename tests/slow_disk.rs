@@ -5,14 +5,14 @@
 
 use std::fs;
 use std::path::Path;
-use std::thread::{available_parallelism, sleep};
+use std::thread::{self, available_parallelism, sleep};
 use std::time::{Duration, Instant};
 
 use postgres::Client;
 
 use crate::common::{
-    Block, Builder, Cluster, Fault, Shutdown, SqlError, assert_holds_no_snapshot, error, list_of,
-    signal, value, wait_until,
+    Block, Builder, Cluster, Fault, Paused, Shutdown, SqlError, assert_holds_no_snapshot, error,
+    list_of, signal, value, wait_until,
 };
 
 const BLOCKS: u32 = 4000;
@@ -82,7 +82,10 @@ fn assert_short(mut times: Vec<Duration>) {
         times[times.len() / 2] < Duration::from_millis(100),
         "{times:?}"
     );
-    assert!(times[times.len() - 1] < Duration::from_secs(1), "{times:?}");
+    assert!(
+        times[times.len() - 1] < Duration::from_secs(10),
+        "{times:?}"
+    );
 }
 
 fn assert_the_rest_was_skipped_with_its_database(cluster: &Cluster, mark: usize) {
@@ -112,6 +115,10 @@ fn io_workers_take_part_in_a_load_once_sessions_fill_buffers_as_well() {
     wait_for_reading(&mut client, 2);
     // With more processors than workers, they take part at once.
     if available_parallelism().unwrap().get() <= 2 {
+        // The first worker may have handed over blocks before the second had started.
+        wait_until("no I/O worker that reads", || {
+            !value::<bool>(&mut client, io_worker_reads)
+        });
         for _ in 0..50 {
             assert!(!value::<bool>(&mut client, io_worker_reads));
             sleep(Duration::from_millis(10));
@@ -162,7 +169,7 @@ fn a_table_that_is_dropped_truncated_or_rewritten_during_its_load_is_skipped() {
         cluster.start();
         let mut client = cluster.connect("postgres");
         wait_for_reading(&mut client, 2);
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             let ddl = scope.spawn(|| cluster.sql(ddl));
             // This may have to read the table as well.
             wait_until("the lock", || {
@@ -290,7 +297,7 @@ fn a_worker_slot_that_becomes_free_during_a_load_is_used() {
 
 #[test]
 fn a_table_that_is_locked_again_and_again_is_loaded() {
-    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 5);
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 20);
     let mark = cluster.log_end();
     cluster.start();
     let mut client = cluster.connect("postgres");
@@ -339,7 +346,7 @@ fn a_cancel_costs_no_block() {
 
 #[test]
 fn workers_read_one_table_in_parallel_and_do_not_hold_back_vacuum() {
-    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 5);
+    let (cluster, _) = cluster_with_slow_load(Cluster::build(), 20);
     for method in io_methods(&cluster) {
         cluster.configure(method);
         let mut client = start(&cluster, method);
@@ -364,8 +371,7 @@ fn the_snapshot_with_which_a_relation_was_found_is_released_before_it_is_read() 
     let mut client = cluster.connect("postgres");
     // The first read: later turns know the relation already.
     wait_for_reading(&mut client, 2);
-    let held = format!("SELECT count(backend_xmin) {READING}");
-    assert_eq!(value::<i64>(&mut client, &held), 0);
+    assert_holds_no_snapshot(&mut client, READING);
 }
 
 #[test]
@@ -430,11 +436,10 @@ fn standby_with_slow_load(database: &str) -> (Cluster, Cluster) {
 
 fn wait_for_replay(primary: &Cluster, standby: &mut Client) {
     let end: String = primary.value("SELECT pg_current_wal_lsn()::text");
+    let sql = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
+    // Replay may cancel a query.
     wait_until("the standby", || {
-        value(
-            standby,
-            &format!("SELECT pg_last_wal_replay_lsn() >= '{end}'"),
-        )
+        standby.query_one(&sql, &[]).is_ok_and(|row| row.get(0))
     });
 }
 
@@ -474,7 +479,8 @@ fn replay_on_a_standby_costs_a_load_no_block() {
             primary.sql("BEGIN; LOCK TABLE t; COMMIT");
             let start = Instant::now();
             wait_for_replay(&primary, &mut client);
-            assert!(start.elapsed() < Duration::from_secs(2), "{delay}");
+            // Replay that waits for a load waits for the whole delay.
+            assert!(start.elapsed() < Duration::from_secs(15), "{delay}");
         }
         // Replay of this waits for pins, not for locks.
         primary.sql("DELETE FROM t WHERE id IN (SELECT id FROM t ORDER BY id LIMIT 20)");
@@ -541,19 +547,35 @@ fn a_timeout_while_a_dump_is_flushed_lets_other_sessions_dump() {
         let mut other = cluster.connect("postgres");
         let dumped = other.query_one("SELECT autoprewarm_dump_now()", &[]);
         assert!(dumped.is_ok(), "{settings}: {dumped:?}");
+        // The timeout is still in force for this statement.
+        wait_until("no timeout", || {
+            client.batch_execute("RESET statement_timeout").is_ok()
+        });
         client
-            .batch_execute("RESET statement_timeout; SELECT autoprewarm_dump_now()")
+            .batch_execute("SELECT autoprewarm_dump_now()")
             .unwrap();
     }
+}
+
+/// Whether a process, which is stopped, was sent a signal.
+fn is_pending(pid: i32, signal: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let pending = status
+        .lines()
+        .find_map(|line| line.strip_prefix("ShdPnd:"))
+        .unwrap();
+    u64::from_str_radix(pending.trim(), 16).unwrap() & (1 << (signal - 1)) != 0
 }
 
 #[test]
 fn a_fast_shutdown_during_a_sessions_dump_is_followed_by_the_leaders_dump() {
     let cluster = cluster_that_flushes();
     cluster.sql("CREATE EXTENSION pg_buffercache");
-    cluster.set_fault(Fault::FlushDelay, 4000);
+    const FLUSH: Duration = Duration::from_secs(4);
+    cluster.set_fault(Fault::FlushDelay, FLUSH.as_millis() as i64);
     let mut client = cluster.connect("postgres");
-    let dump = std::thread::spawn(move || {
+    let pid: i32 = value(&mut client, "SELECT pg_backend_pid()");
+    let dump = thread::spawn(move || {
         client
             .batch_execute("SELECT autoprewarm_dump_now()")
             .is_ok()
@@ -563,13 +585,22 @@ fn a_fast_shutdown_during_a_sessions_dump_is_followed_by_the_leaders_dump() {
         fs::read_to_string(cluster.data("autoprewarm.blocks.tmp"))
             .is_ok_and(|list| list.contains("# crc32c "))
     });
+    // It does not continue before it is told to exit, whenever that is.
+    let session = Paused::new(pid);
+    let flushed = Instant::now() + FLUSH;
     // These blocks are not in the list.
     let table = cluster.table("t", 100);
     let cached = cluster.cached();
     assert!(table.first(100).all(|block| cached.contains(&block)));
     cluster.set_fault(Fault::FlushDelay, 0);
+    // Then it exits at once, and the leader need not wait for it for long.
+    sleep(flushed.saturating_duration_since(Instant::now()));
     let mark = cluster.log_end();
-    cluster.stop(Shutdown::Fast);
+    thread::scope(|scope| {
+        scope.spawn(|| cluster.stop(Shutdown::Fast));
+        wait_until("the session's SIGTERM", || is_pending(pid, libc::SIGTERM));
+        drop(session);
+    });
     assert!(!dump.join().unwrap());
     let log = cluster.log_since(mark);
     let leader = |line: &&str| line.starts_with("autoprewarm leader");

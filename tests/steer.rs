@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use postgres::Client;
 
 use crate::common::{
-    Block, Builder, Cluster, LIST, LoadStats, Shutdown, SqlError, error, list_of, signal, value,
-    wait_until,
+    Block, Builder, Cluster, LIST, LoadStats, Paused, Shutdown, SqlError, error, list_of, signal,
+    value, wait_until,
 };
 
 const BLOCKS: u32 = 1000;
@@ -20,6 +20,10 @@ const SLOW: u32 = 80;
 const LOAD: &str = "SELECT autoprewarm_load_now()";
 const CANCEL: &str = "SELECT autoprewarm_cancel()";
 const WAIT: &str = "SELECT autoprewarm_wait()";
+
+/// How many sessions wait in one of these calls.
+const WAITING: &str = "SELECT count(*) FROM pg_stat_activity \
+                       WHERE backend_type = 'client backend' AND wait_event_type = 'Extension'";
 
 /// A running cluster with a table `t` that is not cached, and a list of its blocks that
 /// has not been loaded.
@@ -315,7 +319,10 @@ fn assert_short(mut times: Vec<Duration>) {
         times[times.len() / 2] < Duration::from_millis(200),
         "{times:?}"
     );
-    assert!(times[times.len() - 1] < Duration::from_secs(2), "{times:?}");
+    assert!(
+        times[times.len() - 1] < Duration::from_secs(10),
+        "{times:?}"
+    );
 }
 
 #[test]
@@ -461,16 +468,16 @@ fn the_request_of_a_session_that_has_ended_is_not_passed_to_the_next_leader() {
 fn two_sessions_can_cancel_one_load() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut clients = [(); 2].map(|()| cluster.connect("postgres"));
+    let mut observer = cluster.connect("postgres");
     begin_load(&mut clients[0]);
     // The leader notices the requests only after both were made.
-    let leader = cluster.leader().unwrap();
-    signal(leader, libc::SIGSTOP);
+    let leader = Paused::new(cluster.leader().unwrap());
     let results = thread::scope(|scope| {
         let calls = clients
             .each_mut()
             .map(|client| scope.spawn(|| value::<bool>(client, CANCEL)));
-        thread::sleep(Duration::from_millis(300));
-        signal(leader, libc::SIGCONT);
+        wait_until("both to wait", || value::<i64>(&mut observer, WAITING) == 2);
+        drop(leader);
         calls.map(|call| call.join().unwrap())
     });
     assert_eq!(results, [true; 2]);
@@ -480,19 +487,25 @@ fn two_sessions_can_cancel_one_load() {
     );
 }
 
+/// Resets `statement_timeout`, which is still in force for this statement.
+fn reset_timeout(client: &mut Client) {
+    wait_until("no timeout", || {
+        client.batch_execute("RESET statement_timeout").is_ok()
+    });
+}
+
 #[test]
 fn a_cancel_call_that_is_cancelled_itself_still_ends_the_load() {
     let (cluster, _) = slow_cluster(Cluster::build());
     let mut client = cluster.connect("postgres");
     begin_load(&mut client);
-    let leader = cluster.leader().unwrap();
-    signal(leader, libc::SIGSTOP);
+    let leader = Paused::new(cluster.leader().unwrap());
     client
-        .batch_execute("SET statement_timeout = '200ms'")
+        .batch_execute("SET statement_timeout = '2s'")
         .unwrap();
     assert_eq!(error(&mut client, CANCEL).sqlstate, "57014");
-    client.batch_execute("RESET statement_timeout").unwrap();
-    signal(leader, libc::SIGCONT);
+    reset_timeout(&mut client);
+    drop(leader);
     assert_eq!(LoadStats::wait_for_end(&mut client).result(), "cancelled");
 }
 
@@ -589,13 +602,21 @@ fn a_load_is_cancelled_while_its_list_is_read() {
     }
     cluster.write_list(list);
     let mut client = cluster.connect("postgres");
-    for _ in 0..3 {
+    // It may have been read before the call.
+    wait_until("a load that is cancelled while its list is read", || {
         client.batch_execute(LOAD).unwrap();
-        LoadStats::wait_for(&mut client, |stats| stats.state == "loading");
-        let took = cancel(&mut client);
-        assert!(took < Duration::from_secs(2), "{took:?}");
-        assert_eq!(LoadStats::get(&mut client).total, 0);
-    }
+        let start = Instant::now();
+        let cancelled: bool = value(&mut client, CANCEL);
+        let took = start.elapsed();
+        assert!(took < Duration::from_secs(10), "{took:?}");
+        let stats = LoadStats::wait_for_end(&mut client);
+        if stats.total > 0 {
+            return false;
+        }
+        assert!(cancelled);
+        assert_eq!((&*stats.state, stats.result()), ("idle", "cancelled"));
+        true
+    });
 }
 
 #[test]
@@ -653,7 +674,7 @@ fn autoprewarm_wait_returns_whether_the_load_ended_before_the_timeout() {
         let raised = error(&mut client, &format!("SELECT autoprewarm_wait({timeout})"));
         assert_eq!(raised.sqlstate, "57014", "{timeout}: {raised:?}");
     }
-    client.batch_execute("RESET statement_timeout").unwrap();
+    reset_timeout(&mut client);
 
     let longest = match cluster.major() {
         17.. => "infinity",
@@ -690,9 +711,7 @@ fn two_hundred_sessions_can_wait_at_once() {
             })
         })
         .collect();
-    let waiting = "SELECT count(*) FROM pg_stat_activity \
-                   WHERE backend_type = 'client backend' AND wait_event_type = 'Extension'";
-    wait_until("200 who wait", || value::<i64>(&mut client, waiting) == 200);
+    wait_until("200 who wait", || value::<i64>(&mut client, WAITING) == 200);
     assert_eq!(LoadStats::get(&mut client).state, "loading");
     set_rate(&cluster, 0);
     for waiter in waiters {
@@ -819,6 +838,7 @@ fn a_crash_during_a_load_on_demand_is_followed_by_another_load_with_its_own_coun
             client.batch_execute(LOAD).unwrap();
         }
         LoadStats::wait_for(&mut client, |stats| stats.loaded + stats.cached >= 10);
+        let before: String = value(&mut client, "SELECT clock_timestamp()::text");
         let pid: i32 = value(
             &mut client,
             &format!("SELECT max(pid) FROM pg_stat_activity WHERE backend_type = '{victim}'"),
@@ -829,7 +849,16 @@ fn a_crash_during_a_load_on_demand_is_followed_by_another_load_with_its_own_coun
         let mut client = cluster.connect("postgres");
         assert!(!value::<bool>(&mut client, "SELECT autoprewarm_wait('0')"));
         let stats = wait_for_load_to_run(&mut client);
-        assert!(stats.loaded + stats.cached < 10, "{stats:?}");
+        let began_after = format!("SELECT load_start_time > '{before}' FROM pg_stat_autoprewarm");
+        assert!(value::<bool>(&mut client, &began_after));
+        let age: f64 = value(
+            &mut client,
+            "SELECT extract(epoch FROM clock_timestamp() - load_start_time)::float8 \
+             FROM pg_stat_autoprewarm",
+        );
+        // Ten blocks a second, and one or two at once.
+        let done = (stats.loaded + stats.cached) as f64;
+        assert!(done <= 10.0 * age + 2.0, "{stats:?} after {age} s");
         let stale = format!(
             "SELECT EXISTS (SELECT FROM pg_stat_progress_prewarm WHERE pid = {pid} \
                             OR pid NOT IN (SELECT pid FROM pg_stat_activity))"
@@ -869,31 +898,41 @@ fn a_worker_that_is_terminated_leaves_no_row_and_the_counters_add_up() {
 fn the_rate_limit_is_kept_and_a_reload_changes_it_during_a_load() {
     // 100 and 1600 blocks of 8 kB a second, which two workers share.
     let cluster = Cluster::build()
-        .setting("shared_buffers = 160MB")
+        .setting("shared_buffers = 256MB")
         .setting("pg_prewarm.autoprewarm_max_rate = 800")
         .start();
     cluster.sql("CREATE EXTENSION pg_prewarm");
-    let blocks = 14_000;
+    // More than are loaded at the limits.
+    let blocks = 30_000;
     let table = cluster.table("t", blocks);
     cluster.stop(Shutdown::Fast);
     cluster.write_list(list_of(table.first(blocks)));
     cluster.start();
     let mut client = cluster.connect("postgres");
-    let measure = |client: &mut Client, rate: f64| {
+    // How many blocks were loaded in at least the first and at most the second time.
+    let look = |client: &mut Client| {
+        let outer = Instant::now();
         let first = LoadStats::get(client);
-        let start = Instant::now();
+        let inner = Instant::now();
         thread::sleep(Duration::from_secs(5));
+        let inner = inner.elapsed().as_secs_f64();
         let last = LoadStats::get(client);
-        let seconds = start.elapsed().as_secs_f64();
         assert_eq!(last.state, "loading");
         let loaded = (last.loaded - first.loaded) as f64;
-        let relative = loaded / seconds / rate;
-        // On a test machine with a busy processor a load may be slower; nothing makes
-        // it faster.
-        assert!(
-            (0.7..1.1).contains(&relative),
-            "{loaded} blocks in {seconds} s instead of {rate} a second"
-        );
+        (loaded, inner, outer.elapsed().as_secs_f64())
+    };
+    // On a test machine with a busy processor a load may be slower for a while; nothing
+    // makes it faster.
+    let measure = |client: &mut Client, rate: f64| {
+        let is_fast_enough = (0..3).any(|_| {
+            let (loaded, inner, outer) = look(client);
+            assert!(
+                loaded / outer < 1.1 * rate,
+                "{loaded} blocks in {outer} s instead of {rate} a second"
+            );
+            loaded / inner >= 0.7 * rate
+        });
+        assert!(is_fast_enough, "less than {rate} blocks a second");
     };
     wait_for_load_to_run(&mut client);
     measure(&mut client, 100.0);
@@ -903,11 +942,17 @@ fn the_rate_limit_is_kept_and_a_reload_changes_it_during_a_load() {
     // One block in eight seconds, after a worker has read its last block at the old
     // rate.
     set_rate(&cluster, 1);
-    thread::sleep(Duration::from_secs(1));
+    wait_until("the new rate", || {
+        let before = LoadStats::get(&mut client).loaded;
+        thread::sleep(Duration::from_millis(300));
+        LoadStats::get(&mut client).loaded - before <= 1
+    });
+    let start = Instant::now();
     let before = LoadStats::get(&mut client).loaded;
     thread::sleep(Duration::from_secs(2));
     let stats = LoadStats::get(&mut client);
-    assert!(stats.loaded - before <= 1, "{before}, then {stats:?}");
+    let at_most = 1 + start.elapsed().as_secs() as i64 / 8;
+    assert!(stats.loaded - before <= at_most, "{before}, then {stats:?}");
 
     set_rate(&cluster, 0);
     let start = Instant::now();

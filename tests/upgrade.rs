@@ -57,6 +57,8 @@ fn version(client: &mut Client) -> String {
 #[test]
 fn the_library_and_the_names_of_its_shared_memory_have_its_version() {
     let cluster = Cluster::build().start();
+    // It has attached to the shared memory.
+    cluster.wait_for_leader();
     let mut client = cluster.connect("postgres");
     let is_there = |client: &mut Client, query: &str| value::<bool>(client, query);
     if cluster.major() >= 18 {
@@ -202,6 +204,8 @@ fn an_update_keeps_what_was_granted_to_a_role() {
          CREATE EXTENSION pg_prewarm VERSION '1.2'; \
          GRANT EXECUTE ON FUNCTION autoprewarm_dump_now TO operator",
     );
+    // It looks for a list first.
+    cluster.wait_for_leader();
     let dump = "SELECT autoprewarm_dump_now()";
     let mut operator = cluster.connect_as("operator", "postgres");
     let mut plain = cluster.connect_as("plain", "postgres");
@@ -244,20 +248,37 @@ fn fill(cluster: &Cluster) -> BTreeSet<Block> {
     cluster.cached()
 }
 
+/// Waits until the leader of either module is running, and ours does not use the list.
+fn wait_for_leader(cluster: &Cluster) {
+    let is_ours = "SELECT count(*) > 0 FROM pg_settings \
+                   WHERE name = 'pg_prewarm.autoprewarm_workers'";
+    if cluster.value::<bool>(is_ours) {
+        cluster.wait_for_leader();
+    } else {
+        // Contrib's is not in pg_stat_activity.
+        cluster.process_with_title("autoprewarm leader");
+    }
+}
+
 /// Stops the server, starts it with that installation, and waits for the load of the
 /// list, which must be complete. Returns the cached blocks.
 fn restart_with(cluster: &mut Cluster, installation: &Installation) -> BTreeSet<Block> {
+    // Before its first load has ended, the leader writes no list.
+    wait_for_leader(cluster);
     cluster.stop(Shutdown::Fast);
     cluster.switch_to(installation.clone());
     let records = cluster.listed().len() as u64;
     let mark = cluster.log_end();
     cluster.start();
     assert_eq!(cluster.wait_for_load(mark), (records, records));
+    // It does not use the list any more then.
+    wait_for_leader(cluster);
     cluster.cached()
 }
 
-/// Checks that all three functions work.
+/// Checks that all three functions work. A list was loaded, or there was none.
 fn check_functions(cluster: &Cluster) {
+    wait_for_leader(cluster);
     let mut client = cluster.connect("postgres");
     let blocks: i64 = value(&mut client, "SELECT pg_relation_size('t') / 8192");
     assert!(blocks > 100);
@@ -337,8 +358,10 @@ const GRANT: &str = "GRANT EXECUTE ON FUNCTION autoprewarm_load_now(), autoprewa
     GRANT EXECUTE ON FUNCTION pg_stat_get_autoprewarm() TO viewer; \
     REVOKE EXECUTE ON FUNCTION pg_prewarm FROM PUBLIC";
 
-/// Checks that exactly the privileges of `GRANTS` and `GRANT` exist.
+/// Checks that exactly the privileges of `GRANTS` and `GRANT` exist. A list was loaded, or
+/// there was none.
 fn check_grants(cluster: &Cluster, database: &str) {
+    wait_for_leader(cluster);
     let queries = [
         "SELECT autoprewarm_dump_now()",
         "SELECT * FROM pg_stat_autoprewarm",
@@ -537,6 +560,8 @@ fn pg_upgrade_keeps_the_extension_and_a_copied_list_warms_the_new_cluster() {
              WHERE 'pg_attver' IN (SELECT split_part(o, '=', 1) FROM unnest(attoptions) o)",
         );
     }
+    // Before its first load has ended, the leader writes no list.
+    wait_for_leader(&old);
     old.stop(Shutdown::Fast);
     let list = old.list();
     assert!(tables.iter().all(|table| old.lists(*table)));

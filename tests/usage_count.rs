@@ -7,6 +7,8 @@ use crate::common::{Block, Cluster, LIST, LoadStats, Shutdown, list_of, list_wit
 /// Creates a table of so many blocks, and the extensions that the tests use.
 fn table(cluster: &Cluster, blocks: u32) -> Block {
     cluster.sql("CREATE EXTENSION pg_prewarm; CREATE EXTENSION pg_buffercache");
+    // Before its first load has ended, the leader writes no list.
+    cluster.sql("SELECT autoprewarm_wait()");
     cluster.table("t", blocks)
 }
 
@@ -32,6 +34,7 @@ fn a_restart_restores_usage_counts() {
     cluster.stop(Shutdown::Fast);
     cluster.write_list("<<0>>\n");
     cluster.start();
+    cluster.sql("SELECT autoprewarm_wait()");
     // Block n is read n % 5 + 1 times.
     for times in 0..5 {
         cluster.sql(&format!(
@@ -90,6 +93,7 @@ fn if_shared_buffers_have_shrunk_the_blocks_with_the_highest_usage_counts_are_lo
     cluster.stop(Shutdown::Fast);
     cluster.write_list("<<0>>\n");
     cluster.start();
+    cluster.sql("SELECT autoprewarm_wait()");
     cluster.sql("SELECT pg_prewarm('t')");
     // Every tenth block is used more often.
     for _ in 0..3 {

@@ -126,7 +126,9 @@ fn autoprewarm_cancel() -> bool {
     let Some(number) = state.request_cancel() else {
         return false;
     };
-    while state.load.number() == number
+    // The number changes at the end of the load, the phase after it, and the number once
+    // more when the next load begins.
+    while state.load.number() <= number + 1
         && state.phase() == Phase::Loading
         && state.leader().is_some()
     {
@@ -152,9 +154,7 @@ fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
     let state = State::attach();
     let start = Instant::now();
     loop {
-        let leader_is_coming =
-            settings::leader_starts_with_server() && state.first_leader_may_start(LEADER_TIMEOUT);
-        if !leader_is_coming && !state.load_is_pending() {
+        if !leader_is_coming(state) && !state.load_is_pending() {
             return Ok(true);
         }
         let left = timeout.map_or(POLL, |timeout| timeout.saturating_sub(start.elapsed()));
@@ -163,6 +163,11 @@ fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
         }
         latch::sleep(Some(left.min(POLL)), &wait_events::LOAD_END);
     }
+}
+
+/// Whether the server has just started, and its leader not yet.
+pub(super) fn leader_is_coming(state: &State) -> bool {
+    settings::leader_starts_with_server() && state.first_leader_may_start(LEADER_TIMEOUT)
 }
 
 /// The length of the interval that the argument of that name has, with months of 30 days.

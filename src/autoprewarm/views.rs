@@ -49,8 +49,9 @@ fn pg_stat_get_autoprewarm() -> TableIterator<
     // load, so that an ended load is shown with its final counts, and a running one
     // without a result.
     let load = &state.load;
-    let name = state_name(state);
-    let (end, result) = match state.phase() {
+    let phase = state.phase();
+    let name = state_name(state, phase);
+    let (end, result) = match phase {
         Phase::Loading => (0, None),
         _ => (load.end_time(), load.result()),
     };
@@ -95,9 +96,9 @@ fn pg_stat_get_autoprewarm() -> TableIterator<
     ))
 }
 
-fn state_name(state: &State) -> &'static str {
+fn state_name(state: &State, phase: Phase) -> &'static str {
     let leads = state.leader().is_some();
-    match state.phase() {
+    match phase {
         Phase::Loading if leads => "loading",
         _ if state.dump_file_user().is_some() => "dumping",
         _ if !leads => "not running",

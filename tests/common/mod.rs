@@ -628,10 +628,11 @@ impl Cluster {
                 self.log_since(mark)
             );
             std::thread::sleep(Duration::from_millis(10));
+            // The last line may not have been written to its end.
             found = self
                 .log_since(mark)
-                .lines()
-                .find(|line| line.contains(text))
+                .split_inclusive('\n')
+                .find_map(|line| line.strip_suffix('\n').filter(|line| line.contains(text)))
                 .map(str::to_owned);
         }
         found.unwrap()

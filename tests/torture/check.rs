@@ -85,9 +85,7 @@ impl Arena {
 
     /// `pg_stat_autoprewarm` must be right about a load that has ended.
     fn check_stats(&mut self, leader: i32) -> Row {
-        let row = self
-            .query("postgres", "SELECT * FROM pg_stat_autoprewarm")
-            .remove(0);
+        let (row, log) = self.stats_and_log();
         let count = |name: &str| row.get::<_, i64>(name);
         assert_eq!(row.get::<_, Option<i32>>("pid"), Some(leader));
         let result: Option<&str> = row.get("load_result");
@@ -97,7 +95,6 @@ impl Arena {
         let [total, loaded, cached, skipped] =
             ["total", "loaded", "cached", "skipped"].map(|name| count(&format!("blocks_{name}")));
         assert_eq!(loaded + cached + skipped, total, "blocks of the load");
-        let log = self.cluster.log_since(self.round.mark);
         // If the list fills shared buffers, it does not fit completely: a few buffers
         // stay free.
         let is_long = total > BUFFERS - 1000;
@@ -122,20 +119,7 @@ impl Arena {
         );
         // Then not all of it has to be cached.
         self.round.may_skip |= is_long && unexcused > 0;
-        if let Some((_, line)) = log.rsplit_once("autoprewarm successfully prewarmed ")
-            && result == Some("completed")
-            && !line.contains("after the promotion")
-        {
-            // What was locked then was loaded later.
-            let later: i64 = line
-                .lines()
-                .filter_map(|line| line.split_once("autoprewarm prewarmed ")?.1.split_once(' '))
-                .map(|(blocks, _)| blocks.parse::<i64>().unwrap())
-                .sum();
-            let then = loaded + cached - later;
-            let logged = format!("{then} of {total} previously-loaded blocks\n");
-            assert!(line.starts_with(&logged), "not {logged:?} but {line}");
-        }
+        assert_eq!(wrong_in_log(&row, &log), None);
         let times = self.query(
             "postgres",
             "SELECT load_start_time <= load_end_time AND load_end_time <= now() \
@@ -156,6 +140,22 @@ impl Arena {
             self.last_error.clone_from(&error);
         }
         row
+    }
+
+    /// The statistics, and what the round has logged. If blocks that were locked are loaded
+    /// later, they are counted before that is logged.
+    fn stats_and_log(&self) -> (Row, String) {
+        let start = Instant::now();
+        loop {
+            let row = self
+                .query("postgres", "SELECT * FROM pg_stat_autoprewarm")
+                .remove(0);
+            let log = self.cluster.log_since(self.round.mark);
+            if wrong_in_log(&row, &log).is_none() || start.elapsed() > PATIENCE / 6 {
+                return (row, log);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// The listed blocks that still exist must be cached, and no process may hold anything.
@@ -293,6 +293,26 @@ impl Arena {
         assert_eq!(super::census::segments(&self.cluster), 0);
         assert!(!Path::new(&data.join("autoprewarm.blocks.tmp")).exists());
     }
+}
+
+/// What the log says about the last load, if it is not what the statistics say.
+fn wrong_in_log(stats: &Row, log: &str) -> Option<String> {
+    let (_, line) = log.rsplit_once("autoprewarm successfully prewarmed ")?;
+    let result: Option<&str> = stats.get("load_result");
+    if result != Some("completed") || line.contains("after the promotion") {
+        return None;
+    }
+    // What was locked then was loaded later.
+    let later: i64 = line
+        .lines()
+        .filter_map(|line| line.split_once("autoprewarm prewarmed ")?.1.split_once(' '))
+        .map(|(blocks, _)| blocks.parse::<i64>().unwrap())
+        .sum();
+    let count = |name: &str| stats.get::<_, i64>(name);
+    let then = count("blocks_loaded") + count("blocks_cached") - later;
+    let total = count("blocks_total");
+    let logged = format!("{then} of {total} previously-loaded blocks\n");
+    (!line.starts_with(&logged)).then(|| format!("not {logged:?} but {line}"))
 }
 
 /// Counts what a server at rest has, which may not be more than before.

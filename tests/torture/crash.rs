@@ -235,12 +235,12 @@ fn stop_in_load(arena: &mut Arena) {
     arena.begin_slow_load();
     let before = arena.read_list();
     let how = arena.round.choose(&SHUTDOWNS);
+    let mark = arena.cluster.log_end();
     let loads = arena
         .query("postgres", "SELECT state FROM pg_stat_autoprewarm")
         .remove(0)
         .get::<_, &str>(0)
         == "loading";
-    let mark = arena.cluster.log_end();
     arena.cluster.stop(how);
     let completed = arena
         .cluster

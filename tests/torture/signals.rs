@@ -8,6 +8,7 @@ use rand::Rng;
 use super::arena::Arena;
 use super::crash::begin_call;
 use super::process;
+use crate::common::wait_until;
 
 pub const FAULTS: &[super::Kind] = &[
     ("end-leader-in-load", end_leader_in_load),
@@ -32,9 +33,12 @@ fn end_leader_at_rest(arena: &mut Arena) {
 
 /// The server does not start a leader again that was terminated.
 fn end_leader(arena: &mut Arena) {
-    let Some(pid) = arena.find("autoprewarm leader") else {
-        panic!("there is no leader");
-    };
+    let mut leader = None;
+    wait_until("the leader", || {
+        leader = arena.find("autoprewarm leader");
+        leader.is_some()
+    });
+    let pid = leader.unwrap();
     let mark = arena.cluster.log_end();
     process::signal(pid, libc::SIGTERM);
     process::wait_for_end(pid);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use pgrx::prelude::*;
 
 use super::state::Stage;
-use crate::autoprewarm::sql::duration;
+use crate::autoprewarm::sql::{duration, leader_is_coming};
 use crate::autoprewarm::state::State;
 use crate::autoprewarm::views::time;
 use crate::error::Error;
@@ -35,7 +35,7 @@ fn follow_now() -> Result<(), Error> {
     let _waiting = state.follow.wait();
     let request = state.follow.request();
     while !state.follow.is_fulfilled(request) {
-        if state.leader().is_none() {
+        if state.leader().is_none() && !leader_is_coming(state) {
             return Err(Error::NoLeader);
         }
         state.wake_leader();

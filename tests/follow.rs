@@ -1131,6 +1131,25 @@ fn a_promotion_without_a_list_does_not_end_the_load_of_the_own_one() {
 }
 
 #[test]
+fn a_call_right_after_the_start_waits_for_the_leader() {
+    // It finds no slot, which nobody can tell from one that has not started yet.
+    let primary = primary(&["max_worker_processes = 0"]);
+    let standby = follower_of(&primary);
+    standby.start();
+    standby.wait_for_replay(&primary);
+    let start = Instant::now();
+    let refused = refusal(&standby);
+    assert_eq!(refused.message, "autoprewarm leader is not running");
+    let waited = start.elapsed();
+    assert!(waited >= Duration::from_secs(5), "{waited:?}");
+    // The server has been up for long.
+    let start = Instant::now();
+    refusal(&standby);
+    let waited = start.elapsed();
+    assert!(waited < Duration::from_secs(5), "{waited:?}");
+}
+
+#[test]
 fn a_server_that_is_loading_its_own_list_gives_none() {
     let (primary, standby) = pair(&[("t", 400)]);
     let good = std::fs::read(standby.data(UPSTREAM)).unwrap();

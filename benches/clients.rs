@@ -100,7 +100,7 @@ impl Clients {
                     .stderr(Stdio::null());
                 // Where `sched_autogroup_enabled` is on, Linux shares the processors among
                 // sessions of processes. Each process of the server is one. So is each client
-                // then, as if it was alone on its machine.
+                // then, as if it were alone on its machine.
                 // SAFETY: it may be called between fork and exec.
                 unsafe {
                     command.pre_exec(|| match libc::setsid() {

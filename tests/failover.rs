@@ -141,7 +141,7 @@ fn assert_growing_pauses(tries: impl Fn() -> Vec<f64>) {
     excess.sort_by(f64::total_cmp);
     // One may be longer: a process may have to wait for a processor.
     assert!(
-        excess[0] >= 0.0 && excess[1] < 2.0,
+        excess[0] > -0.3 && excess[1] < 2.0,
         "not {expected:?} s: {tries:?}"
     );
 }
@@ -466,9 +466,9 @@ fn replay_that_needs_a_relation_does_not_wait_for_a_top_up_from_a_slow_disk() {
         heat(&primary, name);
     }
     let standby = follower_of(&primary);
-    // Each table takes eight seconds. Replay waits for as long as it has to.
+    // Each table takes sixteen seconds. Replay waits for as long as it has to.
     standby.configure("max_standby_streaming_delay = -1");
-    slow_disk(&standby, 20);
+    slow_disk(&standby, 40);
     standby.start();
     let mut client = standby.connect("postgres");
     let is_locked = "SELECT EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid) \
@@ -483,7 +483,7 @@ fn replay_that_needs_a_relation_does_not_wait_for_a_top_up_from_a_slow_disk() {
     assert!(locked > 20, "a table was locked in {locked} of 100 looks");
 
     while !tables.is_empty() {
-        // At least four seconds' worth of blocks are left.
+        // At least eight seconds' worth of blocks are left.
         let is_amid = |&(table, _): &(Block, &str)| (10..200).contains(&cached(&standby, table).0);
         let mut amid = None;
         wait_until("a table that is being loaded", || {
@@ -496,7 +496,7 @@ fn replay_that_needs_a_relation_does_not_wait_for_a_top_up_from_a_slow_disk() {
         let end: String = primary.value("SELECT pg_current_wal_lsn()::text");
         let replayed = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
         wait_until("replay", || value(&mut client, &replayed));
-        // Promised are 100 ms, of which a read takes 20.
+        // Promised are 100 ms, of which a read takes 40.
         let took = start.elapsed();
         assert!(took < Duration::from_secs(3), "{command}: {took:?}");
         assert_eq!(cached(&standby, table).0, 0, "{command}");

@@ -107,6 +107,7 @@ fn blocks_while_held(client: &mut Client) -> i64 {
         }
         is_over
     });
+    assert!(blocks > 0, "the wait was over before");
     blocks
 }
 

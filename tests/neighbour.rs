@@ -179,30 +179,30 @@ fn waiting_ddl_gets_its_lock_during_a_load() {
     // Twenty passes over the table, so that the load is still reading it.
     let cluster = Cluster::build().setting("shared_buffers = 128MB").start();
     let table = cluster.table("busy", 8000);
-    // The promise is 100 ms, to which a busy test machine adds; in each load, if it is not kept.
-    let times: Vec<_> = (0..3)
-        .map(|_| {
-            cluster.stop(Shutdown::Fast);
-            cluster.write_list(list_of(table.first(8000)));
-            let mark = cluster.log_end();
-            cluster.start();
-            let mut client = cluster.connect("postgres");
-            let mut longest = Duration::ZERO;
-            let mut tries = 0;
-            while !cluster.log_since(mark).contains("successfully prewarmed") || tries == 0 {
-                let start = Instant::now();
-                client
-                    .batch_execute("BEGIN; LOCK TABLE busy; ROLLBACK")
-                    .unwrap();
-                longest = longest.max(start.elapsed());
-                tries += 1;
-            }
-            assert_eq!(cluster.wait_for_load(mark), (8000, 8000));
-            longest
-        })
-        .collect();
-    let shortest = times.iter().min().unwrap();
-    assert!(*shortest < Duration::from_millis(500), "{times:?}");
+    // The promise is 100 ms, to which a busy test machine adds. If it is not kept, each load
+    // shows it.
+    let mut times = Vec::new();
+    let is_kept = (0..3).any(|_| {
+        cluster.stop(Shutdown::Fast);
+        cluster.write_list(list_of(table.first(8000)));
+        let mark = cluster.log_end();
+        cluster.start();
+        let mut client = cluster.connect("postgres");
+        let mut longest = Duration::ZERO;
+        let mut tries = 0;
+        while !cluster.log_since(mark).contains("successfully prewarmed") || tries == 0 {
+            let start = Instant::now();
+            client
+                .batch_execute("BEGIN; LOCK TABLE busy; ROLLBACK")
+                .unwrap();
+            longest = longest.max(start.elapsed());
+            tries += 1;
+        }
+        assert_eq!(cluster.wait_for_load(mark), (8000, 8000));
+        times.push(longest);
+        longest < Duration::from_millis(500)
+    });
+    assert!(is_kept, "{times:?}");
 }
 
 #[test]

@@ -116,8 +116,11 @@ fn io_workers_take_part_in_a_load_once_sessions_fill_buffers_as_well() {
     // With more processors than workers, they take part at once.
     if available_parallelism().unwrap().get() <= 2 {
         // The first worker may have handed over blocks before the second had started.
+        let mut without = 0;
         wait_until("no I/O worker that reads", || {
-            !value::<bool>(&mut client, io_worker_reads)
+            let reads = value::<bool>(&mut client, io_worker_reads);
+            without = if reads { 0 } else { without + 1 };
+            without == 10
         });
         for _ in 0..50 {
             assert!(!value::<bool>(&mut client, io_worker_reads));

@@ -752,7 +752,7 @@ fn the_last_dump_is_described_as_it_was_written() {
                 "last_dump_duration BETWEEN '1 microsecond' AND '1 min' \
                  AND last_dump_time BETWEEN now() - interval '1 min' AND clock_timestamp() \
                  AND abs(extract(epoch FROM last_dump_time \
-                                   - (pg_stat_file('autoprewarm.blocks')).modification)) < 60"
+                                   - (pg_stat_file('autoprewarm.blocks')).modification)) < 10"
             )
             .unwrap(),
             "true"

@@ -953,6 +953,7 @@ fn the_rate_limit_is_kept_and_a_reload_changes_it_during_a_load() {
     let stats = LoadStats::get(&mut client);
     let at_most = 1 + start.elapsed().as_secs() as i64 / 8;
     assert!(stats.loaded - before <= at_most, "{before}, then {stats:?}");
+    assert_eq!(stats.state, "loading", "{stats:?}");
 
     set_rate(&cluster, 0);
     let start = Instant::now();

@@ -126,9 +126,9 @@ fn autoprewarm_cancel() -> bool {
     let Some(number) = state.request_cancel() else {
         return false;
     };
-    // The number changes at the end of the load, the phase after it, and the number once
-    // more when the next load begins.
-    while state.load.number() <= number + 1
+    // A running load has an odd number, which changes at its end, and then the phase does.
+    // The next load to begin has the next odd number.
+    while state.load.number() <= number + number % 2
         && state.phase() == Phase::Loading
         && state.leader().is_some()
     {
@@ -165,7 +165,8 @@ fn wait(timeout: Option<Interval>) -> Result<bool, Error> {
     }
 }
 
-/// Whether the server has just started, and its leader not yet.
+/// Whether the leader that the server starts may still come: for ten seconds from when the
+/// first session waits for it.
 pub(super) fn leader_is_coming(state: &State) -> bool {
     settings::leader_starts_with_server() && state.first_leader_may_start(LEADER_TIMEOUT)
 }

@@ -187,7 +187,8 @@ impl State {
     /// Whether the load that the server begins with may be running, or about to begin:
     /// there is a leader, or it may still start.
     pub fn first_load_may_run(&self, patience: Duration) -> bool {
-        self.leader().is_some() || self.first_leader_may_start(patience)
+        // In this order: it may start in between.
+        self.first_leader_may_start(patience) || self.leader().is_some()
     }
 
     /// Sets the leader's latch, if a leader is running.

@@ -35,7 +35,8 @@ fn follow_now() -> Result<(), Error> {
     let _waiting = state.follow.wait();
     let request = state.follow.request();
     while !state.follow.is_fulfilled(request) {
-        if state.leader().is_none() && !leader_is_coming(state) {
+        // In this order: it may come in between.
+        if !leader_is_coming(state) && state.leader().is_none() {
             return Err(Error::NoLeader);
         }
         state.wake_leader();

@@ -141,7 +141,7 @@ fn assert_growing_pauses(tries: impl Fn() -> Vec<f64>) {
     excess.sort_by(f64::total_cmp);
     // One may be longer: a process may have to wait for a processor.
     assert!(
-        excess[0] > -0.3 && excess[1] < 2.0,
+        excess[0] > -0.3 && excess[1] < 2.0 && excess[2] < 3.0,
         "not {expected:?} s: {tries:?}"
     );
 }
@@ -417,36 +417,43 @@ fn an_upstream_server_may_compose_its_list_for_longer_than_wal_receiver_timeout(
     follow_now(&standby);
 }
 
+/// Promotes a standby that loads at that rate and is in that state, and returns how many
+/// seconds after the request, and after the end of recovery, the leader noticed it.
+fn time_to_notice(rate: u32, state: &str) -> [f64; 2] {
+    let primary = primary(&[TIMED]);
+    primary.table("t", 400);
+    heat(&primary, "t");
+    let standby = follower_of(&primary);
+    standby.configure(&format!("pg_prewarm.autoprewarm_follow_max_rate = {rate}"));
+    standby.start();
+    standby.wait_for_replay(&primary);
+    wait_until("the list", || standby.data(UPSTREAM).exists());
+    wait_for_state(&standby, state);
+    let mark = standby.log_end();
+    assert!(standby.value::<bool>("SELECT pg_promote()"));
+    let logged = |text: &str| time_of(&standby.wait_for_log(mark, text));
+    let noticed = logged("autoprewarm loads the block list of the former upstream server");
+    let since = ["received promote request", "archive recovery complete"];
+    let took = since.map(|event| noticed - logged(event));
+    standby.wait_for_log(mark, "blocks after the promotion;");
+    took
+}
+
 /// The leader looks for a promotion four times a second. The rest is for a busy machine, and
 /// for the server, which ends its recovery meanwhile. The next fetch is due in an hour.
-const NOTICED: f64 = 5.0;
+const NOTICED: f64 = 2.0;
 
 #[test]
 fn a_promotion_is_noticed_within_a_second() {
     for (rate, state) in [(0, "following"), (8, "topping up")] {
-        let primary = primary(&[TIMED]);
-        primary.table("t", 400);
-        heat(&primary, "t");
-        let standby = follower_of(&primary);
-        standby.configure(&format!("pg_prewarm.autoprewarm_follow_max_rate = {rate}"));
-        standby.start();
-        standby.wait_for_replay(&primary);
-        wait_until("the list", || standby.data(UPSTREAM).exists());
-        wait_for_state(&standby, state);
-        let mark = standby.log_end();
-        assert!(standby.value::<bool>("SELECT pg_promote()"));
-        let logged = |text: &str| time_of(&standby.wait_for_log(mark, text));
-        let promoted = logged("received promote request");
-        let noticed = logged("autoprewarm loads the block list of the former upstream server");
-        let took = noticed - promoted;
-        assert!(took < NOTICED, "{state}: {took} s");
-        let recovered = logged("archive recovery complete");
-        let took = noticed - recovered;
-        assert!(
-            took < NOTICED,
-            "{state}: {took} s after the end of recovery"
-        );
-        standby.wait_for_log(mark, "blocks after the promotion;");
+        // Once at least, since a process may have to wait for a processor.
+        let mut tried = Vec::new();
+        let is_noticed = (0..3).any(|_| {
+            let took = time_to_notice(rate, state);
+            tried.push(took);
+            took.iter().all(|&took| took < NOTICED)
+        });
+        assert!(is_noticed, "{state}: {tried:?}");
     }
 }
 

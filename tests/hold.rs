@@ -10,7 +10,7 @@ use postgres::{Client, NoTls};
 
 use crate::common::{
     Block, Builder, Cluster, Installation, LIST, LoadStats, Paused, Shutdown,
-    list_with_usage_counts, run, signal, value, wait_until,
+    list_with_usage_counts, run, set_rate, signal, value, wait_until,
 };
 
 /// The blocks of the table that are in the first tier, and the others.
@@ -86,12 +86,6 @@ fn start_and_hold(cluster: &Cluster) -> (Client, Connecting) {
     let mut client = cluster.connect("postgres");
     wait_for_hold(&mut client);
     (client, waiting)
-}
-
-/// Sets the rate limit, in kB a second, while the server is running.
-fn set_rate(cluster: &Cluster, rate: u32) {
-    cluster.configure(&format!("pg_prewarm.autoprewarm_max_rate = {rate}"));
-    cluster.reload();
 }
 
 /// Waits until no session is held any more. Returns how many blocks were in shared buffers

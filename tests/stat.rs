@@ -7,17 +7,12 @@ use std::time::Duration;
 use postgres::Client;
 
 use crate::common::{
-    Block, Cluster, LIST, LoadStats, Shutdown, error, give_to_server, list_of, signal, value,
-    wait_until,
+    Block, Cluster, LIST, LoadStats, Shutdown, error, give_to_server, list_of, set_rate, signal,
+    value, wait_until,
 };
 
 const LOAD: &str = "SELECT autoprewarm_load_now()";
 const CANCEL: &str = "SELECT autoprewarm_cancel()";
-
-fn set_rate(cluster: &Cluster, rate: u32) {
-    cluster.configure(&format!("pg_prewarm.autoprewarm_max_rate = {rate}"));
-    cluster.reload();
-}
 
 /// A column of the one row of `pg_stat_autoprewarm`, as text.
 fn shown(client: &mut Client, column: &str) -> Option<String> {

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use postgres::Client;
 
 use crate::common::{
-    Block, Builder, Cluster, LIST, LoadStats, Paused, Shutdown, SqlError, error, list_of, signal,
-    value, wait_until,
+    Block, Builder, Cluster, LIST, LoadStats, Paused, Shutdown, SqlError, error, list_of, set_rate,
+    signal, value, wait_until,
 };
 
 const BLOCKS: u32 = 1000;
@@ -42,11 +42,6 @@ fn cluster_with_list(builder: Builder) -> (Cluster, Block) {
 /// The same with a rate limit. A load of the list would take minutes.
 fn slow_cluster(builder: Builder) -> (Cluster, Block) {
     cluster_with_list(builder.setting(&format!("pg_prewarm.autoprewarm_max_rate = {SLOW}")))
-}
-
-fn set_rate(cluster: &Cluster, rate: u32) {
-    cluster.configure(&format!("pg_prewarm.autoprewarm_max_rate = {rate}"));
-    cluster.reload();
 }
 
 /// Waits until some blocks are loaded, and the load is still running.

@@ -970,6 +970,12 @@ pub fn drop_pages(file: &fs::File, first: i64, blocks: i64) {
     assert_eq!(result, 0);
 }
 
+/// Sets the rate limit of loads, in kB a second, while the server is running.
+pub fn set_rate(cluster: &Cluster, rate: u32) {
+    cluster.configure(&format!("pg_prewarm.autoprewarm_max_rate = {rate}"));
+    cluster.reload();
+}
+
 /// The value of a query that returns one row with one column.
 pub fn value<T: FromSqlOwned>(client: &mut Client, sql: &str) -> T {
     match client.query_one(sql, &[]) {
